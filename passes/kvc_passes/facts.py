@@ -1,0 +1,161 @@
+"""Nouns shared by the passes, the planner, the artifact and the runtime.
+
+All are frozen and hold plain values, so that they can be compared, hashed and written as JSON.
+Sizes are in bytes unless a name says tokens, rows or pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class MaskFact:
+    """The proved predicate m(q_pos, k_pos) of an attention site.
+
+    causal: k_pos <= q_pos.   window: q_pos - window < k_pos <= q_pos.
+    """
+
+    kind: Literal["causal", "window"]
+    window: int | None
+    proof: str
+    """How it was proved, in words, for `kvc inspect`."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention layer: softmax(softcap(scale * q k^T) masked) v, as found in the graph."""
+
+    index: int
+    node: str
+    """Name of the ONNX node that computes the softmax (or the whole attention)."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float | None
+    mask: MaskFact
+    rope: str | None
+    """How q and k are rotated before the scores ("rotate_half"), None without rotary positions."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head (GQA)."""
+        return self.heads // self.kv_heads
+
+    def token_bytes(self, element: int = 4) -> int:
+        """Bytes of K and V kept for one token."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * element
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What was proved about a model, independent of budget and target."""
+
+    name: str
+    vocab: int
+    """Rows of the embedding table: token ids are 0 .. vocab - 1."""
+    logits: int
+    """Columns of the logits (at least vocab in most exports, sometimes padded)."""
+    context: int | None
+    """Most positions that the model has (table size, or max_position_embeddings), None if unbounded."""
+    sites: tuple[AttentionSite, ...]
+    positions: tuple[str, ...]
+    """ONNX names of the values that were proved to be token positions."""
+    parameter_bytes: dict[str, int]
+    """Bytes of the parameters by dtype, as they stand in the ONNX file."""
+    nodes: int
+    """ONNX nodes in the graph."""
+
+    def kv_token_bytes(self) -> int:
+        """Bytes of KV state that one token of context takes over all layers."""
+        return sum(s.token_bytes() for s in self.sites)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` requests of `context` tokens (prompt and answer together) in flight at once."""
+
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.context}"
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Every byte of a running model, line by line; `total` is the promise."""
+
+    weights: int
+    pools: int
+    """KV pages."""
+    tables: int
+    """Block table, slots, positions, tokens, tiles, rows: the largest call's integer inputs."""
+    arena: int
+    """All temporaries of the larger of the compiled functions, a compile-time constant."""
+    outputs: int
+    """Logits of the most rows one call returns, and the sampler's copy."""
+    runtime: int
+    """The process itself: interpreter, libraries, tokenizer, threads."""
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for a budget; written to plan.json, read by the runtime."""
+
+    budget: int
+    workload: tuple[Workload, ...]
+    target: dict[str, Any]
+    page_size: int
+    """Tokens a page."""
+    page_bytes: int
+    """Bytes a page takes over all sites."""
+    pages: int
+    """Pages in the pools."""
+    chunk: int
+    """Most tokens in one prefill call."""
+    tile: int
+    """Query tokens handled by one task of the prefill attention kernel."""
+    max_batch: int
+    """Most sequences in one call."""
+    max_context: int
+    """Most tokens of one sequence (a multiple of page_size unless the model's context is not)."""
+    bytes: Bytes
+
+    @property
+    def table_width(self) -> int:
+        """Columns of the block table."""
+        return -(-self.max_context // self.page_size)
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles a prefill call can have: every sequence may end in a part tile."""
+        return self.chunk // self.tile + self.max_batch
+
+
+def to_json(value: Any) -> str:
+    """A fact or a plan as indented JSON text."""
+    return json.dumps(dataclasses.asdict(value), indent=2) + "\n"
+
+
+def facts_from_json(text: str) -> ModelFacts:
+    """The inverse of `to_json` for ModelFacts. Raises KeyError or TypeError on other JSON."""
+    data = json.loads(text)
+    sites = tuple(AttentionSite(**{**s, "mask": MaskFact(**s["mask"])}) for s in data["sites"])
+    return ModelFacts(**{**data, "sites": sites, "positions": tuple(data["positions"])})
+
+
+def plan_from_json(text: str) -> Plan:
+    """The inverse of `to_json` for Plan. Raises KeyError or TypeError on other JSON."""
+    data = json.loads(text)
+    workload = tuple(Workload(**w) for w in data["workload"])
+    return Plan(**{**data, "workload": workload, "bytes": Bytes(**data["bytes"])})
