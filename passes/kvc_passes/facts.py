@@ -13,6 +13,18 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class Roles:
+    """Names of the model's inputs by what they are for."""
+
+    tokens: str
+    """Token ids [batch, sequence]."""
+    attention_mask: str | None = None
+    positions: str | None = None
+    past: tuple[str, ...] = ()
+    """Past keys and values [batch, kv heads, past, head dim]."""
+
+
+@dataclass(frozen=True)
 class MaskFact:
     """The proved predicate m(q_pos, k_pos) of an attention site.
 

@@ -1,0 +1,231 @@
+"""ONNX graph -> Relax function, symbolic dimensions kept, weights as parameters that hold no data.
+
+A subclass of TVM's importer. It folds shape arithmetic over `Integers`, looks converters up by domain
+and operator, and names every binding after its ONNX node, so that later refusals can name the node.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from kvc_passes.errors import UnsupportedModel
+from kvc_passes.facts import Roles
+from kvc_passes.nodes import NodeNames
+from tvm import IRModule, relax, tirx
+from tvm.ir import GenericConst
+from tvm.ir import Range as IRRange
+from tvm.relax.frontend.onnx import onnx_frontend as stock
+
+from .integers import Folder, Integers, NotFolded, expr, from_array
+from .operators import CONVERTERS
+from .reader import OnnxFile, read
+from .roles import find_roles, unify_dimensions
+
+_SMALLEST_PARAMETER = 64  # elements; smaller float initializers become constants of the module
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported model.
+
+    Attributes:
+        module: `main(inputs..., weights...) -> (logits, presents...)`.
+        file: the ONNX file, with its tensors mapped.
+        roles: what every input is for, by the name of the Relax parameter.
+        weights: initializer of each weight parameter, by the parameter's name, in parameter order.
+        names: from bindings back to ONNX nodes.
+    """
+
+    module: IRModule
+    file: OnnxFile
+    roles: Roles
+    weights: dict[str, np.ndarray]
+    names: NodeNames
+
+
+def import_onnx(path: Path) -> Imported:
+    """Read and import `path`.
+
+    Raises:
+        InputError: the file cannot be read.
+        UnsupportedModel: an operator or a form of it is not supported; the message names the node.
+    """
+    file = read(path)
+    roles = find_roles(file.graph, path)
+    unify_dimensions(file.graph, roles, path)
+    importer = Importer(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the stock importer warns about every renamed input
+        module = importer.from_onnx(file.graph, file.opset)
+    renamed = {name: var.name for name, var in importer._inputs.items()}
+    roles = Roles(
+        renamed[roles.tokens],
+        renamed.get(roles.attention_mask or ""),
+        renamed.get(roles.positions or ""),
+        tuple(renamed[name] for name in roles.past),
+    )
+    names = NodeNames(tuple((n.name or f"#{i}", n.op_type) for i, n in enumerate(file.graph.node)))
+    return Imported(module, file, roles, importer.weights, names)
+
+
+class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
+    """TVM's importer with symbolic integer folding and converters of our own."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        super().__init__(None, "float32", keep_params_in_input=True)
+        self.file = file
+        self.folder = Folder()
+        self.weights: dict[str, np.ndarray] = {}
+        self.hint = ""
+
+    def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
+        taken = {value.name for value in graph.input}
+        for tensor in graph.initializer:
+            array = self.file.tensors[tensor.name]
+            if array.dtype.kind in "ib" or array.size < _SMALLEST_PARAMETER:
+                self._nodes[tensor.name] = from_array(array) or relax.const(array, str(array.dtype))
+                continue
+            name = _identifier(tensor.name, taken)
+            taken.add(name)
+            var = self._new_var(name, list(array.shape), str(array.dtype))
+            self._nodes[tensor.name] = var
+            self._params[name] = (var, name)  # the base class wants a value; it is never read
+            self.weights[name] = array
+
+    def from_onnx(self, graph: onnx.GraphProto, opset: int) -> IRModule:
+        """The module, without the base class's `params` attribute."""
+        module = super().from_onnx(graph, opset)
+        module["main"] = module["main"].without_attr("params")
+        return module
+
+    def _parse_graph_input(self, graph: onnx.GraphProto) -> None:
+        super()._parse_graph_input(graph)
+        large = 1 << 31
+        for var in self._inputs.values():
+            for dim in (var.ty.shape.values if isinstance(var, relax.Var) and var.ty.shape is not None else ()):
+                if isinstance(dim, tirx.Var):
+                    low = 0 if dim.name == "past" else 1
+                    bounds = IRRange(tirx.IntImm("int64", low), tirx.IntImm("int64", large))
+                    self.folder.analyzer.bind(dim, bounds, True)
+
+    def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
+        stock_map = stock._get_convert_map()
+        missing: dict[str, str] = {}
+        for node in graph.node:
+            key = _key(node)
+            if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape"):
+                missing.setdefault(key, node.name)
+        if missing:
+            listed = ", ".join(f"{op} (node '{name}')" for op, name in missing.items())
+            raise UnsupportedModel(f"{self.file.path}: operators that kvc cannot import: {listed}")
+
+    def _construct_nodes(self, graph: onnx.GraphProto) -> None:
+        for index, node in enumerate(graph.node):
+            self.hint = NodeNames.hint(node.name or node.op_type, index)
+            try:
+                results = self._convert(node)
+            except UnsupportedModel:
+                raise
+            except Exception as error:  # the stock converters raise anything
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+                raise UnsupportedModel(
+                    f"{self.file.path}: node '{node.name}' ({node.op_type}) cannot be imported: {reason}"
+                ) from error
+            for name, value in zip(node.output, results):
+                if name:
+                    self._nodes[name] = self._bind(value)
+        for output in graph.output:
+            self._nodes[output.name] = self.tensor(self._nodes[output.name])
+
+    def _convert(self, node: onnx.NodeProto) -> list[Any]:
+        attrs = self._parse_attr(node.attribute)
+        inputs = stock.onnx_input([self._nodes[name] if name else None for name in node.input])
+        if node.op_type == "Constant":
+            array = _constant(node, attrs)
+            return [from_array(array) or relax.const(array, str(array.dtype))]
+        if node.op_type == "Shape":
+            shape = self.shape(inputs[0])[attrs.get("start", 0) : attrs.get("end", None)]
+            return [Integers.of(np.array(shape, object))]
+        try:
+            return [self.folder.fold(node, list(inputs), attrs)]
+        except NotFolded:
+            pass
+        convert = CONVERTERS.get(_key(node))
+        if convert is not None:
+            result = convert(self, inputs, attrs)
+        else:
+            attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
+            converter = stock._get_convert_map()[node.op_type].get_converter(self.opset)
+            tensors = stock.onnx_input([self.tensor(value) for value in inputs])
+            result = converter(self.bb, tensors, attrs, [self._nodes, self._params])
+        return self._unpack(result)
+
+    def _unpack(self, result: Any) -> list[Any]:
+        if isinstance(result, (list, tuple)):
+            return list(result)
+        if isinstance(result, relax.Tuple):
+            return list(result.fields)
+        if isinstance(result, Integers):
+            return [result]
+        result = self.bb.normalize(result)
+        if isinstance(result.ty, relax.TupleType):
+            return [self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(result.ty.fields))]
+        return [result]
+
+    def _bind(self, value: Any) -> Any:
+        if isinstance(value, (Integers, relax.Var, GenericConst)) or not isinstance(value, relax.Expr):
+            return value
+        return self.bb.emit(value, name_hint=self.hint)
+
+    def emit(self, value: relax.Expr) -> relax.Var:
+        """Bind an intermediate value of the node at hand."""
+        return self.bb.emit(value, name_hint=self.hint)
+
+    def shape(self, value: Any) -> list[Any]:
+        """Dimensions of a value: ints where known, else expressions. Raises UnsupportedModel without rank."""
+        if isinstance(value, Integers):
+            return list(value.values.shape)
+        if value.ty.shape is None:
+            raise UnsupportedModel(f"{self.file.path}: a value has no known shape before {self.hint}")
+        return [self.folder.simplify(dim) for dim in value.ty.shape.values]
+
+    def tensor(self, value: Any) -> Any:
+        """A value as a Relax tensor."""
+        if not isinstance(value, Integers):
+            return value
+        if value.static:
+            return relax.const(value.numpy(), value.dtype)
+        result = self.emit(relax.op.shape_to_tensor(relax.ShapeExpr([expr(v) for v in value.flat()])))
+        if value.values.ndim != 1:
+            result = self.emit(relax.op.reshape(result, list(value.values.shape)))
+        if value.dtype != "int64":
+            result = self.emit(relax.op.astype(result, value.dtype))
+        return result
+
+
+def _key(node: onnx.NodeProto) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def _identifier(name: str, taken: set[str]) -> str:
+    base = re.sub(r"\W", "_", name.removeprefix("onnx::")) or "weight"
+    base = base if not base[0].isdigit() else f"w{base}"
+    result, count = base, 1
+    while result in taken:
+        result, count = f"{base}_{count}", count + 1
+    return result
+
+
+def _constant(node: onnx.NodeProto, attrs: dict[str, Any]) -> np.ndarray:
+    if "value" in attrs:
+        return onnx.numpy_helper.to_array(attrs["value"])
+    for name, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+        if name in attrs:
+            return np.array(attrs[name], dtype)
+    raise UnsupportedModel(f"node '{node.name}' (Constant) has no numeric value")

@@ -1,0 +1,141 @@
+"""Reading an ONNX file without reading its weights: the graph is parsed, tensors stay memory-mapped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from kvc_passes.errors import InputError, UnsupportedModel
+
+OLDEST_OPSET = 13  # Squeeze, Unsqueeze and Reduce* take their axes as inputs from here on.
+
+_DTYPES: dict[int, np.dtype[np.generic]] = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.DOUBLE: np.dtype(np.float64),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+    onnx.TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    onnx.TensorProto.INT64: np.dtype(np.int64),
+    onnx.TensorProto.INT32: np.dtype(np.int32),
+    onnx.TensorProto.INT16: np.dtype(np.int16),
+    onnx.TensorProto.INT8: np.dtype(np.int8),
+    onnx.TensorProto.UINT64: np.dtype(np.uint64),
+    onnx.TensorProto.UINT32: np.dtype(np.uint32),
+    onnx.TensorProto.UINT16: np.dtype(np.uint16),
+    onnx.TensorProto.UINT8: np.dtype(np.uint8),
+    onnx.TensorProto.BOOL: np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A parsed ONNX file.
+
+    Attributes:
+        path: the file.
+        model: its graph, external tensors not loaded.
+        opset: version of the ai.onnx operator set.
+        tensors: every initializer as a numpy array; external ones are read-only memory maps.
+    """
+
+    path: Path
+    model: onnx.ModelProto
+    opset: int
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        return self.model.graph
+
+    def parameter_bytes(self) -> dict[str, int]:
+        """Bytes of all initializers by dtype, the largest first."""
+        sizes: dict[str, int] = {}
+        for array in self.tensors.values():
+            sizes[str(array.dtype)] = sizes.get(str(array.dtype), 0) + array.nbytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def read(path: Path) -> OnnxFile:
+    """Parse `path` and map its tensors.
+
+    Raises:
+        InputError: not a file, not ONNX, truncated, external data missing or short.
+        UnsupportedModel: no ai.onnx operators, an opset that is too old, or control flow and functions.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the .onnx file in it")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise InputError(f"{path}: not an ONNX file, or a truncated one ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not model.graph.node or not model.opset_import:
+        raise InputError(f"{path}: not an ONNX model: it holds no graph (empty or truncated file?)")
+    return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph))
+
+
+def _opset(path: Path, model: onnx.ModelProto) -> int:
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not versions:
+        raise UnsupportedModel(f"{path}: imports no ai.onnx operator set")
+    if versions[0] < OLDEST_OPSET:
+        raise UnsupportedModel(
+            f"{path}: opset {versions[0]} is too old; kvc reads opset {OLDEST_OPSET} and newer. "
+            "Export the model again, or use onnx.version_converter"
+        )
+    if model.functions:
+        raise UnsupportedModel(
+            f"{path}: holds {len(model.functions)} model-local functions (the first is "
+            f"'{model.functions[0].name}'); inline them with onnx.inliner.inline_local_functions"
+        )
+    return int(versions[0])
+
+
+def _tensors(path: Path, graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    maps: dict[Path, np.memmap] = {}
+    return {tensor.name: _tensor(path, tensor, maps) for tensor in graph.initializer}
+
+
+def _tensor(path: Path, tensor: onnx.TensorProto, maps: dict[Path, np.memmap]) -> np.ndarray:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        try:
+            return onnx.numpy_helper.to_array(tensor)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: initializer '{tensor.name}' is damaged ({error})") from None
+    dtype = _DTYPES.get(tensor.data_type)
+    if dtype is None:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        raise UnsupportedModel(f"{path}: initializer '{tensor.name}' has the element type {name}")
+    info = {entry.key: entry.value for entry in tensor.external_data}
+    file = _data_file(path, tensor.name, info.get("location", ""))
+    shape = tuple(tensor.dims)
+    offset = int(info.get("offset", 0))
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if offset + size > file.stat().st_size:
+        raise InputError(
+            f"{path}: external data is short: initializer '{tensor.name}' ends at byte {offset + size} of "
+            f"{file.name}, which has {file.stat().st_size}; copy the data file again"
+        )
+    if size == 0:
+        return np.zeros(shape, dtype)
+    data = maps.setdefault(file, np.memmap(file, np.uint8, "r"))
+    return data[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _data_file(path: Path, tensor: str, location: str) -> Path:
+    folder = path.parent.resolve()
+    file = (folder / location).resolve()
+    if not location or not file.is_relative_to(folder):
+        raise InputError(f"{path}: initializer '{tensor}' names external data outside the model's folder: '{location}'")
+    if not file.is_file():
+        raise InputError(
+            f"{path}: external data missing: initializer '{tensor}' is in '{location}', which is not there; "
+            "keep the data file in the same folder as the .onnx file"
+        )
+    return file

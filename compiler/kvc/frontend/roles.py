@@ -1,0 +1,95 @@
+"""What each graph input is for, and one set of symbols for the dimensions they share."""
+
+from __future__ import annotations
+
+import onnx
+from kvc_passes.errors import UnsupportedModel
+from kvc_passes.facts import Roles
+
+BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
+_INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+
+
+def find_roles(graph: onnx.GraphProto, path: object) -> Roles:
+    """Decide what every graph input is for.
+
+    Token ids are recognized by use (they index the embedding table), the past by shape, the attention
+    mask and the position ids by name, since their uses vary.
+
+    Raises:
+        UnsupportedModel: no token input, or an input of no known role.
+    """
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in initializers]
+    tokens = _token_input(graph, inputs)
+    if tokens is None:
+        found = ", ".join(f"'{value.name}'" for value in inputs) or "none"
+        raise UnsupportedModel(
+            f"{path}: is not a decoder language model: no integer input [batch, sequence] indexes an "
+            f"embedding table (inputs: {found})"
+        )
+    mask = positions = None
+    past: list[str] = []
+    for value in inputs:
+        kind, rank = value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim)
+        if value.name == tokens:
+            continue
+        if kind in _INTEGERS and rank == 2 and "position" in value.name.lower():
+            positions = value.name
+        elif rank == 2 and "mask" in value.name.lower():
+            mask = value.name
+        elif kind not in _INTEGERS and rank == 4:
+            past.append(value.name)
+        else:
+            raise UnsupportedModel(
+                f"{path}: input '{value.name}' is neither token ids, attention mask, position ids nor a past "
+                "key or value [batch, heads, past, head dim]"
+            )
+    return Roles(tokens, mask, positions, tuple(past))
+
+
+def _token_input(graph: onnx.GraphProto, inputs: list[onnx.ValueInfoProto]) -> str | None:
+    rows = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 2 and t.data_type not in _INTEGERS}
+    alias: dict[str, str] = {}
+    best: tuple[int, str] | None = None
+    names = {
+        v.name
+        for v in inputs
+        if v.type.tensor_type.elem_type in _INTEGERS
+        and len(v.type.tensor_type.shape.dim) == 2
+        and "position" not in v.name.lower()
+        and "type" not in v.name.lower()
+    }
+    for node in graph.node:
+        if node.op_type in ("Cast", "Identity", "Reshape") and node.input[0] in names | alias.keys():
+            alias[node.output[0]] = alias.get(node.input[0], node.input[0])
+        if node.op_type == "Gather" and node.input[0] in rows:
+            source = alias.get(node.input[1], node.input[1])
+            if source in names and (best is None or rows[node.input[0]] > best[0]):
+                best = (rows[node.input[0]], source)
+    return best[1] if best else None
+
+
+def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None:
+    """Give the inputs' dimensions the symbols batch, sequence and past, in place.
+
+    Exporters name them anew for every input, which hides that they are equal.
+
+    Raises:
+        UnsupportedModel: the sequence length is fixed.
+    """
+    dims = {v.name: v.type.tensor_type.shape.dim for v in graph.input}
+    if dims[roles.tokens][1].dim_value:
+        raise UnsupportedModel(
+            f"{path}: input '{roles.tokens}' has a fixed sequence length of {dims[roles.tokens][1].dim_value}; "
+            "export the model with a dynamic sequence axis"
+        )
+    total = f"{PAST}+{SEQUENCE}" if roles.past else SEQUENCE
+    wanted = {roles.tokens: [BATCH, SEQUENCE], roles.positions: [BATCH, SEQUENCE], roles.attention_mask: [BATCH, total]}
+    wanted |= {name: [BATCH, None, PAST, None] for name in roles.past}
+    for name, symbols in wanted.items():
+        if name is None:
+            continue
+        for axis, symbol in enumerate(symbols):
+            if symbol is not None and not dims[name][axis].dim_value:
+                dims[name][axis].dim_param = symbol

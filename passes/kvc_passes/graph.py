@@ -1,0 +1,102 @@
+"""Reading a Relax dataflow function as a graph: definitions, users, operators, dependence."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import tvm
+from tvm import relax
+
+
+class Graph:
+    """Definitions and users of one Relax function whose body is a straight line of bindings."""
+
+    def __init__(self, function: relax.Function) -> None:
+        self.function = function
+        self.definitions: dict[relax.Var, relax.Expr] = {}
+        self.users: dict[relax.Var, list[relax.Var]] = defaultdict(list)
+        self.order: list[relax.Var] = []
+        for block in function.body.blocks:
+            for binding in block.bindings:
+                self.definitions[binding.var] = binding.value
+                self.order.append(binding.var)
+                for operand in operands(binding.value):
+                    if isinstance(operand, relax.Var):
+                        self.users[operand].append(binding.var)
+
+    def resolve(self, value: relax.Expr) -> relax.Expr:
+        """The expression that defines `value`; parameters and constants are their own."""
+        while isinstance(value, relax.Var) and value in self.definitions:
+            value = self.definitions[value]
+        return value
+
+    def alias(self, value: relax.Expr) -> relax.Expr:
+        """`value` with plain renamings (y = x) removed."""
+        while isinstance(value, relax.Var) and isinstance(self.definitions.get(value), relax.Var):
+            value = self.definitions[value]
+        return value
+
+    def reachable_from(self, sources: Iterable[relax.Var]) -> set[relax.Var]:
+        """Every variable that depends on one of `sources` (themselves included)."""
+        found = set(sources)
+        for var in self.order:
+            if any(isinstance(o, relax.Var) and o in found for o in operands(self.definitions[var])):
+                found.add(var)
+        return found
+
+    def ancestors(self, values: Iterable[relax.Expr]) -> set[relax.Var]:
+        """Every variable that one of `values` depends on (themselves included)."""
+        found: set[relax.Var] = set()
+        stack = list(values)
+        while stack:
+            value = stack.pop()
+            if isinstance(value, relax.Var) and value not in found:
+                found.add(value)
+                stack.extend(operands(self.definitions[value]) if value in self.definitions else ())
+        return found
+
+
+def operands(value: relax.Expr) -> list[relax.Expr]:
+    """Operands of a binding's value, tuples flattened."""
+    if isinstance(value, relax.Call):
+        found: list[relax.Expr] = []
+        for argument in value.args:
+            found.extend(operands(argument) if isinstance(argument, relax.Tuple) else [argument])
+        return found
+    if isinstance(value, relax.Tuple):
+        return [o for field in value.fields for o in (operands(field) if isinstance(field, relax.Tuple) else [field])]
+    if isinstance(value, relax.TupleGetItem):
+        return [value.tuple_value]
+    return [value] if isinstance(value, relax.Var) else []
+
+
+def op_name(value: relax.Expr) -> str:
+    """`add` for a call of relax.add, the symbol for an extern call, "" for anything else."""
+    if not isinstance(value, relax.Call):
+        return ""
+    if isinstance(value.op, relax.ExternFunc):
+        return str(value.op.global_symbol)
+    name = getattr(value.op, "name", "")
+    if name == "relax.call_pure_packed":
+        return str(value.args[0].global_symbol)
+    return str(name).removeprefix("relax.").removeprefix("nn.")
+
+
+def scalar(value: relax.Expr) -> float | None:
+    """The value of a constant with one element, else None."""
+    if isinstance(value, tvm.ir.GenericConst):
+        array = value.value.numpy()
+        return float(array.reshape(-1)[0]) if array.size == 1 else None
+    return None
+
+
+def dims(value: relax.Expr) -> list[tvm.ir.PrimExpr]:
+    """Dimensions of a tensor, [] for scalars and values of unknown shape."""
+    shape = getattr(value.ty, "shape", None)
+    return [] if shape is None else list(shape.values)
+
+
+def static(dim: object) -> int | None:
+    """A dimension that is known at compile time."""
+    return int(dim.value) if isinstance(dim, tvm.tirx.IntImm) else None

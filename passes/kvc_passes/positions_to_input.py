@@ -1,0 +1,109 @@
+"""The tokens' positions become an input, so that tokens of many sequences can stand side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import IRModule, relax, tirx
+from tvm.ir import Range
+from tvm.sym import Analyzer
+
+from .base import Result
+from .element import Elements, Unprovable
+from .errors import UnsupportedModel
+from .facts import Roles
+from .graph import Graph, dims, op_name, static
+from .masks import bind_index
+from .nodes import NodeNames
+from .rebuild import drop_params, rebuild
+
+
+@dataclass(frozen=True)
+class PositionsToInput:
+    """Every value that is proved to be the tokens' positions becomes one input.
+
+    Before: positions come from arange(0, sequence), arange(past, past + sequence), a position_ids input,
+        or a cumulative sum over the attention mask.
+    After: `main(tokens [batch, sequence], positions [sequence], weights...)`; attention mask and past are gone.
+    Needs: RecognizeAttention (masks count over keys; they are gone after it).
+    Refuses: a count over tokens that is not the position; other uses of the attention mask or the past.
+    """
+
+    roles: Roles
+    names: NodeNames
+
+    def run(self, mod: IRModule) -> Result:
+        """Facts of the result: names of the ONNX nodes or inputs that are positions. Raises UnsupportedModel."""
+        function = mod["main"]
+        params = {p.name: p for p in function.params}
+        sequence = dims(params[self.roles.tokens])[1]
+        positions = relax.Var("positions", relax.TensorType((sequence,), "int64"))
+        sources = self._sources(Graph(function), params, sequence)
+
+        def shaped(var: relax.Var) -> relax.Expr:
+            extents = [sequence if d.same_as(sequence) else 1 for d in dims(var)]
+            value = relax.op.reshape(positions, relax.ShapeExpr([_dim(d) for d in extents]))
+            dtype = var.ty.dtype.dtype
+            value = value if dtype == "int64" else relax.op.astype(value, dtype)
+            return relax.op.broadcast_to(value, relax.ShapeExpr(dims(var)))
+
+        def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+            return shaped(var) if var in sources else None
+
+        given = params.get(self.roles.positions or "")
+        values = {} if given is None else {given: shaped(given)}
+        old = [function.params[0], positions, *function.params[1:]]
+        module = rebuild(function, old, place, values=values)
+        gone = {self.roles.attention_mask, self.roles.positions, *self.roles.past}
+        self._check(Graph(module["main"]), gone)
+        names = tuple(self.names.name(v) for v in sources) + ((given.name,) if given is not None else ())
+        return Result(drop_params(module, gone), len(names), names)
+
+    def _sources(self, graph: Graph, params: dict[str, relax.Var], sequence: Any) -> list[relax.Var]:
+        """Integer values proved to hold, for token i, the number past + i."""
+        past = dims(params[self.roles.past[0]])[2] if self.roles.past else tirx.IntImm("int64", 0)
+        data = graph.reachable_from(
+            p for name, p in params.items() if name not in (self.roles.attention_mask, self.roles.positions)
+        )
+        leaves: dict[relax.Var, Any] = {}
+        if self.roles.attention_mask:
+            leaves[params[self.roles.attention_mask]] = lambda index: 1
+        if self.roles.positions:
+            leaves[params[self.roles.positions]] = lambda index: index[-1] + past
+        found = []
+        for var in graph.order:
+            axes = [axis for axis, d in enumerate(dims(var)) if d.same_as(sequence)]
+            if var in data or len(axes) != 1 or "int" not in str(getattr(var.ty.dtype, "dtype", "")):
+                continue
+            analyzer = Analyzer()
+            for dim, low in ((dims(var)[axes[0]], 1), (past, 0)):
+                if isinstance(dim, tirx.Var):
+                    analyzer.bind(dim, Range(tirx.IntImm("int64", low), tirx.IntImm("int64", 1 << 31)), True)
+            index = [0 if static(d) == 1 else bind_index(analyzer, f"i{axis}", d) for axis, d in enumerate(dims(var))]
+            elements = Elements(graph, leaves, analyzer)
+            try:
+                element = elements.at(var, index)
+            except Unprovable:
+                continue
+            if not isinstance(element, int) and hasattr(element, "ty") and elements.prove(tirx.EQ(element, index[axes[0]] + past)):
+                found.append(var)
+        return found
+
+    def _check(self, graph: Graph, gone: set[str | None]) -> None:
+        for param in graph.function.params:
+            if param.name in gone and graph.users[param]:
+                user = self.names.describe(graph.users[param][0])
+                raise UnsupportedModel(
+                    f"{user} uses the input '{param.name}' for something other than an attention mask, a past or "
+                    "token positions; kvc cannot serve it from pages"
+                )
+        for var in graph.order:
+            if op_name(graph.definitions[var]) == "arange" and any(static(d) is None for d in dims(var)):
+                raise UnsupportedModel(
+                    f"{self.names.describe(var)} counts over tokens, but cannot be proved to be the tokens' positions"
+                )
+
+
+def _dim(value: Any) -> Any:
+    return tirx.IntImm("int64", value) if isinstance(value, int) else value

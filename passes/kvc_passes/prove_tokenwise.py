@@ -1,0 +1,189 @@
+"""The premise of serving: outside attention, no token sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import IRModule, relax, tirx
+from tvm.sym import Analyzer
+
+from .base import Result
+from .element import regroup
+from .errors import UnsupportedModel
+from .facts import Roles
+from .graph import Graph, dims, op_name, operands, static
+from .nodes import NodeNames
+from .recognize_attention import ATTENTION
+
+_ELEMENTWISE = frozenset(
+    """abs add astype bitwise_and bitwise_not bitwise_or ceil clip cos divide equal erf exp floor floor_divide gelu
+    gelu_tanh greater greater_equal isnan leakyrelu less less_equal log logical_and logical_not logical_or maximum
+    minimum mod multiply negative not_equal power relu round rsqrt sigmoid sign silu sin softplus sqrt square subtract
+    tan tanh where""".split()
+)
+_REDUCTIONS = frozenset("max mean min prod std sum variance argmax argmin".split())
+_NORMS = frozenset("softmax log_softmax layer_norm rms_norm".split())
+
+
+class _Mixes(Exception):
+    """Why an operation mixes tokens."""
+
+
+@dataclass(frozen=True)
+class ProveTokenwise:
+    """Prove, operation by operation, that only attention mixes the tokens; changes nothing.
+
+    Before and after: `main(tokens [batch, sequence], ...)` with attention as markers.
+    Needs: RecognizeAttention, since a plain attention mixes tokens.
+    Refuses: an operation that reduces, slices, concatenates, reorders or contracts the batch or the token
+        axis, pairs tokens with tokens, reads the sequence length as a number, or is not known to keep
+        tokens apart.
+    """
+
+    roles: Roles
+    names: NodeNames
+
+    def run(self, mod: IRModule) -> Result:
+        """Facts of the result: the number of operations proved. Raises UnsupportedModel."""
+        graph = Graph(mod["main"])
+        tokens = next(p for p in graph.function.params if p.name == self.roles.tokens)
+        axes = _TokenAxes([d for d in dims(tokens) if isinstance(d, tirx.Var)])
+        for var in graph.order:
+            try:
+                axes.check(graph, var)
+            except _Mixes as reason:
+                raise UnsupportedModel(f"{self.names.describe(var)} {reason}; only attention may mix tokens") from None
+        return Result(mod, 0, len(graph.order))
+
+
+class _TokenAxes:
+    """Which axes of a value run over tokens: those whose extent depends on batch or sequence."""
+
+    def __init__(self, symbols: list[tirx.Var]) -> None:
+        self.symbols = symbols
+        self.analyzer = Analyzer()
+
+    def of(self, value: relax.Expr) -> list[int]:
+        return [axis for axis, dim in enumerate(dims(value)) if self.depends(dim)]
+
+    def depends(self, dim: Any) -> bool:
+        if isinstance(dim, tirx.Var):
+            return any(dim.same_as(s) for s in self.symbols)
+        return any(self.depends(getattr(dim, name)) for name in ("a", "b") if hasattr(dim, name))
+
+    def check(self, graph: Graph, var: relax.Var) -> None:
+        call = graph.definitions[var]
+        name = op_name(call)
+        if not name or name == ATTENTION:
+            return
+        sequence = self.symbols[-1]
+        if sum(_mentions(dim, sequence) for dim in dims(var)) > 1:
+            raise _Mixes("pairs every token with every token")
+        inputs = [o for o in operands(call) if self.of(o)]
+        if name == "shape_to_tensor" and any(self.depends(d) for d in graph.resolve(call.args[0]).values):
+            raise _Mixes("reads the number of tokens as a value")
+        if not inputs:
+            return
+        rule = _RULES.get(name)
+        if rule is None:
+            raise _Mixes("is not known to keep tokens apart")
+        rule(self, call, inputs)
+
+
+def _mentions(dim: Any, symbol: tirx.Var) -> bool:
+    if isinstance(dim, tirx.Var):
+        return bool(dim.same_as(symbol))
+    return any(_mentions(getattr(dim, name), symbol) for name in ("a", "b") if hasattr(dim, name))
+
+
+def _aligned(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    rank = len(dims(call))
+    places = {axis - len(dims(o)) + rank for o in inputs for axis in axes.of(o)}
+    if not places <= set(axes.of(call)):
+        raise _Mixes("combines the token axis with another axis")
+
+
+def _reduced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    rank = len(dims(call.args[0]))
+    axis = call.attrs.axis
+    over = range(rank) if axis is None else [int(a) % rank for a in (axis if hasattr(axis, "__iter__") else [axis])]
+    if set(over) & set(axes.of(call.args[0])):
+        raise _Mixes("reduces over the tokens")
+
+
+def _normalized(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    rank = len(dims(call.args[0]))
+    over = getattr(call.attrs, "axes", None)
+    over = [call.attrs.axis] if over is None else over
+    if {int(a) % rank for a in over} & set(axes.of(call.args[0])):
+        raise _Mixes("normalizes over the tokens")
+
+
+def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    left, right = call.args[:2]
+    if len(dims(left)) - 1 in axes.of(left) or max(len(dims(right)) - 2, 0) in axes.of(right):
+        raise _Mixes("sums over the tokens")
+    if len(dims(right)) - 1 in axes.of(right):
+        raise _Mixes("pairs every token with every token")
+    _aligned(axes, call, [left])
+
+
+def _regrouped(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    source, target = dims(call.args[0]), dims(call)
+    sequence = axes.symbols[-1]
+    for low, high, first, last in regroup(axes.analyzer, source, target):
+        group = [d for d in source[low:high] if static(d) != 1]
+        into = [d for d in target[first:last] if static(d) != 1]
+        if not any(axes.depends(d) for d in group):
+            continue
+        leading = axes.depends(group[0]) and axes.depends(into[0])
+        pure = all(axes.depends(d) for d in group + into)
+        has_sequence = any(_mentions(d, sequence) for d in group)
+        if not leading or (has_sequence and not pure):
+            raise _Mixes("merges the token axis with another axis")
+
+
+def _along(what: str) -> Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]:
+    def rule(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+        for value in inputs:
+            if int(call.attrs.axis) % len(dims(value)) in axes.of(value):
+                raise _Mixes(f"{what} along the tokens")
+
+    return rule
+
+
+def _sliced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    if {int(static(a) or 0) % len(dims(call)) for a in call.args[1].fields} & set(axes.of(call.args[0])):
+        raise _Mixes("slices the tokens")
+
+
+def _taken(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    data = call.args[0]
+    axis = 0 if call.attrs.axis is None else int(call.attrs.axis) % len(dims(data))
+    if axis in axes.of(data):
+        raise _Mixes("picks tokens by index")
+    if axes.of(data) and axes.of(call.args[1]):
+        raise _Mixes("pairs every token with every token")
+
+
+def _kept(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    """Moves or adds axes without mixing them."""
+
+
+_RULES: dict[str, Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]] = {
+    **dict.fromkeys(_ELEMENTWISE, _aligned),
+    **dict.fromkeys(_REDUCTIONS, _reduced),
+    **dict.fromkeys(_NORMS, _normalized),
+    "broadcast_to": _aligned,
+    "concat": _along("concatenates"),
+    "expand_dims": _kept,
+    "matmul": _product,
+    "permute_dims": _kept,
+    "reshape": _regrouped,
+    "split": _along("splits"),
+    "squeeze": _kept,
+    "strided_slice": _sliced,
+    "take": _taken,
+}

@@ -1,0 +1,61 @@
+"""Find every attention in an imported graph, prove what it computes, and put one marker call in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import IRModule, relax
+
+from .attention_sites import Match, SiteFinder
+from .base import Result
+from .errors import UnsupportedModel
+from .facts import Roles
+from .graph import Graph
+from .nodes import NodeNames
+from .rebuild import rebuild
+
+ATTENTION = "kvc.attention"
+
+
+@dataclass(frozen=True)
+class RecognizeAttention:
+    """One marker a site: `kvc.attention(q, k, v, site)`.
+
+    Before: `softmax(cap(scale * q @ k^T) + mask) @ v` spelled out in any order of scales, layouts and casts;
+        k and v may be concatenated with a past.
+    After: `call_pure_packed("kvc.attention", q [b,h,s,e], k [b,g,s,e], v [b,g,s,f], site)` -> [b,s,h,f] with
+        the new keys and values only; the function returns the logits alone.
+    Needs: the importer's binding names; inputs in the roles of `roles`.
+    Refuses: a softmax that is no attention, heads that are not repeated in order (GQA), a mask that is
+        neither causal nor a causal window, a past that is not concatenated before the new keys.
+    """
+
+    roles: Roles
+    names: NodeNames
+
+    def run(self, mod: IRModule) -> Result:
+        """Facts of the result: tuple[AttentionSite, ...]. Raises UnsupportedModel."""
+        function = mod["main"]
+        finder = SiteFinder(Graph(function), self.roles, self.names)
+        matches = [finder.match(var, i) for i, var in enumerate(finder.softmaxes())]
+        if not matches:
+            raise UnsupportedModel("the model has no attention: no softmax over scores was found; it is no decoder")
+        by_output = {m.output: m for m in matches}
+        output = Graph(function).resolve(function.body.body)
+        logits = output.fields[0] if isinstance(output, relax.Tuple) else function.body.body
+        remap: dict[relax.Var, relax.Expr] = {}
+
+        def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+            match = by_output.get(var)
+            return None if match is None else _marker(builder, match, remap)
+
+        module = rebuild(function, function.params, place, values=remap, output=logits)
+        return Result(module, len(matches), tuple(m.site for m in matches))
+
+
+def _marker(builder: relax.BlockBuilder, match: Match, values: dict[relax.Var, relax.Expr]) -> relax.Expr:
+    query, key, value = (values.get(v, v) for v in (match.query, match.key, match.value))
+    batch, heads, sequence, _ = match.query.ty.shape.values
+    out = relax.TensorType((batch, sequence, heads, match.site.value_dim), match.query.ty.dtype.dtype)
+    marker = relax.op.call_pure_packed(ATTENTION, query, key, value, relax.prim_value(match.site.index), ty_args=out)
+    return marker if match.transposed else relax.op.permute_dims(builder.emit(marker), [0, 2, 1, 3])
