@@ -248,7 +248,7 @@ class ArtifactWriter:
                 array = produce()
                 if array.dtype != numpy_dtype(dtype) or array.shape != tuple(shape):
                     raise PlanningError(
-                        f"weight {name} is {array.dtype}{array.shape} where {dtype}{tuple(shape)} was announced"
+                        f"weight {name} is {array.dtype}{array.shape}, not {dtype}{tuple(shape)} as announced"
                     )
                 write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 write(bytes(pad))

@@ -1,0 +1,301 @@
+"""Continuous batching: which tokens of which requests the next calls compute.
+
+A step is at most one prefill call followed by one decode call. Requests are served in the order of arrival:
+the oldest is never held up by a younger one, so every request that was accepted ends. When pages run out, the
+youngest gives its pages up and is computed again later, from its prompt and the tokens it had chosen.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc.runtime.executor import Segment
+from kvc.runtime.pages import PagePool, Pages
+from kvc.runtime.sampler import SamplingParams, sample
+from kvc_passes.errors import InputError
+from kvc_passes.facts import ModelFacts, Plan
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""A stop token or text; max_new_tokens; the longest context; cancel()."""
+
+
+class Model(Protocol):
+    """What the scheduler needs of an Executor."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def facts(self) -> ModelFacts: ...
+    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
+    def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Request:
+    """One request and its state. `tokens` is the prompt followed by the tokens chosen so far."""
+
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    params: SamplingParams
+    stop_tokens: frozenset[int]
+    stopped: Callable[[int], bool]
+    """Called with each chosen token; True ends the request (a stop text was completed)."""
+    rng: np.random.Generator
+    pages: Pages | None = None
+    computed: int = 0
+    """Tokens whose K and V are in the pages."""
+    finish_reason: FinishReason | None = None
+    cancelled: bool = False
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens chosen so far."""
+        return self.tokens[self.prompt_length :]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did to one request: it chose `token`, it ended, or both."""
+
+    request: Request
+    token: int | None
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Counters:
+    """Running totals over all calls."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Runs requests on a model. `add` and `cancel` may be called from any thread, `step` from one only."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.plan = model.plan
+        self.pool = PagePool(self.plan.pages)
+        self.counters = Counters()
+        contexts = [self.plan.max_context, self.plan.pages * self.plan.page_size]
+        self.limit = min(contexts + ([model.facts.context] if model.facts.context else []))
+        """Most tokens of one sequence whose K and V are kept."""
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+        self._requests: dict[int, Request] = {}
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._running: list[Request] = []  # in the order of arrival
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        eos: frozenset[int] = frozenset(),
+        stopped: Callable[[int], bool] = lambda _: False,
+    ) -> Request:
+        """Queue a request. Raises InputError if it is empty, too long, or has a token that does not exist."""
+        self.check(prompt)
+        stop_tokens = frozenset(params.stop_tokens) | (frozenset() if params.ignore_eos else eos)
+        rng = np.random.default_rng(params.seed)
+        with self._lock:
+            request = Request(
+                next(self._ids), [int(t) for t in prompt], len(prompt), params, stop_tokens, stopped, rng
+            )
+            self._requests[request.id] = request
+            self._waiting.append(request)
+        return request
+
+    def check(self, prompt: Sequence[int]) -> None:
+        """Raise InputError if `prompt` cannot be served."""
+        if not prompt:
+            raise InputError("the prompt is empty: give at least one token")
+        if len(prompt) > self.limit:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens; one request may have at most {self.limit}: "
+                "shorten it, or compile the model for a workload with a longer context"
+            )
+        vocab = self.model.facts.vocab
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+                raise InputError(f"token ids are integers, not {token!r}")
+            if not 0 <= token < vocab:
+                raise InputError(f"token id {token} does not exist: the model has 0 .. {vocab - 1}")
+
+    def cancel(self, id: int) -> bool:
+        """End a request with the next step; False if it has ended or never was."""
+        with self._lock:
+            request = self._requests.get(id)
+            if request:
+                request.cancelled = True
+        return request is not None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no pages."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold pages."""
+        return len(self._running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._requests)
+
+    def step(self) -> list[Update]:
+        """Compute one prefill and one decode call, as far as there is work; what became of the requests."""
+        updates = self.drop_cancelled()
+        self._admit()
+        ready = [r for r in self._running if self._is_decoding(r)]
+        updates += self._prefill_step()
+        updates += self._decode_step(ready)
+        return updates
+
+    @staticmethod
+    def _is_decoding(request: Request) -> bool:
+        return request.computed == len(request.tokens) - 1 >= request.prompt_length
+
+    def drop_cancelled(self) -> list[Update]:
+        """End the requests that were cancelled, without computing anything."""
+        with self._lock:
+            dropped = [r for r in self._requests.values() if r.cancelled]
+        return [self._finish(request, "cancelled") for request in dropped]
+
+    def _admit(self) -> None:
+        """Give pages to waiting requests in order, as long as there are places and pages."""
+        with self._lock:
+            while self._waiting and len(self._running) < self.plan.max_batch:
+                request = self._waiting[0]
+                count = self._pages_for(len(request.tokens))
+                # One token more, or the request would be preempted as soon as it decodes.
+                if self._pages_for(len(request.tokens) + 1) > self.pool.free:
+                    return
+                final = self._pages_for(request.prompt_length + request.params.max_new_tokens)
+                request.pages = self.pool.allocate(count, expected=final)
+                request.started = request.started or time.perf_counter()
+                self._waiting.popleft()
+                self._running.append(request)  # younger than all that run
+
+    def _prefill_step(self) -> list[Update]:
+        """One call over the tokens that are not computed yet, the oldest requests first."""
+        parts: list[tuple[Request, int]] = []
+        budget = self.plan.chunk
+        for request in self._running:
+            left = len(request.tokens) - request.computed
+            if left and budget and not self._is_decoding(request):
+                parts.append((request, min(left, budget)))
+                budget -= parts[-1][1]
+        if not parts:
+            return []
+        segments = [
+            Segment(
+                request.tokens[request.computed : request.computed + count],
+                request.computed,
+                _ids(request),
+                wanted=request.computed + count == len(request.tokens),
+            )
+            for request, count in parts
+        ]
+        begin = time.perf_counter()
+        logits = self.model.prefill(segments)
+        self.counters.prefill_seconds += time.perf_counter() - begin
+        self.counters.prefill_tokens += sum(count for _, count in parts)
+        for request, count in parts:
+            request.computed += count
+        complete = [request for request, _ in parts if request.computed == len(request.tokens)]
+        return [self._choose(request, row) for request, row in zip(complete, logits, strict=True)]
+
+    def _decode_step(self, ready: list[Request]) -> list[Update]:
+        """One call that computes the newest token of every request that is past its prompt."""
+        for request in ready:  # the oldest first: it takes pages from the youngest
+            self._make_room(request)
+        ready = [r for r in ready if r.pages is not None]
+        if not ready:
+            return []
+        segments = [Segment(r.tokens[-1:], r.computed, _ids(r)) for r in ready]
+        begin = time.perf_counter()
+        logits = self.model.decode(segments)
+        self.counters.decode_seconds += time.perf_counter() - begin
+        self.counters.decode_tokens += len(ready)
+        for request in ready:
+            request.computed += 1
+        return [self._choose(request, row) for request, row in zip(ready, logits, strict=True)]
+
+    def _make_room(self, request: Request) -> None:
+        """See that `request` has a page for its newest token, at the cost of the youngest if need be."""
+        while request.pages is not None:
+            missing = self._pages_for(len(request.tokens)) - len(request.pages)
+            final = self._pages_for(request.prompt_length + request.params.max_new_tokens)
+            if missing <= 0 or self.pool.append(request.pages, missing, expected=final - len(request.pages)):
+                return
+            self._preempt(self._running[-1])
+
+    def _preempt(self, request: Request) -> None:
+        assert request.pages is not None
+        self.pool.release(request.pages)
+        request.pages, request.computed = None, 0
+        self._running.remove(request)
+        self.counters.preemptions += 1
+        with self._lock:
+            self._waiting.appendleft(request)  # older than all that wait
+
+    def _choose(self, request: Request, logits: NDArray[np.float32]) -> Update:
+        """Choose the next token of a request and see whether it ends."""
+        facts = self.model.facts
+        token = sample(logits[: facts.vocab], request.params, request.rng)
+        request.tokens.append(token)
+        if request.first_token is None:
+            request.first_token = time.perf_counter()
+        chosen = len(request.tokens) - request.prompt_length
+        if token in request.stop_tokens or request.stopped(token):
+            return self._finish(request, "stop", token)
+        if chosen >= request.params.max_new_tokens:
+            return self._finish(request, "length", token)
+        if len(request.tokens) > self.limit:
+            return self._finish(request, "context", token)
+        return Update(request, token, None)
+
+    def _finish(self, request: Request, reason: FinishReason, token: int | None = None) -> Update:
+        request.finish_reason = reason
+        request.finished = time.perf_counter()
+        with self._lock:
+            del self._requests[request.id]
+            if request.pages is None:
+                self._waiting.remove(request)
+        if request.pages is not None:
+            self.pool.release(request.pages)
+            request.pages = None
+            self._running.remove(request)
+        return Update(request, token, reason)
+
+    def _pages_for(self, tokens: int) -> int:
+        """Pages of a sequence of `tokens` tokens; the last token of the longest one is never computed."""
+        return math.ceil(min(tokens, self.limit) / self.plan.page_size)
+
+
+def _ids(request: Request) -> Sequence[int]:
+    assert request.pages is not None
+    return request.pages.ids

@@ -1,0 +1,309 @@
+"""A loaded model with requests: what `kvc run`, `kvc serve` and Python programs use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypedDict, Unpack
+
+from kvc.runtime.sampler import SamplingParams
+from kvc.runtime.scheduler import FinishReason, Model, Request, Scheduler, Update
+from kvc.runtime.text import Message, Stream, Text, end_tokens
+from kvc_passes.errors import InputError
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or the messages of a conversation."""
+OnToken = Callable[[int, int, str], None]
+"""Called with the prompt's index, the token id and the text that became certain with it ("" if none)."""
+
+
+class Sampling(TypedDict, total=False):
+    """The fields of SamplingParams, as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+    stop: str | Sequence[str]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one request."""
+
+    queued: float
+    """From arrival until it got pages."""
+    first_token: float
+    """From arrival until its first token was chosen."""
+    total: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `tokens` ends with the stop token, if there was one; `text` does not hold it."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    """"" if the artifact has no tokenizer."""
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step did to a request."""
+
+    id: int
+    token: int | None
+    text: str
+    """Text that became certain."""
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Totals since the model was loaded, and what holds pages now. Rates are tokens a second of its calls."""
+
+    prefill_tokens: int
+    prefill_rate: float
+    decode_tokens: int
+    decode_rate: float
+    preemptions: int
+    pages_used: int
+    pages_total: int
+    running: int
+    waiting: int
+
+
+class Session:
+    """Requests on a loaded model. Use it as a context manager or call `close`.
+
+    `add_request` and `cancel` may be called from any thread; all that computes (`step`, `generate`, `stream`)
+    from one thread only. `generate` and `stream` run other requests of the session along.
+    """
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self._model = model
+        self._folder = folder
+        self._scheduler = Scheduler(model)
+        self._has_text = (folder / "tokenizer.json").is_file()
+        self._lives: dict[int, _Live] = {}
+        self._outbox: list[Event] = []
+        self._closed = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the model's memory. Requests that have not ended are dropped."""
+        self._closed = True
+        self._model.close()
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """The model's tokenizer. Raises InputError if the artifact has none."""
+        return Text(self._folder)
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that a prompt may have."""
+        return self._scheduler.limit
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are requests that have not ended."""
+        return self._scheduler.busy
+
+    @property
+    def stats(self) -> Stats:
+        """Speed and load."""
+        counters, scheduler = self._scheduler.counters, self._scheduler
+        return Stats(
+            prefill_tokens=counters.prefill_tokens,
+            prefill_rate=counters.prefill_tokens / max(counters.prefill_seconds, 1e-9),
+            decode_tokens=counters.decode_tokens,
+            decode_rate=counters.decode_tokens / max(counters.decode_seconds, 1e-9),
+            preemptions=counters.preemptions,
+            pages_used=scheduler.pool.used,
+            pages_total=scheduler.pool.count,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+        )
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        chat: bool = False,
+        on_token: OnToken | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[Completion]:
+        """Answer one prompt or several together, each a text or token ids; the answers come in their order.
+
+        With `chat`, a text is what a user says to the model. Every prompt has the seed that is given, so its
+        answer does not depend on the others. Raises InputError, before anything runs, if a prompt cannot be
+        served.
+        """
+        params = _params(sampling)
+        several: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = [self._checked(prompt, chat) for prompt in several]
+        lives = [self._add(prompt, params) for prompt in tokens]
+        inboxes: list[list[Event]] = [[] for _ in lives]
+        for live, inbox in zip(lives, inboxes, strict=True):
+            live.sink = inbox.append
+        texts = [""] * len(lives)
+        try:
+            while any(live.request.finish_reason is None for live in lives):
+                self._advance()
+                for index, inbox in enumerate(inboxes):
+                    for event in inbox:
+                        texts[index] += event.text
+                        if on_token and event.token is not None:
+                            on_token(index, event.token, event.text)
+                    inbox.clear()
+        finally:
+            self._abandon(lives)
+        return [_completion(live.request, text) for live, text in zip(lives, texts, strict=True)]
+
+    def stream(self, prompt: Prompt, *, chat: bool = False, **sampling: Unpack[Sampling]) -> Iterator[str]:
+        """Answer one prompt piece by piece, in whole characters; closing the iterator cancels the request.
+
+        Raises InputError, before anything runs, if the prompt cannot be served or there is no tokenizer.
+        """
+        params = _params(sampling)
+        self.text  # noqa: B018  raises where there is no tokenizer
+        return self._pieces(self._checked(prompt, chat), params)
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> int:
+        """Queue a request and return its id; `step` works on it. Raises InputError if it cannot be served."""
+        return self._add(self._checked(prompt, chat), params or SamplingParams()).request.id
+
+    def step(self) -> list[Event]:
+        """Compute the next tokens of the requests that are queued; what became of those of add_request."""
+        self._advance()
+        events, self._outbox = self._outbox, []
+        return events
+
+    def cancel(self, id: int) -> bool:
+        """End a request with the next step; False if it has ended or never was."""
+        return self._scheduler.cancel(id)
+
+    def tokens(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        """The token ids of a prompt. Raises InputError if it needs a tokenizer or template that lacks."""
+        if isinstance(prompt, str):
+            return self.text.chat([{"role": "user", "content": prompt}]) if chat else self.text.encode(prompt)
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if messages and len(messages) == len(prompt):
+            return self.text.chat(messages)
+        return [item for item in prompt if not isinstance(item, Mapping)]
+
+    def _checked(self, prompt: Prompt, chat: bool) -> list[int]:
+        if self._closed:
+            raise InputError("the session is closed: load the model again")
+        tokens = self.tokens(prompt, chat=chat)
+        self._scheduler.check(tokens)
+        return tokens
+
+    def _add(self, tokens: list[int], params: SamplingParams) -> _Live:
+        if params.stop and not self._has_text:
+            raise InputError(
+                "stop texts need a tokenizer, which this artifact does not have: give stop_tokens"
+            )
+        stream = Stream(self.text.decode, params.stop) if self._has_text else None
+        eos = self.text.stops() if self._has_text else end_tokens(self._folder)
+        live = _Live(stream, self._to_outbox)
+        live.request = self._scheduler.add(tokens, params, eos=eos, stopped=live.push)
+        self._lives[live.request.id] = live
+        return live
+
+    def _to_outbox(self, event: Event) -> None:
+        self._outbox.append(event)
+
+    def _pieces(self, tokens: list[int], params: SamplingParams) -> Iterator[str]:
+        live = self._add(tokens, params)
+        inbox: list[Event] = []
+        live.sink = inbox.append
+        try:
+            while live.request.finish_reason is None:
+                self._advance()
+                yield from (event.text for event in inbox if event.text)
+                inbox.clear()
+        finally:
+            self._abandon([live])
+
+    def _abandon(self, lives: Sequence[_Live]) -> None:
+        """End those of the requests that have not ended, and free their pages."""
+        for live in lives:
+            live.sink = lambda _: None
+            self._scheduler.cancel(live.request.id)
+        self._dispatch(self._scheduler.drop_cancelled())
+
+    def _advance(self) -> None:
+        if self._closed:
+            raise InputError("the session is closed: load the model again")
+        self._dispatch(self._scheduler.step())
+
+    def _dispatch(self, updates: Sequence[Update]) -> None:
+        """Tell whoever made the requests what became of them."""
+        for update in updates:
+            id, ended = update.request.id, update.finish_reason is not None
+            live = self._lives.pop(id) if ended else self._lives[id]
+            live.sink(Event(id, update.token, live.take(ended), update.finish_reason))
+
+
+class _Live:
+    """What the session keeps of a request that has not ended."""
+
+    request: Request
+
+    def __init__(self, stream: Stream | None, sink: Callable[[Event], None]) -> None:
+        self.sink = sink
+        self._stream = stream
+        self._piece = ""
+
+    def push(self, token: int) -> bool:
+        """Take a token that the scheduler chose; whether it completes a stop text."""
+        if self._stream is None:
+            return False
+        self._piece += self._stream.push(token)
+        return self._stream.stopped
+
+    def take(self, ended: bool) -> str:
+        """The text since the last call."""
+        piece, self._piece = self._piece, ""
+        return piece + (self._stream.finish() if ended and self._stream else "")
+
+
+def _params(sampling: Sampling) -> SamplingParams:
+    stop = sampling.get("stop", ())
+    fields: dict[str, Any] = dict(sampling)
+    fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return SamplingParams(**fields)
+
+
+def _completion(request: Request, text: str) -> Completion:
+    assert request.finish_reason is not None
+    finished = request.finished or request.arrived
+    return Completion(
+        request.tokens[: request.prompt_length],
+        request.generated,
+        text,
+        request.finish_reason,
+        Timings(
+            queued=(request.started or finished) - request.arrived,
+            first_token=(request.first_token or finished) - request.arrived,
+            total=finished - request.arrived,
+        ),
+    )
