@@ -1,0 +1,174 @@
+"""Attention over paged keys and values: cache append, prefill and decode kernels.
+
+A page holds K transposed, [head_dim, page_size], so that scores of a vector of tokens need no shuffles, and
+V as [page_size, value_dim]. Softmax runs online over blocks of pages in base 2. The pages read are exactly
+those of a tile's window, so the table's other entries may be anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from .attention_block import BlockKernel, copy_rows
+from .emit import Emitter, argument, i64, size_var
+from .traits import CpuTraits
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One attention layer: softmax(softcap(scale * q k^T) masked) v, heads grouped over kv_heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    page_size: int = 16
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+
+def choose_tile(group: int, traits: CpuTraits) -> int:
+    """Query tokens of a prefill tile: about 84 rows, nearly a whole number of register tiles."""
+    rows = traits.tile_rows
+
+    def cost(tokens: int) -> tuple[float, float]:
+        used = tokens * group
+        waste = -(-used // rows) * rows / used - 1
+        return (round(waste, 2) + abs(used - 84) / 1000, used)
+
+    return min(range(1, 129), key=cost)
+
+
+def decode_splits(kv_heads: int, traits: CpuTraits) -> int:
+    """Shares that a sequence's keys are split into, so that one sequence can occupy every thread."""
+    return min(traits.threads, 8)
+
+
+def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
+    """Write the keys and values of a call's tokens into their pages.
+
+    Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv], slots i32[n],
+    kpool f32[P, Hkv, D, PG] and vpool f32[P, Hkv, PG, Dv], both in place.
+    """
+    e = Emitter()
+    n, pages, page = size_var("n"), size_var("pages"), shape.page_size
+    k = argument("k", (1, shape.kv_heads, n, shape.head_dim))
+    v = argument("v", (1, shape.kv_heads, n, shape.value_dim))
+    slots = argument("slots", (n,), "int32")
+    kpool = argument("kpool", (pages, shape.kv_heads, shape.head_dim, page))
+    vpool = argument("vpool", (pages, shape.kv_heads, page, shape.value_dim))
+
+    def tokens(head: object, start: object, count: object) -> None:
+        # Token innermost: neighbours fill the same cache lines of a page.
+        with e.loop("d", shape.head_dim) as d, e.loop("i", count) as i:
+            slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))
+            at = tirx.floordiv(slot, i64(page))
+            e.store(kpool, k[i64(0), head, start + i, d], at, head, d, tirx.floormod(slot, i64(page)))
+        with e.loop("i", count) as i:
+            slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))
+            at = [tirx.floordiv(slot, i64(page)), head, tirx.floormod(slot, i64(page))]
+            copy_rows(e, v, [i64(0), head, start + i], vpool, at, shape.value_dim, traits.lanes)
+
+    block = 16
+    with e.when(n < block), e.loop("h", shape.kv_heads) as h:
+        tokens(h, i64(0), n)
+    with e.when(n >= block):
+        blocks = tirx.floordiv(n + (block - 1), i64(block))
+        with e.loop("j", blocks * shape.kv_heads, parallel=True) as j:
+            start = e.bind("start", tirx.floordiv(j, i64(shape.kv_heads)) * block)
+            tokens(tirx.floormod(j, i64(shape.kv_heads)), start, tirx.Min(n - start, i64(block)))
+    return e.function([k, v, slots, kpool, vpool], [k, v, slots], [kpool, vpool])
+
+
+def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> tirx.PrimFunc:
+    """Causal attention of many tokens a sequence.
+
+    Arguments of the function: q f32[1, H, n, D], kpool, vpool, positions i64[n], tiles i32[t, 3]
+    (table row, first token, tokens <= tile), block_table i32[b, m], out f32[1, n, H, Dv].
+    A task is a tile and a KV head: its rows are the tile's tokens times the heads of the group, so K and V
+    are read once a group. The tokens' own keys must be in the pages.
+    """
+    e = Emitter()
+    n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
+    group, heads = shape.group, shape.kv_heads
+    q = argument("q", (1, shape.heads, n, shape.head_dim))
+    kpool = argument("kpool", (pages, heads, shape.head_dim, shape.page_size))
+    vpool = argument("vpool", (pages, heads, shape.page_size, shape.value_dim))
+    positions = argument("positions", (n,), "int64")
+    tiles = argument("tiles", (t, 3), "int32")
+    table = argument("block_table", (b, m), "int32")
+    out = argument("out", (1, n, shape.heads, shape.value_dim))
+    with e.loop("c", traits.threads, parallel=True) as c:
+        # Tiles of later tokens cost more: neighbours go to different threads.
+        count = tirx.floordiv(t * heads - c + (traits.threads - 1), i64(traits.threads))
+        with e.loop("i", count) as i:
+            task = c + i * traits.threads
+            j = e.bind("j", tirx.floordiv(task, i64(heads)))
+            head = e.bind("head", tirx.floormod(task, i64(heads)))
+            row, first, tokens = (
+                e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
+                for at, name in enumerate(("row", "first", "tokens"))
+            )
+            kernel = BlockKernel(e, shape, traits, tile * group, 128, kpool, vpool, table, row, head)
+            position = e.bind("position", positions[first])
+            with e.loop("g", group) as g, e.loop("k", tokens) as k:
+                kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, position + k)
+            kernel.pad(tokens * group, position + tokens - 1)
+            page, last = kernel.pages_of(position, position + tokens - 1)
+            kernel.run(tokens * group, page, last - page + 1, position, position + tokens - 1)
+            with e.loop("k", tokens) as k, e.loop("g", group) as g:
+                kernel.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
+    inputs = [q, kpool, vpool, positions, tiles, table]
+    return e.function([*inputs, out], inputs, [out])
+
+
+def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | None = None) -> tirx.PrimFunc:
+    """Attention of one token a sequence.
+
+    Arguments of the function: q f32[1, H, b, D], kpool, vpool, positions i64[b], block_table i32[b, m],
+    part f32[b, S, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share),
+    out f32[1, b, H, Dv]. S is `splits`, decode_splits by default.
+    """
+    e = Emitter()
+    pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
+    group, heads, dim = shape.group, shape.kv_heads, shape.value_dim
+    shares = splits or decode_splits(heads, traits)
+    q = argument("q", (1, shape.heads, b, shape.head_dim))
+    kpool = argument("kpool", (pages, heads, shape.head_dim, shape.page_size))
+    vpool = argument("vpool", (pages, heads, shape.page_size, dim))
+    positions = argument("positions", (b,), "int64")
+    table = argument("block_table", (b, m), "int32")
+    part = argument("part", (b, shares, shape.heads, dim + 2))
+    out = argument("out", (1, b, shape.heads, dim))
+    with e.loop("c", traits.threads, parallel=traits.threads > 1) as c:
+        count = tirx.floordiv(b * (heads * shares) - c + (traits.threads - 1), i64(traits.threads))
+        with e.loop("i", count) as i:
+            task = c + i * traits.threads
+            row = e.bind("row", tirx.floordiv(task, i64(heads * shares)))
+            head = e.bind("head", tirx.floormod(tirx.floordiv(task, i64(shares)), i64(heads)))
+            share = e.bind("share", tirx.floormod(task, i64(shares)))
+            kernel = BlockKernel(e, shape, traits, group, 512, kpool, vpool, table, row, head)
+            position = e.bind("position", positions[row])
+            with e.loop("g", group) as g:
+                kernel.load_query(q, [i64(0), head * group + g, row], g, position)
+            kernel.pad(i64(group), position)
+            page, last = kernel.pages_of(position, position)
+            each = e.bind("each", tirx.floordiv(last - page + shares, i64(shares)))
+            begin = e.bind("begin", page + share * each)
+            kernel.run(i64(group), begin, tirx.Min(last - begin + 1, each), position, position)
+            with e.loop("g", group) as g:
+                kernel.store_part(g, part, [row, share, head * group + g])
+    with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
+        kernel.merge(part, shares, row, h, out)
+    with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
+        kernel.merge(part, shares, row, h, out)
+    inputs = [q, kpool, vpool, positions, table]
+    return e.function([*inputs, part, out], inputs, [part, out])

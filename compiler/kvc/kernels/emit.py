@@ -1,0 +1,171 @@
+"""A small builder of scheduled TIR functions.
+
+Kernels are written as Python that emits statements: Python loops unroll, Python conditions specialise,
+and helper functions return expressions. `Emitter` collects the statements and wraps them into a PrimFunc
+that TVM neither fuses nor schedules again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+Expr = Any
+"""A tirx expression, or a Python number where one is accepted."""
+
+OPAQUE = 8
+"""op_pattern kOpaque: FuseOps leaves such a function alone."""
+
+
+def i64(value: int) -> Expr:
+    """An int64 constant."""
+    return tirx.const(value, "int64")
+
+
+def f32(value: float) -> Expr:
+    """A float32 constant."""
+    return tirx.const(value, "float32")
+
+
+def lanes_of(value: Expr) -> int:
+    """Elements of a vector expression, 1 for a scalar."""
+    dtype = str(value.ty.dtype)
+    return int(dtype.partition("x")[2] or 1)
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """`value` in every element of a vector (the value itself for one lane)."""
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def vec(start: Expr, lanes: int) -> Expr:
+    """The index of `lanes` consecutive elements that begin at `start`."""
+    return start if lanes == 1 else tirx.Ramp(start, tirx.const(1, start.ty.dtype), lanes)
+
+
+def column(index: int) -> Expr:
+    """A constant index."""
+    return i64(index)
+
+
+class Emitter:
+    """Collects statements; loops and conditions are context managers."""
+
+    def __init__(self) -> None:
+        self._stack: list[list[Any]] = [[]]
+
+    def add(self, statement: Any) -> None:
+        """Append a statement."""
+        self._stack[-1].append(statement)
+
+    @contextmanager
+    def _scope(self, close: Callable[[Any], Any]) -> Iterator[None]:
+        self._stack.append([])
+        yield
+        body = self._stack.pop()
+        if body:
+            self.add(close(body[0] if len(body) == 1 else tirx.SeqStmt(body)))
+
+    @contextmanager
+    def loop(self, name: str, extent: Expr, *, parallel: bool = False, start: Expr = 0) -> Iterator[Expr]:
+        """A loop of an int64 variable over start .. start + extent - 1."""
+        var = tirx.Var(name, "int64")
+        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
+        start = i64(start) if isinstance(start, int) else start
+        extent = i64(extent) if isinstance(extent, int) else extent
+        with self._scope(lambda body: tirx.For(var, start, extent, kind, body)):
+            yield var
+
+    @contextmanager
+    def unrolled(self, name: str, extent: int) -> Iterator[Expr]:
+        """A loop that is unrolled late: the passes before that see one iteration only."""
+        var = tirx.Var(name, "int64")
+        with self._scope(lambda body: tirx.For(var, i64(0), i64(extent), tirx.ForKind.UNROLLED, body)):
+            yield var
+
+    @contextmanager
+    def when(self, condition: Expr) -> Iterator[None]:
+        """Statements that run only where `condition` holds."""
+        with self._scope(lambda body: tirx.IfThenElse(condition, body, None)):
+            yield
+
+    def switch(self, value: Expr, cases: Sequence[int], emit: Callable[[int], None]) -> None:
+        """Emit `emit(case)` for every case, of which the one equal to `value` runs.
+
+        The cases are tested in order; the last one runs when no other matches.
+        """
+        result: Any = None
+        for case in reversed(cases):
+            self._stack.append([])
+            emit(case)
+            body = self._stack.pop()
+            statement = body[0] if len(body) == 1 else tirx.SeqStmt(body)
+            result = statement if result is None else tirx.IfThenElse(tirx.EQ(value, i64(case)), statement, result)
+        self.add(result)
+
+    def bind(self, name: str, value: Expr) -> Expr:
+        """A variable with the value of an expression, for the rest of the scope."""
+        var = tirx.Var(name, value.ty.dtype)
+        self.add(tirx.stmt.Bind(var, value))
+        return var
+
+    def local(self, name: str, size: int, dtype: str = "float32") -> Any:
+        """A buffer on the stack; with constant indexes only it lives in registers."""
+        buffer = tirx.decl_buffer((i64(size),), dtype, name, scope="local")
+        self.add(tirx.stmt.AllocBuffer(buffer))
+        return buffer
+
+    def store(self, buffer: Any, value: Expr, *indices: Expr) -> None:
+        """buffer[indices] = value; a vector is stored where the last index is a ramp."""
+        self.add(tirx.BufferStore(buffer, value, list(indices)))
+
+    def prefetch(self, buffer: Any, *indices: Expr) -> None:
+        """Ask for the cache line of an element, for reading."""
+        address = tirx.address_of(buffer[tuple(indices)])
+        self.add(
+            tirx.Evaluate(
+                tirx.call_intrin(
+                    "void", "tirx.prefetch", address, *(tirx.const(n, "int32") for n in (0, 3, 1))
+                )
+            )
+        )
+
+    def function(self, params: Sequence[Any], reads: Sequence[Any], writes: Sequence[Any]) -> tirx.PrimFunc:
+        """The PrimFunc of `params` (buffers) whose body is what was emitted."""
+        body = self._stack.pop()
+        block = s_tir.SBlock(
+            [],
+            [_whole(b) for b in reads],
+            [_whole(b) for b in writes],
+            "root",
+            body[0] if len(body) == 1 else tirx.SeqStmt(body),
+        )
+        attrs = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE, "s_tir": True}
+        func = tirx.PrimFunc(list(params), s_tir.SBlockRealize([], True, block))
+        for key, value in attrs.items():
+            func = func.with_attr(key, value)
+        return func
+
+
+def _whole(buffer: Any) -> Any:
+    return buffer[tuple(slice(0, n) for n in buffer.shape)]
+
+
+def argument(name: str, shape: Sequence[Expr], dtype: str = "float32") -> Any:
+    """A buffer parameter; a dimension is an int or a symbolic int64 variable."""
+    return tirx.decl_buffer([i64(n) if isinstance(n, int) else n for n in shape], dtype, name)
+
+
+def size_var(name: str) -> Expr:
+    """A symbolic dimension."""
+    return tirx.Var(name, "int64")
+
+
+def compiled(func: tirx.PrimFunc, target: tvm.target.Target) -> Any:
+    """The function compiled on its own, for tests and measurements."""
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=target)["main"]
