@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +47,8 @@ class SamplingParams:
 
 
 def scratch_bytes(vocab: int) -> int:
-    """Most bytes that `sample` allocates for `vocab` logits: order or masks, and the sums in float64."""
-    return 24 * vocab + 4096
+    """Most bytes that `sample` allocates for `vocab` logits: a float32 copy, float64 sums, masks."""
+    return 14 * vocab + 4096
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
@@ -65,29 +64,30 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
         )
     if params.temperature == 0 or params.top_k == 1:
         return best
-    logits -= peak
-    logits /= np.float32(max(params.temperature, 1e-6))  # below this it is greedy anyway
-    candidates: NDArray[Any] | None = None
-    if 0 < params.top_k < len(logits):
-        candidates = _largest(logits, params.top_k)
-        logits = logits[candidates]
-    np.exp(logits, out=logits)
+    weights = logits
+    with np.errstate(over="ignore", under="ignore"):
+        weights -= peak
+        weights /= np.float32(max(params.temperature, 1e-6))  # below this it is greedy anyway
+        np.exp(weights, out=weights)
+    if 0 < params.top_k < len(weights):
+        _keep_largest(weights, params.top_k)
     if params.top_p < 1:
-        order = np.argsort(-logits, kind="stable")
-        sums = np.cumsum(logits[order], dtype=np.float64)
-        count = int(np.searchsorted(sums, params.top_p * sums[-1])) + 1
-        order = order[:count]
-        candidates = order if candidates is None else candidates[order]
-        sums = sums[:count]
-    else:
-        sums = np.cumsum(logits, dtype=np.float64)
-    choice = min(int(np.searchsorted(sums, rng.random() * sums[-1], side="right")), len(sums) - 1)
-    return choice if candidates is None else int(candidates[choice])
+        _keep_largest(weights, _nucleus(weights, params.top_p))
+    sums = np.cumsum(weights, dtype=np.float64)
+    choice = int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
+    # Rounding can reach the sum itself: then it is the last token that has a weight.
+    return choice if choice < len(sums) else int(np.searchsorted(sums, sums[-1]))
 
 
-def _largest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """Ids of the `count` largest logits, ascending; of equal ones the lowest ids."""
-    threshold = np.partition(logits, len(logits) - count)[len(logits) - count]
-    above = np.flatnonzero(logits > threshold)
-    equal = np.flatnonzero(logits == threshold)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal]))
+def _keep_largest(weights: NDArray[np.float32], count: int) -> None:
+    """Set all but the `count` largest weights to 0; of equal ones the lowest ids stay."""
+    threshold = np.partition(weights, len(weights) - count)[len(weights) - count]
+    more = count - int(np.count_nonzero(weights > threshold))
+    weights[np.flatnonzero(weights == threshold)[more:]] = 0
+    weights[weights < threshold] = 0
+
+
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> int:
+    """How many of the largest weights it takes to reach the part `top_p` of their sum."""
+    sums = np.cumsum(np.sort(weights), dtype=np.float64)
+    return len(sums) - int(np.searchsorted(sums, (1 - top_p) * sums[-1], side="right"))

@@ -34,8 +34,8 @@ class Text:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(
-                f"{folder} has no tokenizer.json and takes token ids only: put the tokenizer's files beside the "
-                "ONNX model and compile it again"
+                f"{folder} has no tokenizer.json and takes token ids only: put the tokenizer's files beside "
+                "the ONNX model and compile it again"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(file))

@@ -1,0 +1,171 @@
+"""Continuous batching gives every request the tokens that it would get alone, and returns every page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvc.runtime.sampler import SamplingParams
+from kvc.runtime.scheduler import Request, Scheduler, Update
+from kvc_passes.errors import InputError
+
+EOS = frozenset({3})
+Make = Callable[..., Any]
+
+
+@st.composite
+def _worlds(draw: st.DrawFn) -> dict[str, Any]:
+    """A plan with few pages, and requests that arrive and are cancelled at some steps."""
+    size = draw(st.integers(1, 5))
+    pages = draw(st.integers(1, 12))
+    plan = {"page_size": size, "pages": pages, "chunk": draw(st.integers(1, 9)), "tile": 2}
+    plan |= {"max_batch": draw(st.integers(1, 4)), "max_context": draw(st.integers(1, 30))}
+    limit = min(size * pages, plan["max_context"])
+    requests = []
+    for seed in range(draw(st.integers(1, 9))):
+        prompt = draw(st.lists(st.integers(0, 22), min_size=1, max_size=limit))
+        params = SamplingParams(
+            max_new_tokens=draw(st.integers(1, 12)),
+            temperature=draw(st.sampled_from([0.0, 1.0])),
+            seed=seed,
+            ignore_eos=draw(st.booleans()),
+        )
+        cancelled = draw(st.one_of(st.none(), st.integers(0, 30)))
+        requests.append((draw(st.integers(0, 15)), prompt, params, cancelled))
+    return {"plan": plan, "requests": requests}
+
+
+@settings(max_examples=250, deadline=None)
+@given(world=_worlds())
+def test_outputs_equal_the_unbatched_ones(
+    fake_model: Make, make_plan: Make, make_facts: Make, world: dict[str, Any]
+) -> None:
+    model = fake_model(make_plan(**world["plan"]), make_facts())
+    scheduler = Scheduler(model)
+    added: list[tuple[Request, Sequence[int], SamplingParams]] = []
+    pending = sorted(world["requests"], key=lambda r: r[0])
+    cancels: dict[int, list[Request]] = {}
+    updates: list[Update] = []
+    step = 0
+    while pending or scheduler.busy:
+        while pending and pending[0][0] <= step:
+            _, prompt, params, cancelled = pending.pop(0)
+            request = scheduler.add(prompt, params, eos=EOS)
+            added.append((request, prompt, params))
+            if cancelled is not None:
+                cancels.setdefault(step + cancelled, []).append(request)
+        for request in cancels.get(step, []):
+            assert scheduler.cancel(request.id) == (request.finish_reason is None)
+        updates += scheduler.step()
+        assert scheduler.running <= model.plan.max_batch
+        assert scheduler.pool.used == sum(len(r.pages) for r, *_ in added if r.pages is not None)
+        step += 1
+        assert step < 2000
+    assert scheduler.pool.used == scheduler.running == scheduler.waiting == 0
+    for request, prompt, params in added:
+        expected = model.unbatched(prompt, params, EOS)
+        seen = [u.token for u in updates if u.request is request and u.token is not None]
+        assert request.generated == seen
+        if request.finish_reason == "cancelled":
+            assert seen == expected[: len(seen)]
+        else:
+            assert seen == expected
+            assert request.finish_reason == _reason(scheduler, request)
+        assert [u.finish_reason for u in updates if u.request is request and u.finish_reason] == [
+            request.finish_reason
+        ]
+
+
+def _reason(scheduler: Scheduler, request: Request) -> str:
+    if request.tokens[-1] in EOS and not request.params.ignore_eos:
+        return "stop"
+    if len(request.generated) == request.params.max_new_tokens:
+        return "length"
+    assert len(request.tokens) == scheduler.limit + 1
+    return "context"
+
+
+@pytest.fixture
+def scheduler(fake_model: Make, make_plan: Make, make_facts: Make) -> Scheduler:
+    return Scheduler(fake_model(make_plan(), make_facts()))
+
+
+def test_youngest_gives_way_when_pages_run_out(fake_model: Make, make_plan: Make, make_facts: Make) -> None:
+    scheduler = Scheduler(fake_model(make_plan(pages=6, max_context=24), make_facts()))
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    first, second = (scheduler.add([i] * 8, params) for i in range(2))
+    finished = [u.request for _ in range(60) if scheduler.busy for u in scheduler.step() if u.finish_reason]
+    assert finished == [first, second]
+    assert scheduler.counters.preemptions >= 1
+    assert len(second.generated) == 12
+
+
+def test_a_long_prompt_does_not_stop_others_from_decoding(scheduler: Scheduler) -> None:
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    first = scheduler.add([1], params)
+    scheduler.step()
+    scheduler.add([2] * 30, params)
+    for step in range(3):  # 30 tokens take 4 prefill calls
+        assert [u.request for u in scheduler.step()] == [first], step
+
+
+def test_several_prompts_share_one_prefill(scheduler: Scheduler) -> None:
+    for length in (3, 3, 2, 1):
+        scheduler.add([1] * length, SamplingParams(max_new_tokens=5, ignore_eos=True))
+    assert len(scheduler.step()) == 3  # max_batch; 8 tokens fill the chunk
+    assert (scheduler.running, scheduler.waiting) == (3, 1)
+
+
+def test_stop_callback_ends_a_request(scheduler: Scheduler) -> None:
+    seen: list[int] = []
+
+    def stopped(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == 2
+
+    request = scheduler.add([5], SamplingParams(ignore_eos=True), stopped=stopped)
+    while scheduler.busy:
+        scheduler.step()
+    assert (request.finish_reason, request.generated) == ("stop", seen)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt is empty"),
+        ([1] * 33, "the prompt has 33 tokens; one request may have at most 32"),
+        ([1, 23], r"token id 23 does not exist: the model has 0 \.\. 22"),
+        ([-1], "token id -1 does not exist"),
+        ([1.0], "token ids are integers, not 1.0"),
+        ([True], "token ids are integers, not True"),
+    ],
+)
+def test_prompts_that_cannot_be_served(scheduler: Scheduler, prompt: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        scheduler.add(prompt, SamplingParams())
+    assert not scheduler.busy
+
+
+@pytest.mark.parametrize("changes", [{"pages": 2}, {"max_context": 8}, {"context": 8}])
+def test_limit_is_the_smallest_of_pages_plan_and_model(
+    fake_model: Make, make_plan: Make, make_facts: Make, changes: dict[str, int]
+) -> None:
+    facts = make_facts(context=changes.pop("context", None))
+    scheduler = Scheduler(fake_model(make_plan(**changes), facts))
+    scheduler.check([1] * 8)
+    with pytest.raises(InputError, match="at most 8"):
+        scheduler.check([1] * 9)
+
+
+def test_cancel_of_what_is_not_there(scheduler: Scheduler) -> None:
+    assert not scheduler.cancel(7)
+    request = scheduler.add([1], SamplingParams())
+    assert scheduler.cancel(request.id)
+    assert [u.finish_reason for u in scheduler.step()] == ["cancelled"]
+    assert not scheduler.cancel(request.id)
+    assert request.generated == []
