@@ -47,8 +47,8 @@ class SamplingParams:
 
 
 def scratch_bytes(vocab: int) -> int:
-    """Most bytes that `sample` allocates for `vocab` logits: a float32 copy, float64 sums, masks."""
-    return 14 * vocab + 4096
+    """Most bytes that `sample` allocates for `vocab` logits: float64 sums and masks."""
+    return 10 * vocab + 4096
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
@@ -73,7 +73,8 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
         _keep_largest(weights, params.top_k)
     if params.top_p < 1:
         _keep_largest(weights, _nucleus(weights, params.top_p))
-    sums = np.cumsum(weights, dtype=np.float64)
+    sums = weights.astype(np.float64)
+    np.cumsum(sums, out=sums)
     choice = int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
     # Rounding can reach the sum itself: then it is the last token that has a weight.
     return choice if choice < len(sums) else int(np.searchsorted(sums, sums[-1]))
@@ -89,5 +90,7 @@ def _keep_largest(weights: NDArray[np.float32], count: int) -> None:
 
 def _nucleus(weights: NDArray[np.float32], top_p: float) -> int:
     """How many of the largest weights it takes to reach the part `top_p` of their sum."""
-    sums = np.cumsum(np.sort(weights), dtype=np.float64)
+    sums = weights.astype(np.float64)
+    sums.sort()
+    np.cumsum(sums, out=sums)
     return len(sums) - int(np.searchsorted(sums, (1 - top_p) * sums[-1], side="right"))
