@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -419,6 +418,8 @@ def _fsync(path: Path) -> None:
 
 
 def _version() -> str:
+    import importlib.metadata  # not needed to run a model
+
     try:
         return importlib.metadata.version("kvc")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree

@@ -11,6 +11,7 @@ from kvc.artifact import Artifact
 from kvc.runtime.executor import Executor
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.session import Completion, Event, Session, Stats, Timings
+from kvc.runtime.text import Text
 
 __all__ = ["Completion", "Event", "SamplingParams", "Session", "Stats", "Timings", "load"]
 
@@ -26,4 +27,6 @@ def load(path: Path | str, *, verify: bool = True, threads: int | None = None, w
     features that this CPU lacks.
     """
     artifact = Artifact.open(path, verify=verify)
-    return Session(Executor(artifact, threads=threads, warm=warm), artifact.path)
+    # First, since reading a tokenizer takes memory for a moment that the model can have afterwards.
+    text = Text(artifact.path) if artifact.file("tokenizer.json") else None
+    return Session(Executor(artifact, threads=threads, warm=warm), artifact.path, text)

@@ -104,7 +104,7 @@ def load_runtime(threads: int) -> ModuleType:
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.environ["TVM_BIND_THREADS"] = "0"  # it would pin the interpreter's thread to core 0
     tvm_ffi = _import_ffi()
-    _runtime_library()
+    runtime_library()
     return tvm_ffi
 
 
@@ -141,7 +141,7 @@ def _import_ffi() -> ModuleType:
 
 
 @functools.cache
-def _runtime_library() -> ctypes.CDLL:
+def runtime_library() -> ctypes.CDLL:
     """libtvm_runtime.so from the installed tvm package, which is not imported for it."""
     spec = importlib.util.find_spec("tvm")
     for folder in (spec.submodule_search_locations or ()) if spec else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +88,12 @@ class Session:
     from one thread only. `generate` and `stream` run other requests of the session along.
     """
 
-    def __init__(self, model: Model, folder: Path) -> None:
+    def __init__(self, model: Model, folder: Path, text: Text | None) -> None:
+        """A session of `model`, whose artifact is `folder`; without `text` it takes token ids only."""
         self._model = model
         self._folder = folder
+        self._text = text
         self._scheduler = Scheduler(model)
-        self._has_text = (folder / "tokenizer.json").is_file()
         self._lives: dict[int, _Live] = {}
         self._outbox: list[Event] = []
         self._closed = False
@@ -111,10 +111,10 @@ class Session:
         self._closed = True
         self._model.close()
 
-    @functools.cached_property
+    @property
     def text(self) -> Text:
         """The model's tokenizer. Raises InputError if the artifact has none."""
-        return Text(self._folder)
+        return self._text or Text(self._folder)
 
     @property
     def limit(self) -> int:
@@ -217,12 +217,12 @@ class Session:
         return tokens
 
     def _add(self, tokens: list[int], params: SamplingParams) -> _Live:
-        if params.stop and not self._has_text:
+        if params.stop and not self._text:
             raise InputError(
                 "stop texts need a tokenizer, which this artifact does not have: give stop_tokens"
             )
-        stream = Stream(self.text.decode, params.stop) if self._has_text else None
-        eos = self.text.stops() if self._has_text else end_tokens(self._folder)
+        stream = Stream(self._text.decode, params.stop) if self._text else None
+        eos = self._text.stops() if self._text else end_tokens(self._folder)
         live = _Live(stream, self._to_outbox)
         live.request = self._scheduler.add(tokens, params, eos=eos, stopped=live.push)
         self._lives[live.request.id] = live

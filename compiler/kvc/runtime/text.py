@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ class Text:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{file}: the tokenizer cannot be read ({error})") from None
+        _give_back_memory()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._folder = folder
@@ -48,7 +50,13 @@ class Text:
         self._special = {
             key: _content(value) for key, value in self._config.items() if key.endswith("_token") and value
         }
+        self._source = _template_source(folder, self._config)
         self._template: jinja2.Template | None = None
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._source is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; with `special`, with the tokens that the tokenizer puts before and behind."""
@@ -68,7 +76,11 @@ class Text:
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as the chat template writes it, up to where the answer begins. Raises as chat."""
         if self._template is None:
-            self._template = _compile(_template_source(self._folder, self._config))
+            if self._source is None:
+                raise InputError(
+                    "the model has no chat template (chat_template.jinja): give the prompt without chat"
+                )
+            self._template = _compile(self._source)
         try:
             return self._template.render(
                 messages=list(messages),
@@ -194,16 +206,21 @@ def _tojson(
     )
 
 
-def _template_source(folder: Path, config: Mapping[str, Any]) -> str:
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    if not isinstance(template, str):
-        raise InputError("the model has no chat template (chat_template.jinja): give the prompt without chat")
-    return template
+    return template if isinstance(template, str) else None
+
+
+def _give_back_memory() -> None:
+    """Return to the system what reading a tokenizer took for a moment: about as much as it keeps (25 MiB)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def _content(value: Any) -> str:
