@@ -1,0 +1,58 @@
+"""The command line: `python -m kvc_models list | export NAME OUT.onnx [--with-past] [--opset N]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvc_models.export import DEFAULT_OPSET, ModelError, assets_folder
+from kvc_models.registry import ENTRIES, export_named
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvc_models", description="Export models to ONNX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="list the models")
+    export = commands.add_parser("export", help="export a model to ONNX")
+    export.add_argument("name", metavar="NAME", help="a model of the list")
+    export.add_argument("out", metavar="OUT.onnx", type=Path, help="the ONNX file to write")
+    export.add_argument("--with-past", action="store_true", help="take and return keys and values")
+    export.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="ONNX operator set (%(default)s)")
+    return parser
+
+
+def _export(name: str, out: Path, with_past: bool, opset: int) -> None:
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - start:6.1f} s  {line}", flush=True)
+
+    if out.suffix != ".onnx":
+        raise ModelError(f"the output file must be named something.onnx, not {out}")
+    export_named(name, out, with_past=with_past, opset=opset, say=say)
+    for file in (out, out.with_name(out.name + ".data")):
+        if file.exists():
+            say(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
+    say(f"wrote {assets_folder(out)}/")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, or 1 after an error that was explained on stderr."""
+    options = _parser().parse_args(arguments)
+    if options.command == "list":
+        for entry in ENTRIES:
+            print(f"{entry.name:14} {entry.about}")
+        return 0
+    try:
+        _export(options.name, options.out, options.with_past, options.opset)
+    except (ModelError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
