@@ -54,7 +54,7 @@ class PositionsToInput:
         given = params.get(self.roles.positions or "")
         values = {} if given is None else {given: shaped(given)}
         old = [function.params[0], positions, *function.params[1:]]
-        module = rebuild(function, old, place, values=values)
+        module = rebuild(mod, old, place, values=values)
         gone = {self.roles.attention_mask, self.roles.positions, *self.roles.past}
         self._check(Graph(module["main"]), gone)
         names = tuple(self.names.name(v) for v in sources) + ((given.name,) if given is not None else ())

@@ -25,34 +25,31 @@ def substitute(value: relax.Expr, remap: dict[relax.Var, relax.Expr]) -> relax.E
 
 
 def rebuild(
-    function: relax.Function,
+    mod: IRModule,
     params: Sequence[relax.Var],
     rule: Rule,
     *,
     values: dict[relax.Var, relax.Expr] | None = None,
     output: relax.Expr | None = None,
-    name: str = "main",
-    module: IRModule | None = None,
 ) -> IRModule:
-    """A module with `function` written anew.
+    """The module with its function `main` written anew; other functions stay.
 
     Args:
-        function: a straight line of bindings.
+        mod: its `main` is a straight line of bindings.
         params: the parameters of the new function.
         rule: given the builder, the old variable and its value with operands replaced, returns the value
             to bind instead, or None to keep it.
         values: replacements of old variables, for parameters that changed; filled with those of all variables.
         output: what to return, an expression over old variables; the old body by default.
-        name: the function's name in the result.
-        module: functions that the result starts with (its own `name` is replaced).
 
     Returns:
         a normalized module without dead code.
     """
+    function = mod["main"]
     graph = Graph(function)
-    builder = relax.BlockBuilder(module) if module is not None else relax.BlockBuilder()
+    builder = relax.BlockBuilder(IRModule({v: f for v, f in mod.functions_items() if v.name_hint != "main"}))
     values = {} if values is None else values
-    with builder.function(name, list(params)):
+    with builder.function("main", list(params)):
         with builder.dataflow():
             for var in graph.order:
                 value = substitute(graph.definitions[var], values)
@@ -70,11 +67,21 @@ def tidy(module: IRModule) -> IRModule:
     return relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(module))
 
 
-def drop_params(module: IRModule, names: set[str | None], function: str = "main") -> IRModule:
-    """`module` without the parameters called `names`, which nothing may use."""
-    old = module[function]
+def drop_params(module: IRModule, names: set[str | None]) -> IRModule:
+    """`module` without the parameters of `main` called `names`, which nothing may use."""
+    old = module["main"]
     kept = [p for p in old.params if p.name not in names]
-    new = relax.Function(kept, old.body, old.ret_ty, old.is_pure, old.attrs)
+    return with_main(module, relax.Function(kept, old.body, old.ret_ty, old.is_pure, old.attrs))
+
+
+def with_main(module: IRModule, function: relax.Function) -> IRModule:
+    """`module` with another `main`."""
     result = IRModule(dict(module.functions_items()))
-    result[function] = new
+    result["main"] = function
     return result
+
+
+def insert_params(function: relax.Function, after: str, new: Sequence[relax.Var]) -> list[relax.Var]:
+    """The function's parameters with `new` behind the one called `after`."""
+    at = next(i for i, p in enumerate(function.params) if p.name == after) + 1
+    return [*function.params[:at], *new, *function.params[at:]]

@@ -49,7 +49,7 @@ class RecognizeAttention:
             match = by_output.get(var)
             return None if match is None else _marker(builder, match, remap)
 
-        module = rebuild(function, function.params, place, values=remap, output=logits)
+        module = rebuild(mod, function.params, place, values=remap, output=logits)
         return Result(module, len(matches), tuple(m.site for m in matches))
 
 

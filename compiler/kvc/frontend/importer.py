@@ -27,6 +27,8 @@ from .operators import CONVERTERS
 from .reader import OnnxFile, read
 from .roles import find_roles, unify_dimensions
 
+_RESERVED = re.compile(r"[kv]_\d+|tokens|positions|slots|tiles|block_table|rows|logits")
+"""Names of the compiled functions' other parameters."""
 _SMALLEST_PARAMETER = 64  # elements; smaller float initializers become constants of the module
 
 
@@ -215,7 +217,8 @@ def _key(node: onnx.NodeProto) -> str:
 
 def _identifier(name: str, taken: set[str]) -> str:
     base = re.sub(r"\W", "_", name.removeprefix("onnx::")) or "weight"
-    base = base if not base[0].isdigit() else f"w{base}"
+    if base[0].isdigit() or _RESERVED.fullmatch(base):
+        base = f"w_{base}"
     result, count = base, 1
     while result in taken:
         result, count = f"{base}_{count}", count + 1

@@ -1,0 +1,75 @@
+"""The CPU's kernels, as the passes ask for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvc_passes.facts import AttentionSite
+from tvm.target import Target
+from tvm.tirx import PrimFunc
+
+from . import attention, matmul
+from .traits import CpuTraits
+
+PAGE_SIZE = 16  # tokens; one AVX-512 or two AVX2 vectors of keys
+
+
+@dataclass(frozen=True)
+class CpuAttention:
+    """Implements kvc_passes.kernel_sets.AttentionKernels.
+
+    Attributes:
+        traits: vector width and threads.
+        tile: query tokens of one prefill task.
+        page_size: tokens a page.
+    """
+
+    traits: CpuTraits
+    tile: int
+    page_size: int = PAGE_SIZE
+
+    @classmethod
+    def for_sites(cls, target: Target, sites: tuple[AttentionSite, ...]) -> CpuAttention:
+        """One tile size for all sites, chosen for the first (their GQA groups rarely differ)."""
+        traits = CpuTraits.of(target)
+        return cls(traits, attention.choose_tile(sites[0].group, traits))
+
+    def _shape(self, site: AttentionSite) -> attention.AttentionShape:
+        return attention.AttentionShape(
+            heads=site.heads,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            value_dim=site.value_dim,
+            scale=site.scale,
+            softcap=site.softcap,
+            window=site.mask.window,
+            page_size=self.page_size,
+        )
+
+    def splits(self, site: AttentionSite) -> int:
+        return attention.decode_splits(site.kv_heads, self.traits)
+
+    def append(self, site: AttentionSite) -> PrimFunc:
+        return attention.append_kv(self._shape(site), self.traits)
+
+    def prefill(self, site: AttentionSite) -> PrimFunc:
+        return attention.prefill_attention(self._shape(site), self.tile, self.traits)
+
+    def decode(self, site: AttentionSite) -> PrimFunc:
+        return attention.decode_attention(self._shape(site), self.traits, self.splits(site))
+
+
+@dataclass(frozen=True)
+class CpuProducts:
+    """Implements kvc_passes.kernel_sets.MatmulKernels."""
+
+    traits: CpuTraits
+
+    def packed_shape(self, columns: int, depth: int) -> tuple[int, ...]:
+        return matmul.packed_shape(columns, depth, self.traits)
+
+    def matmul(self, columns: int, depth: int, *, bias: bool, flat: bool) -> PrimFunc:
+        return matmul.packed_matmul(columns, depth, self.traits, bias=bias, flat=flat)
+
+    def embedding(self, columns: int, depth: int) -> PrimFunc:
+        return matmul.packed_embedding(columns, depth, self.traits)

@@ -1,0 +1,177 @@
+"""Schedules for the functions that TVM generates: element-wise, gathers, and reductions of rows."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import Call
+from tvm_ffi import structural_walk
+
+from .traits import CpuTraits
+
+_LOG = logging.getLogger(__name__)
+_WORTH_THREADS = 16384
+"""Elements from which a loop is worth waking other threads for."""
+_UNROLL = 8
+_COSTLY = frozenset("exp tanh sigmoid erf sqrt rsqrt sin cos log pow power".split())
+
+
+def schedule_elementwise(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> tirx.PrimFunc:
+    """A generated PrimFunc with its producers inlined, rows on threads when `parallel`, and vectorised.
+
+    Functions that are already scheduled, and those of a form that the steps do not fit, come back as they
+    are. Reductions over the last axis keep one partial result a lane, so sums may round differently.
+    """
+    if func.attrs is not None and func.attrs.get("tirx.is_scheduled", False):
+        return func
+    try:
+        result = _Scheduler(func, traits, parallel).run()
+    except Exception as error:  # TVM raises many kinds; an unscheduled function is slow, not wrong
+        _LOG.debug("left unscheduled: %s", error)
+        return func
+    return result.with_attr("tirx.is_scheduled", True)
+
+
+def _calls(node: Any) -> set[str]:
+    names: set[str] = set()
+    structural_walk(node, (Call, lambda call: names.add(getattr(call.op, "name", "").rpartition(".")[2])))
+    return names
+
+
+def _static(extent: Any) -> int | None:
+    return int(extent) if isinstance(extent, tvm.tirx.IntImm) else None
+
+
+class _Scheduler:
+    def __init__(self, func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> None:
+        self.traits, self.parallel, self.attrs = traits, parallel, func.attrs
+        self.symbol = "main"
+        module = tvm.IRModule({self.symbol: func.with_attr("global_symbol", self.symbol)})
+        self.keep_symbol = func.attrs is not None and "global_symbol" in func.attrs
+        self.name = func.attrs["global_symbol"] if self.keep_symbol else None
+        self.s = s_tir.Schedule(module)
+        self.branches = "if_then_else" in _calls(func.body)
+
+    def run(self) -> tirx.PrimFunc:
+        self._inline()
+        self._split_reductions()
+        blocks = self._blocks()
+        roots = [b for b in blocks if not self.s.get_consumers(b)]
+        for root in roots:
+            rows = self._rows(root)
+            if rows is not None and len(roots) == 1:
+                for block in reversed(blocks):
+                    if self.s.get(block).name_hint != self.s.get(root).name_hint:
+                        self._try(lambda block=block, rows=rows: self.s.compute_at(block, rows, True))
+        self._threads()  # before reductions are decomposed, which the check of parallel loops does not accept
+        for block in self._blocks():
+            self._vectorize(block)
+        func = self.s.mod[self.symbol]
+        if self.branches:
+            # Ranges of a concatenation become constant before the vectoriser looks at them.
+            func = tirx.transform.UnrollLoop()(tvm.IRModule({self.symbol: func}))[self.symbol]
+        return func.with_attr("global_symbol", self.name) if self.keep_symbol else func.without_attr("global_symbol")
+
+    def _try(self, step: Any) -> Any:
+        try:
+            return step()
+        except Exception as error:  # a primitive that does not apply leaves the schedule unchanged
+            _LOG.debug("schedule step skipped: %s", error)
+            return None
+
+    def _blocks(self) -> list[Any]:
+        return list(self.s.get_child_blocks(self.s.get_sblock("root")))
+
+    def _spatial(self, block: Any) -> bool:
+        return all(v.iter_type == tirx.IterVar.DataPar for v in self.s.get(block).iter_vars)
+
+    def _points(self, block: Any) -> tuple[int, int]:
+        """Size of a block's domain, as (symbolic dimensions, product of the others)."""
+        unknown, product = 0, 1
+        for var in self.s.get(block).iter_vars:
+            size = _static(var.dom.extent)
+            unknown, product = (unknown + 1, product) if size is None else (unknown, product * size)
+        return unknown, product
+
+    def _inline(self) -> None:
+        """Inline injective producers, unless that repeats costly work."""
+        for block in self._blocks():
+            consumers = self.s.get_consumers(block)
+            if not consumers or not self._spatial(block):
+                continue
+            repeats = len(consumers) > 1 or self._points(block) < max(self._points(c) for c in consumers)
+            if repeats and _calls(self.s.get(block).body) & _COSTLY:
+                continue
+            self._try(lambda block=block: self.s.compute_inline(block))
+
+    def _split_reductions(self) -> None:
+        """Give reductions over a static last axis one accumulator a lane."""
+        for block in self._blocks():
+            variables = self.s.get(block).iter_vars
+            kinds = [v.iter_type == tirx.IterVar.CommReduce for v in variables]
+            extent = _static(variables[-1].dom.extent) if variables else None
+            if sum(kinds) != 1 or not kinds[-1] or extent is None or extent % self.traits.lanes:
+                continue
+            if extent < 2 * self.traits.lanes:
+                continue
+            _, lane = self.s.split(self.s.get_loops(block)[-1], [None, self.traits.lanes])
+            self._try(lambda lane=lane, at=len(variables) - 1: self.s.rfactor(lane, at))
+
+    def _rows(self, root: Any) -> Any:
+        """The fused outer loops of an output block; None when it has but one loop."""
+        loops = self.s.get_loops(root)
+        if len(loops) < 2:
+            return None
+        return self.s.fuse(*loops[:-1]) if len(loops) > 2 else loops[0]
+
+    def _vectorize(self, block: Any) -> None:
+        """Vectorise the last data-parallel loop of a block where its extent divides."""
+        lanes = self.traits.lanes
+        loops = self.s.get_loops(block)
+        variables = self.s.get(block).iter_vars
+        if not loops or not variables:
+            return
+        last = loops[-1]
+        if not self._spatial(block):
+            if str(self.s.get(block).name_hint).endswith("_rf"):
+                self._try(lambda: self._vectorize_partial(block, loops))
+            return
+        extent = _static(self.s.get(last).extent)
+        if extent is None or extent % lanes:
+            return
+        outer, inner = self.s.split(last, [None, lanes])
+        self.s.vectorize(inner)
+        if self.branches and extent // lanes <= _UNROLL:
+            self.s.unroll(outer)
+
+    def _vectorize_partial(self, block: Any, loops: list[Any]) -> None:
+        lane = next(
+            loop for loop in reversed(loops) if _static(self.s.get(loop).extent) == self.traits.lanes
+        )
+        steps = next(loop for loop in reversed(loops) if not loop.same_as(lane))
+        self.s.reorder(steps, lane)
+        self.s.vectorize(lane)
+        self.s.decompose_reduction(block, steps)
+
+    def _threads(self) -> None:
+        """Spread the outermost loop of every nest over the threads where there is enough to do."""
+        if not self.parallel:
+            return
+        seen: set[Any] = set()
+        for block in self._blocks():
+            loops = self.s.get_loops(block)
+            if not loops:
+                continue
+            sizes = [_static(self.s.get(loop).extent) for loop in loops]
+            work = 1
+            for size in sizes:
+                work = work * size if size is not None and work is not None else None
+            outer = self.s.get(loops[0])
+            if outer.loop_var in seen or outer.kind != tirx.ForKind.SERIAL:
+                continue
+            seen.add(outer.loop_var)
+            if work is None or work >= _WORTH_THREADS:
+                self._try(lambda loop=loops[0]: self.s.parallel(loop))

@@ -1,0 +1,135 @@
+"""THE LIST of passes, in order: read this first.
+
+`understand` turns an imported model into a graph of proved facts. `serve` turns that graph into one
+compiled function: prefill or decode. Nothing here knows a model by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kvc_passes.base import Pass, Result, pass_name
+from kvc_passes.errors import PlanningError
+from kvc_passes.facts import AttentionSite
+from kvc_passes.flatten_tokens import FlattenTokens
+from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
+from kvc_passes.pack_matmuls import PackedWeight, PackMatmuls
+from kvc_passes.page_attention import PageAttention
+from kvc_passes.positions_to_input import PositionsToInput
+from kvc_passes.prove_tokenwise import ProveTokenwise
+from kvc_passes.recognize_attention import RecognizeAttention
+from kvc_passes.select_rows import SelectRows
+from kvc_passes.simplify_powers import SimplifyPowers
+from kvc_passes.write_logits import WriteLogits
+from tvm import IRModule, relax, transform
+
+from .frontend.importer import Imported
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass
+class Runner:
+    """Runs passes one after another; verifies, times and dumps.
+
+    Attributes:
+        dump: folder for the numbered IR after every pass, None for none.
+        report: called with the name of every pass before it runs.
+        timings: (pass, seconds, sites) of every pass that ran, in order.
+    """
+
+    dump: Path | None = None
+    report: Callable[[str], None] = lambda name: None
+    timings: list[tuple[str, float, int]] = field(default_factory=list)
+
+    def apply(self, mod: IRModule, step: Pass, label: str = "") -> Result:
+        """Run one pass. Raises UnsupportedModel when it refuses, PlanningError when it breaks the IR."""
+        return self._timed(mod, f"{label}{pass_name(step)}", step.run)
+
+    def apply_tvm(self, mod: IRModule, name: str, *passes: transform.Pass) -> IRModule:
+        """Run passes of TVM as one step."""
+
+        def run(mod: IRModule) -> Result:
+            result = transform.Sequential(list(passes))(mod)
+            return Result(result, 0 if result.same_as(mod) else 1)
+
+        return self._timed(mod, name, run).module
+
+    def _timed(self, mod: IRModule, name: str, run: Callable[[IRModule], Result]) -> Result:
+        self.report(name)
+        start = time.perf_counter()
+        result = run(mod)
+        try:
+            relax.analysis.well_formed(result.module)
+        except Exception as error:
+            raise PlanningError(f"the pass {name} left an ill-formed module; this is a bug in kvc: {error}") from error
+        self.timings.append((name, time.perf_counter() - start, result.sites))
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            text = "(unchanged)\n" if result.module.same_as(mod) else result.module.script(show_meta=False) + "\n"
+            (self.dump / f"{len(self.timings):02d}-{name}.py").write_text(text)
+        return result
+
+
+@dataclass(frozen=True)
+class Understood:
+    """A model of which everything that serving needs has been proved."""
+
+    module: IRModule
+    sites: tuple[AttentionSite, ...]
+    positions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One function of the compiled model, kernels called by name, and its weights in parameter order."""
+
+    module: IRModule
+    recipes: dict[str, PackedWeight]
+
+
+def understand(imported: Imported, runner: Runner) -> Understood:
+    """Prove the premises. Raises UnsupportedModel with the node and the rule."""
+    names, roles = imported.names, imported.roles
+    mod = runner.apply_tvm(
+        imported.module,
+        "canonicalize",
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.EliminateCommonSubexpr(),
+        relax.transform.FoldConstant(),
+        relax.transform.DeadCodeElimination(),
+    )
+    found = runner.apply(mod, RecognizeAttention(roles, names))
+    mod = runner.apply(found.module, ProveTokenwise(roles, names)).module
+    positions = runner.apply(mod, PositionsToInput(roles, names))
+    mod = runner.apply(positions.module, FlattenTokens(roles)).module
+    mod = runner.apply(mod, SimplifyPowers()).module
+    return Understood(mod, found.facts, positions.facts)
+
+
+def serve(
+    model: Understood,
+    phase: Phase,
+    attention: AttentionKernels,
+    products: MatmulKernels,
+    shared: dict[str, str],
+    runner: Runner,
+) -> Served:
+    """Rewrite the graph into the function `phase`."""
+    mod, label = model.module, f"{phase}-"
+    if phase == "prefill":
+        mod = runner.apply(mod, SelectRows(), label).module
+    mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module
+    packed = runner.apply(mod, PackMatmuls(products, shared), label)
+    mod = runner.apply(packed.module, WriteLogits(products, packed.facts), label).module
+    return Served(mod, _recipes(mod, len(model.sites), packed.facts))
+
+
+def _recipes(mod: IRModule, sites: int, packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
+    """Weights in parameter order: they stand behind the logits and the sites' pools."""
+    names = [p.name for p in mod["main"].params]
+    return {name: packed.get(name, PackedWeight(name)) for name in names[names.index("logits") + 1 + 2 * sites :]}

@@ -1,0 +1,40 @@
+"""What the passes ask of a target: kernels as PrimFuncs. The compiler hands in an implementation."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tvm.tirx import PrimFunc
+
+from .facts import AttentionSite
+
+
+class AttentionKernels(Protocol):
+    """Kernels over paged KV state. Pools: k [pages, g, e, page], v [pages, g, page, f]."""
+
+    page_size: int
+
+    def splits(self, site: AttentionSite) -> int:
+        """Parts that decode splits a context into."""
+
+    def append(self, site: AttentionSite) -> PrimFunc:
+        """(k [1,g,n,e], v [1,g,n,f], slots i32 [n], k pool, v pool): writes the pools in place."""
+
+    def prefill(self, site: AttentionSite) -> PrimFunc:
+        """(q [1,h,n,e], k pool, v pool, positions i64 [n], tiles i32 [t,3], table i32 [b,m], out [1,n,h,f])."""
+
+    def decode(self, site: AttentionSite) -> PrimFunc:
+        """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], part [b,splits,h,f+2], out [1,b,h,f])."""
+
+
+class MatmulKernels(Protocol):
+    """Products with constant matrices, which may be stored in a layout of the kernels' own."""
+
+    def packed_shape(self, columns: int, depth: int) -> tuple[int, ...]:
+        """Shape of the packed form of a weight [columns, depth]."""
+
+    def matmul(self, columns: int, depth: int, *, bias: bool, flat: bool) -> PrimFunc:
+        """(x [1,m,depth], w packed, [bias [columns]], y [1,m,columns], or [m,columns] if flat)."""
+
+    def embedding(self, columns: int, depth: int) -> PrimFunc:
+        """(w packed, ids i64 [1,n], y [1,n,depth]): rows of the unpacked weight."""

@@ -1,0 +1,133 @@
+"""One arena for all temporaries of a function, its size a compile-time constant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import IRModule, relax, tirx
+
+from .base import Result
+from .errors import PlanningError
+from .graph import Graph, op_name, operands, static
+from .rebuild import substitute, with_main
+
+ALIGNMENT = 64  # bytes; generated code loads whole vectors
+
+
+@dataclass(frozen=True)
+class Block:
+    """A temporary: bytes, and the bindings between which it is alive."""
+
+    var: relax.Var
+    size: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class PlaceArena:
+    """Temporaries become places in one storage.
+
+    Before: `builtin.alloc_tensor(shape, ...)` for every temporary, shapes in symbols such as n.
+    After: one `memory.alloc_storage(bytes)` at the start, `memory.alloc_tensor(storage, offset, shape)` for
+        every temporary; two that are alive at the same time never overlap.
+    Needs: CallTIRRewrite (allocations are explicit) and a bound for every symbol.
+    Refuses: an arena larger than `bytes`, which would break the plan (PlanningError).
+
+    Placement is best fit by decreasing size over lifetimes, as in "Efficient Memory Management for Deep
+    Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed.
+    """
+
+    bounds: Mapping[str, int]
+    bytes: int | None = None
+
+    def size(self, mod: IRModule) -> int:
+        """Bytes that the arena needs."""
+        return self._place(self._blocks(Graph(mod["main"])))[1]
+
+    def run(self, mod: IRModule) -> Result:
+        """Facts of the result: bytes of the arena."""
+        function = mod["main"]
+        graph = Graph(function)
+        offsets, needed = self._place(self._blocks(graph))
+        total = needed if self.bytes is None else self.bytes
+        if needed > total:
+            raise PlanningError(f"temporaries take {needed} bytes, {total} were planned; this is a bug in kvc")
+        builder = relax.BlockBuilder()
+        with builder.function("main", list(function.params), attrs=dict(function.attrs) if function.attrs else None):
+            shape = relax.ShapeExpr([tirx.IntImm("int64", total)])
+            arena = builder.emit(relax.op.memory.alloc_storage(shape, 0, "global", "uint8"), name_hint="arena")
+            values: dict[relax.Var, relax.Expr] = {}
+            for var in graph.order:
+                value = graph.definitions[var]
+                if var in offsets:
+                    value = relax.op.memory.alloc_tensor(arena, offsets[var], value.args[0], value.args[1].value)
+                else:
+                    value = substitute(value, values)
+                values[var] = builder.emit(value, name_hint=var.name)
+            builder.emit_func_output(substitute(function.body.body, values))
+        made = builder.get()["main"]
+        return Result(with_main(mod, made.with_attr("global_symbol", "main")), len(offsets), total)
+
+    def _blocks(self, graph: Graph) -> list[Block]:
+        """Every temporary with its lifetime; values that alias it keep it alive."""
+        roots: dict[relax.Var, set[relax.Var]] = {}
+        first: dict[relax.Var, int] = {}
+        last: dict[relax.Var, int] = {}
+        for step, var in enumerate(graph.order):
+            value = graph.definitions[var]
+            if op_name(value) == "builtin.alloc_tensor":
+                roots[var], first[var], last[var] = {var}, step, step
+                continue
+            used = [r for o in operands(value) if isinstance(o, relax.Var) for r in roots.get(o, ())]
+            for root in used:
+                last[root] = step
+            if not isinstance(value, relax.Call) or op_name(value) == "reshape":
+                roots[var] = set(used)
+        result = graph.function.body.body
+        for root in roots.get(result, ()) if isinstance(result, relax.Var) else ():
+            raise PlanningError(f"the temporary {root.name} leaves the function; this is a bug in kvc")
+        return [Block(var, self._bytes(graph.definitions[var]), first[var], last[var]) for var in first]
+
+    def _bytes(self, call: relax.Call) -> int:
+        count = 1
+        for dim in call.args[0].values:
+            count *= evaluate(dim, self.bounds)
+        size = count * np.dtype(str(call.args[1].value)).itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def _place(self, blocks: list[Block]) -> tuple[dict[relax.Var, int], int]:
+        placed: list[tuple[int, Block]] = []
+        for block in sorted(blocks, key=lambda b: (-b.size, b.first)):
+            busy = sorted((o, o + b.size) for o, b in placed if b.first <= block.last and block.first <= b.last)
+            best: tuple[int, int] | None = None
+            end = 0
+            for low, high in busy:
+                gap = low - end
+                if gap >= block.size and (best is None or gap < best[0]):
+                    best = gap, end
+                end = max(end, high)
+            placed.append((end if best is None else best[1], block))
+        return {b.var: o for o, b in placed}, max((o + b.size for o, b in placed), default=ALIGNMENT)
+
+
+def evaluate(dim: Any, bounds: Mapping[str, int]) -> int:
+    """A dimension with its symbols at their bounds. Raises PlanningError for a symbol without one."""
+    value = static(dim)
+    if value is not None:
+        return value
+    if isinstance(dim, tirx.Var):
+        if dim.name not in bounds:
+            raise PlanningError(f"no bound is known for the symbol {dim.name}; this is a bug in kvc")
+        return bounds[dim.name]
+    a, b = evaluate(dim.a, bounds), evaluate(dim.b, bounds)
+    rules = {tirx.Add: a + b, tirx.Sub: a - b, tirx.Mul: a * b, tirx.Max: max(a, b), tirx.Min: min(a, b)}
+    if isinstance(dim, tirx.FloorDiv):
+        return a // b
+    if type(dim) not in rules:
+        raise PlanningError(f"the extent {dim} has no bound; this is a bug in kvc")
+    return rules[type(dim)]
+

@@ -1,0 +1,70 @@
+"""Logits only for the rows that are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import IRModule, relax, tirx
+
+from .base import Result
+from .graph import Graph, dims, op_name, operands
+from .rebuild import insert_params, rebuild, substitute
+from .recognize_attention import ATTENTION
+
+
+@dataclass(frozen=True)
+class SelectRows:
+    """Everything that no attention reads is computed for the asked rows alone.
+
+    Before: `main(tokens [n], positions [n], ...) -> logits [1, n, V]`.
+    After: `main(tokens [n], positions [n], rows i32 [r], ...) -> logits [1, r, V]`; the last layer's output
+        projection, its feed-forward part and the language-model head work on r rows.
+    Needs: FlattenTokens (one token axis, proved token-wise).
+    Refuses: nothing.
+    """
+
+    def run(self, mod: IRModule) -> Result:
+        function = mod["main"]
+        graph = Graph(function)
+        (n,) = dims(function.params[0])
+        r = tirx.Var("r", "int64")
+        rows = relax.Var("rows", relax.TensorType((r,), "int32"))
+        markers = [v for v in graph.order if op_name(graph.definitions[v]) == ATTENTION]
+        needed = graph.ancestors(o for v in markers for o in operands(graph.definitions[v])) | set(markers)
+        output = function.body.body
+        values: dict[relax.Var, relax.Expr] = {}
+        moved = [v for v in graph.order if v not in needed]
+
+        def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+            if var not in moved:
+                return None
+            picked: dict[relax.Var, relax.Expr] = {}
+            for operand in operands(graph.definitions[var]):
+                if isinstance(operand, relax.Var) and operand not in moved:
+                    picked[operand] = self._pick(builder, values.get(operand, operand), rows, n)
+                elif isinstance(operand, relax.Var):
+                    picked[operand] = values[operand]
+            return _with_rows(substitute(graph.definitions[var], picked), n, r)
+
+        module = rebuild(mod, insert_params(function, "positions", [rows]), place, values=values, output=output)
+        return Result(relax.transform.EliminateCommonSubexpr()(module), len(moved))
+
+    def _pick(self, builder: relax.BlockBuilder, value: relax.Expr, rows: relax.Var, n: Any) -> relax.Expr:
+        """The asked rows of a value with a token axis, other values as they are."""
+        axes = [axis for axis, d in enumerate(dims(value)) if _is(d, n)]
+        if not axes:
+            return value
+        return builder.emit(relax.op.take(value, rows, axis=axes[0], mode="fast"))
+
+
+def _with_rows(value: relax.Expr, n: Any, r: Any) -> relax.Expr:
+    """Shapes inside a call (of reshape, broadcast_to, full) with r tokens instead of n."""
+    if not isinstance(value, relax.Call):
+        return value
+    args = [relax.ShapeExpr([r if _is(d, n) else d for d in a.values]) if isinstance(a, relax.ShapeExpr) else a for a in value.args]
+    return relax.Call(value.op, args, value.attrs, value.ty_args)
+
+
+def _is(dim: Any, symbol: Any) -> bool:
+    return isinstance(dim, tirx.Var) and bool(dim.same_as(symbol))

@@ -1,0 +1,66 @@
+"""The logits are written where the caller wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm import IRModule, relax, te
+
+from .base import Result
+from .graph import Graph, dims, op_name
+from .kernel_sets import MatmulKernels
+from .pack_matmuls import MATMUL, PackedWeight
+from .rebuild import insert_params, rebuild
+
+
+@dataclass(frozen=True)
+class WriteLogits:
+    """No memory of the function's own leaves it: logits go into a tensor of the caller's.
+
+    Before: `main(...) -> logits [1, r, V]`, a fresh tensor.
+    After: a parameter `logits` [r, V] before the pools, written in place and returned.
+    Needs: PackMatmuls, to let the last product write there directly; any other last operation is copied.
+    Refuses: nothing.
+    """
+
+    kernels: MatmulKernels
+    recipes: Mapping[str, PackedWeight]
+
+    def run(self, mod: IRModule) -> Result:
+        function = mod["main"]
+        graph = Graph(function)
+        last = graph.alias(function.body.body)
+        _, r, columns = dims(last)
+        logits = relax.Var("logits", relax.TensorType((r, columns), "float32"))
+
+        def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+            if var != last:
+                return None
+            weight = value.args[1].fields[1].name if self._is_product(value) else None
+            if weight in self.recipes:
+                recipe = self.recipes[weight]
+                args = list(value.args[1].fields)
+                kernel = self.kernels.matmul(recipe.columns, recipe.depth, bias=len(args) == 3, flat=True)
+                call = builder.add_func(kernel, "packed_matmul_logits")
+                return relax.op.call_tir_inplace(call, [*args, logits], [len(args)], logits.ty)
+            source = builder.emit(value)
+            copy = builder.add_func(_copy(r, columns), "copy_logits")
+            return relax.op.call_tir_inplace(copy, [source, logits], [1], logits.ty)
+
+        behind = next(p.name for p in function.params if p.name in ("rows", "block_table") and self._is_last(function, p))
+        module = rebuild(mod, insert_params(function, behind, [logits]), place)
+        return Result(module, 1)
+
+    def _is_product(self, value: relax.Expr) -> bool:
+        return op_name(value) == "call_tir" and value.args[0].name_hint.startswith(MATMUL)
+
+    def _is_last(self, function: relax.Function, param: relax.Var) -> bool:
+        names = [p.name for p in function.params]
+        return names.index(param.name) == max(names.index(n) for n in ("rows", "block_table") if n in names)
+
+
+def _copy(rows: object, columns: object) -> object:
+    source = te.placeholder((1, rows, columns), "float32", name="source")
+    target = te.compute((rows, columns), lambda i, j: source[0, i, j], name="target")
+    return te.create_prim_func([source, target])
