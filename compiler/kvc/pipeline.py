@@ -116,7 +116,6 @@ def serve(
     phase: Phase,
     attention: AttentionKernels,
     products: MatmulKernels,
-    shared: dict[str, str],
     runner: Runner,
 ) -> Served:
     """Rewrite the graph into the function `phase`."""
@@ -124,7 +123,7 @@ def serve(
     if phase == "prefill":
         mod = runner.apply(mod, SelectRows(), label).module
     mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module
-    packed = runner.apply(mod, PackMatmuls(products, shared), label)
+    packed = runner.apply(mod, PackMatmuls(products), label)
     mod = runner.apply(packed.module, WriteLogits(products, packed.facts), label).module
     return Served(mod, _recipes(mod, len(model.sites), packed.facts))
 

@@ -43,13 +43,9 @@ class PackMatmuls:
     After: `call_tir(packed_matmul, x, packed, [bias])`; the parameter has the packed shape.
     Needs: FlattenTokens (x is [1, n, depth] or [n, depth]).
     Refuses: nothing; a product that does not match stays a plain matmul.
-
-    `shared` maps a weight to another with the same numbers, transposed (a tied embedding stored twice):
-    lookups in the first then read the packed form of the second.
     """
 
     kernels: MatmulKernels
-    shared: Mapping[str, str]
 
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: dict of PackedWeight by the new function's weight parameter names."""
@@ -86,13 +82,9 @@ class PackMatmuls:
         if op_name(call) != "take" or call.attrs.axis is None or int(call.attrs.axis) != 0 or len(dims(call.args[1])) != 2:
             return None
         data = graph.alias(call.args[0])
-        name = self.shared.get(data.name, data.name) if isinstance(data, relax.Var) else ""
-        if name not in packed or call.args[1].ty.dtype.dtype != "int64":
-            return None
-        recipe = packed[name][1]
-        rows = (recipe.columns, recipe.depth)
-        stands_as_rows = not recipe.transposed or data.name != recipe.source
-        return name if stands_as_rows and tuple(static(d) for d in dims(data)) == rows else None
+        name = data.name if isinstance(data, relax.Var) else ""
+        stands_as_rows = name in packed and not packed[name][1].transposed
+        return name if stands_as_rows and call.args[1].ty.dtype.dtype == "int64" else None
 
     def _embedding(
         self, builder: relax.BlockBuilder, made: dict[Any, Any], value: relax.Call, weight: relax.Var, recipe: PackedWeight

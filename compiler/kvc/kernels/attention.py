@@ -49,7 +49,7 @@ def choose_tile(group: int, traits: CpuTraits) -> int:
 
 def decode_splits(kv_heads: int, traits: CpuTraits) -> int:
     """Shares that a sequence's keys are split into, so that one sequence can occupy every thread."""
-    return min(traits.threads, 8)
+    return min(traits.threads, 16)
 
 
 def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
@@ -117,13 +117,13 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
                 e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
                 for at, name in enumerate(("row", "first", "tokens"))
             )
-            kernel = BlockKernel(e, shape, traits, tile * group, 128, kpool, vpool, table, row, head)
+            kernel = BlockKernel(e, shape, traits, tile * group, 1, 128, (kpool, vpool), table, row)
             position = e.bind("position", positions[first])
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
                 kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, position + k)
             kernel.pad(tokens * group, position + tokens - 1)
             page, last = kernel.pages_of(position, position + tokens - 1)
-            kernel.run(tokens * group, page, last - page + 1, position, position + tokens - 1)
+            kernel.run_head(head, tokens * group, page, last - page + 1, position, position + tokens - 1)
             with e.loop("k", tokens) as k, e.loop("g", group) as g:
                 kernel.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
     inputs = [q, kpool, vpool, positions, tiles, table]
@@ -149,23 +149,23 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
     part = argument("part", (b, shares, shape.heads, dim + 2))
     out = argument("out", (1, b, shape.heads, dim))
     with e.loop("c", traits.threads, parallel=traits.threads > 1) as c:
-        count = tirx.floordiv(b * (heads * shares) - c + (traits.threads - 1), i64(traits.threads))
+        count = tirx.floordiv(b * shares - c + (traits.threads - 1), i64(traits.threads))
         with e.loop("i", count) as i:
             task = c + i * traits.threads
-            row = e.bind("row", tirx.floordiv(task, i64(heads * shares)))
-            head = e.bind("head", tirx.floormod(tirx.floordiv(task, i64(shares)), i64(heads)))
+            row = e.bind("row", tirx.floordiv(task, i64(shares)))
             share = e.bind("share", tirx.floormod(task, i64(shares)))
-            kernel = BlockKernel(e, shape, traits, group, 512, kpool, vpool, table, row, head)
+            kernel = BlockKernel(e, shape, traits, group, heads, 128, (kpool, vpool), table, row)
             position = e.bind("position", positions[row])
-            with e.loop("g", group) as g:
-                kernel.load_query(q, [i64(0), head * group + g, row], g, position)
-            kernel.pad(i64(group), position)
+            with e.loop("h", heads) as head:
+                with e.loop("g", group) as g:
+                    kernel.load_query(q, [i64(0), head * group + g, row], head * kernel.padded + g, position)
+                kernel.pad(head * kernel.padded + group, position)
             page, last = kernel.pages_of(position, position)
             each = e.bind("each", tirx.floordiv(last - page + shares, i64(shares)))
             begin = e.bind("begin", page + share * each)
-            kernel.run(i64(group), begin, tirx.Min(last - begin + 1, each), position, position)
-            with e.loop("g", group) as g:
-                kernel.store_part(g, part, [row, share, head * group + g])
+            kernel.run_heads(begin, tirx.Min(last - begin + 1, each), position)
+            with e.loop("h", heads) as head, e.loop("g", group) as g:
+                kernel.store_part(head * kernel.padded + g, part, [row, share, head * group + g])
     with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
         kernel.merge(part, shares, row, h, out)
     with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:

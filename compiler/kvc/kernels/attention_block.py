@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
@@ -54,7 +55,8 @@ def _reduce(value: Expr, combine: Any) -> Expr:
 class BlockKernel:
     """Emits the steps of one task: load queries, run over a range of pages, store the result.
 
-    rows: query rows of the task at most; they are padded to whole register tiles.
+    rows: query rows of a tile group at most; they are padded to whole register tiles.
+    groups: tile groups, one a KV head, whose scores are kept at once (1 when a task has one head).
     keys: keys of a block, whose scores are kept between the two products.
     """
 
@@ -64,29 +66,32 @@ class BlockKernel:
         shape: AttentionShape,
         traits: CpuTraits,
         rows: int,
+        groups: int,
         keys: int,
-        kpool: Any,
-        vpool: Any,
+        pools: tuple[Any, Any],
         table: Any,
         row: Expr,
-        head: Expr,
     ) -> None:
         self.e, self.shape, self.lanes = e, shape, traits.lanes
-        self.kpool, self.vpool, self.table, self.row, self.head = kpool, vpool, table, row, head
+        self.kpool, self.vpool = pools
+        self.table, self.row = table, row
         tiles = -(-rows // traits.tile_rows)
-        self.height = min(traits.tile_rows, -(-rows // tiles)) if tiles < 3 else traits.tile_rows
-        self.rows = -(-rows // self.height) * self.height
-        self.per_page = shape.page_size // self.lanes
-        if shape.page_size % self.lanes or (self.per_page > 1 and self.per_page % 2):
+        self.height = -(-rows // tiles) if tiles < 3 else traits.tile_rows
+        self.padded = -(-rows // self.height) * self.height
+        per_page = shape.page_size // self.lanes
+        if shape.page_size % self.lanes or (per_page > 1 and per_page % 2):
             raise ValueError(f"page size {shape.page_size} is not one or an even number of {self.lanes}-lane vectors")
+        self.together = 2 if per_page == 1 and groups == 1 else 1
+        """Pages whose keys share a register tile: their vectors make it two wide."""
+        self.width = self.together if per_page == 1 else 2
         self.keys = -(-keys // (2 * shape.page_size)) * 2 * shape.page_size
-        self.query = e.local("query", self.rows * shape.head_dim)
-        self.output = e.local("output", self.rows * shape.value_dim)
-        self.scores = e.local("scores", self.height * self.keys)
-        self.positions = e.local("row_position", self.rows, "int32")
-        self.maximum = e.local("maximum", self.rows)
-        self.total = e.local("total", self.rows)
-        self.factor = e.local("factor", self.height)
+        total = groups * self.padded
+        self.query = e.local("query", total * shape.head_dim)
+        self.output = e.local("output", total * shape.value_dim)
+        self.scores = e.local("scores", (total if groups > 1 else self.height) * self.keys)
+        self.positions = e.local("row_position", total, "int32")
+        self.maximum = e.local("maximum", total)
+        self.total = e.local("total", total)
 
     def load_query(self, q: Any, at: Sequence[Expr], row: Expr, position: Expr) -> None:
         """Row `row` is q[at], scaled; without a softcap the scale includes the change to base 2."""
@@ -104,9 +109,9 @@ class BlockKernel:
             self.e.store(self.output, splat(f32(0), width), vec(row * self.shape.value_dim + start, width))
 
     def pad(self, used: Expr, position: Expr) -> None:
-        """Zero the rows of the last register tile that hold no query."""
+        """Zero the rows after `used` in its register tile."""
         whole = tirx.floordiv(used + (self.height - 1), i64(self.height)) * self.height
-        with self.e.loop("r", whole - used, start=i64(0)) as r:
+        with self.e.loop("r", whole - used) as r:
             row = used + r
             for start, width in chunks(self.shape.head_dim, self.lanes):
                 self.e.store(self.query, splat(f32(0), width), vec(row * self.shape.head_dim + start, width))
@@ -120,85 +125,116 @@ class BlockKernel:
         end = tirx.floordiv(last, i64(self.shape.page_size))
         return self.e.bind("page", begin), self.e.bind("last_page", end)
 
-    def run(self, rows: Expr, page: Expr, pages: Expr, first: Expr, last: Expr) -> None:
-        """Attend over `pages` pages (none when negative) from `page`; positions are first .. last."""
+    def run_head(self, head: Expr, rows: Expr, page: Expr, pages: Expr, first: Expr, last: Expr) -> None:
+        """Attend with the rows of one KV head over `pages` pages from `page`; positions are first .. last."""
+        e = self.e
+        tiles = e.bind("tiles", tirx.floordiv(rows + (self.height - 1), i64(self.height)))
+        with self._blocks(page, pages, first, last) as (start, count, keys, masked):
+            with e.loop("rt", tiles) as rt:
+                row = e.bind("top", rt * self.height)
+                self._score(head, row, i64(0), start, count, i64(0))
+                self._softmax(row, i64(0), start, self._vectors(count), masked)
+                self._values(head, row, i64(0), start, count, keys, i64(0))
+
+    def run_heads(self, page: Expr, pages: Expr, position: Expr) -> None:
+        """Attend with one token of every head. Whole pages pass in order of their addresses: memory-bound."""
+        e, heads, size = self.e, self.shape.kv_heads, self.shape.page_size
+        tiles = self.padded // self.height
+        with self._blocks(page, pages, position, position) as (start, count, keys, masked):
+            with e.loop("p", count) as p, e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
+                row = e.bind("top", head * self.padded + rt * self.height)
+                self._score(head, row, row, start + p, i64(1), p * size)
+            with e.loop("rt", heads * tiles) as rt:
+                row = e.bind("top", rt * self.height)
+                self._softmax(row, row, start, self._vectors(count), masked)
+            with e.loop("p", count) as p, e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
+                row = e.bind("top", head * self.padded + rt * self.height)
+                self._values(head, row, row, start + p, i64(1), keys - p * size, p * size)
+
+    @contextmanager
+    def _blocks(self, page: Expr, pages: Expr, first: Expr, last: Expr) -> Iterator[tuple[Expr, ...]]:
+        """The loop over blocks: first page, pages, existing keys, and whether some pair of the block is masked."""
         e, size = self.e, self.shape.page_size
         step = self.keys // size
-        tiles = e.bind("tiles", tirx.floordiv(rows + (self.height - 1), i64(self.height)))
         pages = e.bind("pages", tirx.Max(pages, i64(0)))
         with e.loop("kb", tirx.floordiv(pages + (step - 1), i64(step))) as kb:
             start = e.bind("start", page + kb * step)
             count = e.bind("count", tirx.Min(pages - kb * step, i64(step)))
             keys = e.bind("keys", tirx.Min(count * size, last + 1 - start * size))
-            with e.loop("rt", tiles) as rt:
-                row = e.bind("top", rt * self.height)
-                pairs = self._score(row, start, count)
-                vectors = e.bind("vectors", pairs * 2)
-                if self.shape.softcap:
-                    self._softcap(vectors)
-                masked = start * size + count * size - 1 > first
-                if self.shape.window is not None:
-                    masked = tirx.Or(masked, start * size <= last - self.shape.window)
-                with e.when(masked):
-                    self._mask(row, start * size, vectors)
-                self._softmax(row, vectors)
-                self._values(row, start, count, keys)
+            masked = start * size + count * size - 1 > first
+            if self.shape.window is not None:
+                masked = tirx.Or(masked, start * size <= last - self.shape.window)
+            yield start, count, keys, masked
+
+    def _vectors(self, count: Expr) -> Expr:
+        """Vectors of scores of `count` pages."""
+        groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
+        return self.e.bind("vectors", groups * (self.together * self.shape.page_size // self.lanes))
 
     def _page(self, column: Expr) -> Expr:
         return self.e.bind("at", tirx.Cast("int64", self.table[self.row, column]))
 
-    def _score(self, row: Expr, start: Expr, count: Expr) -> Expr:
-        """scores[i, j] of a row tile and the block's keys, two vectors of keys at a time."""
-        e, lanes, dim, height = self.e, self.lanes, self.shape.head_dim, self.height
-        together = 2 if self.per_page == 1 else 1
-        steps = max(1, self.per_page // 2)
-        splits = 4 if height == 1 else 2 if height <= 3 else 1
-        groups = e.bind("groups", tirx.floordiv(count + (together - 1), i64(together)))
+    def _score(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
+        """scores[slot + i, base + j] = query row (row + i) . key j of `count` pages from `start`."""
+        e, lanes, dim, height, width = self.e, self.lanes, self.shape.head_dim, self.height, self.width
+        splits = max(1, 8 // (width * height))
+        splits = 1 << (splits.bit_length() - 1)
+        groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         with e.loop("kg", groups) as kg:
-            pages = [self._page(start + tirx.Min(kg * together + j, count - 1)) for j in range(together)]
-            for sub in range(steps):
-                acc = e.local("acc", splits * height * 2 * lanes)
+            pages = [self._page(start + tirx.Min(kg * self.together + j, count - 1)) for j in range(self.together)]
+            vectors = [(page, at) for page in pages for at in range(0, self.shape.page_size, lanes)]
+            for sub in range(0, len(vectors), width):
+                acc = e.local("acc", splits * height * width * lanes)
 
                 def at(i: Expr, v: int, s: int = 0) -> Expr:
-                    return vec(((s * height + i) * 2 + v) * lanes, lanes)
+                    return vec(((s * height + i) * width + v) * lanes, lanes)
 
                 with e.unrolled("i", splits * height) as i:
-                    for v in range(2):
+                    for v in range(width):
                         e.store(acc, splat(f32(0), lanes), at(i, v))
                 with e.loop("d", dim // splits) as d:
                     for s in range(splits):
                         inner = d * splits + s
                         keys = [
-                            e.bind("kv", self.kpool[pages[v % together], self.head, inner, vec(i64(offset), lanes)])
-                            for v, offset in enumerate((0, 0) if together == 2 else (sub * 2 * lanes, (sub * 2 + 1) * lanes))
+                            e.bind("kv", self.kpool[page, head, inner, vec(i64(offset), lanes)])
+                            for page, offset in vectors[sub : sub + width]
                         ]
                         with e.unrolled("i", height) as i:
                             qv = e.bind("qv", splat(self.query[(row + i) * dim + inner], lanes))
-                            for v in range(2):
+                            for v in range(width):
                                 e.store(acc, acc[at(i, v, s)] + keys[v] * qv, at(i, v, s))
                 with e.unrolled("i", height) as i:
-                    for v in range(2):
+                    for v in range(width):
                         value = acc[at(i, v)]
                         for s in range(1, splits):
                             value = value + acc[at(i, v, s)]
-                        e.store(self.scores, value, vec(i * self.keys + ((kg * steps + sub) * 2 + v) * lanes, lanes))
-        return groups * steps
+                        to = (slot + i) * self.keys + base + (kg * len(vectors) + sub + v) * lanes
+                        e.store(self.scores, value, vec(to, lanes))
 
-    def _softcap(self, vectors: Expr) -> None:
+    def _softmax(self, row: Expr, slot: Expr, start: Expr, vectors: Expr, masked: Expr) -> None:
+        """Turn a tile's scores into weights of the running softmax, and rescale what was summed before."""
+        if self.shape.softcap:
+            self._softcap(slot, vectors)
+        with self.e.when(masked):
+            self._mask(row, slot, start * self.shape.page_size, vectors)
+        with self.e.loop("i", self.height) as i:
+            self._weights(row + i, (slot + i) * self.keys, vectors)
+
+    def _softcap(self, slot: Expr, vectors: Expr) -> None:
         e, cap = self.e, float(self.shape.softcap or 1.0)
         with e.loop("i", self.height) as i, e.loop("v", vectors) as v:
-            at = vec(i * self.keys + v * self.lanes, self.lanes)
+            at = vec((slot + i) * self.keys + v * self.lanes, self.lanes)
             value = self.scores[at] * splat(f32(1 / cap), self.lanes)
             value = vector_math.tanh(e.bind, value) * splat(f32(cap * vector_math.LOG2E), self.lanes)
             e.store(self.scores, value, at)
 
-    def _mask(self, row: Expr, key: Expr, vectors: Expr) -> None:
+    def _mask(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
         e, lanes = self.e, self.lanes
         never = splat(f32(_NEVER), lanes)
         with e.loop("i", self.height) as i:
             position = e.bind("row_at", splat(self.positions[row + i], lanes))
             with e.loop("v", vectors) as v:
-                at = vec(i * self.keys + v * lanes, lanes)
+                at = vec((slot + i) * self.keys + v * lanes, lanes)
                 keys = e.bind("key", vec(tirx.Cast("int32", key + v * lanes), lanes))
                 value = tirx.Select(keys <= position, self.scores[at], never)
                 if self.shape.window is not None:
@@ -206,50 +242,50 @@ class BlockKernel:
                     value = tirx.Select(keys > edge, value, never)
                 e.store(self.scores, value, at)
 
-    def _softmax(self, row: Expr, vectors: Expr) -> None:
-        """Turn scores into weights of the running softmax; `factor` rescales what was summed before."""
-        e, lanes = self.e, self.lanes
-        with e.loop("i", self.height) as i:
-            top = e.local("vmax", lanes)
-            every = vec(i64(0), lanes)
-            e.store(top, splat(f32(_NEVER), lanes), every)
-            with e.loop("v", vectors) as v:
-                e.store(top, tirx.Max(top[every], self.scores[vec(i * self.keys + v * lanes, lanes)]), every)
-            before = e.bind("before", self.maximum[row + i])
-            highest = e.bind("highest", tirx.Max(before, _reduce(top[every], tirx.Max)))
-            e.store(self.maximum, highest, row + i)
-            factor = e.bind("rescale", vector_math.exp2_nonpositive(e.bind, before - highest))
-            e.store(self.factor, factor, i)
-            shift = e.bind("shift", splat(highest, lanes))
-            e.store(top, splat(f32(0), lanes), every)
-            with e.loop("v", vectors) as v:
-                at = vec(i * self.keys + v * lanes, lanes)
-                weight = e.bind("weight", vector_math.exp2_nonpositive(e.bind, self.scores[at] - shift))
-                e.store(self.scores, weight, at)
-                e.store(top, top[every] + weight, every)
-            total = self.total[row + i] * factor + _reduce(top[every], lambda a, b: a + b)
-            e.store(self.total, total, row + i)
+    def _weights(self, row: Expr, base: Expr, vectors: Expr) -> None:
+        e, lanes, dim = self.e, self.lanes, self.shape.value_dim
+        top = e.local("vtop", lanes)
+        every = vec(i64(0), lanes)
+        e.store(top, splat(f32(_NEVER), lanes), every)
+        with e.loop("v", vectors) as v:
+            e.store(top, tirx.Max(top[every], self.scores[vec(base + v * lanes, lanes)]), every)
+        before = e.bind("before", self.maximum[row])
+        highest = e.bind("highest", tirx.Max(before, _reduce(top[every], tirx.Max)))
+        e.store(self.maximum, highest, row)
+        factor = e.bind("factor", vector_math.exp2_nonpositive(e.bind, before - highest))
+        for start, width in chunks(dim, lanes):
+            at = vec(row * dim + start, width)
+            e.store(self.output, self.output[at] * splat(factor, width), at)
+        shift = e.bind("shift", splat(highest, lanes))
+        e.store(top, splat(f32(0), lanes), every)
+        with e.loop("v", vectors) as v:
+            at = vec(base + v * lanes, lanes)
+            weight = e.bind("weight", vector_math.exp2_nonpositive(e.bind, self.scores[at] - shift))
+            e.store(self.scores, weight, at)
+            e.store(top, top[every] + weight, every)
+        e.store(self.total, self.total[row] * factor + _reduce(top[every], lambda a, b: a + b), row)
 
-    def _values(self, row: Expr, start: Expr, count: Expr, keys: Expr) -> None:
-        """output = output * factor + scores v, over the block's existing keys only."""
+    def _values(
+        self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, keys: Expr, base: Expr
+    ) -> None:
+        """output += weights v over `count` pages from `start`, of which only `keys` keys exist."""
         e, dim, size, height = self.e, self.shape.value_dim, self.shape.page_size, self.height
         columns = chunks(dim, self.lanes)
-        each = 2 if height > 3 else min(len(columns), 4)
+        each = 2 if height > 3 else 4
         for group in (columns[i : i + each] for i in range(0, len(columns), each)):
             acc = [e.local("acc", height * width) for _, width in group]
             with e.unrolled("i", height) as i:
                 for a, (offset, width) in zip(acc, group):
-                    old = self.output[vec((row + i) * dim + offset, width)] * splat(self.factor[i], width)
-                    e.store(a, old, vec(i * width, width))
+                    e.store(a, self.output[vec((row + i) * dim + offset, width)], vec(i * width, width))
             with e.loop("p", count) as p:
                 page = self._page(start + p)
                 with e.loop("k", tirx.Min(keys - p * size, i64(size))) as k:
                     values = [
-                        e.bind("vv", self.vpool[page, self.head, k, vec(i64(offset), width)])
+                        e.bind("vv", self.vpool[page, head, k, vec(i64(offset), width)])
                         for offset, width in group
                     ]
                     with e.unrolled("i", height) as i:
-                        weight = e.bind("pv", self.scores[i * self.keys + p * size + k])
+                        weight = e.bind("pv", self.scores[(slot + i) * self.keys + base + p * size + k])
                         for a, value, (_, width) in zip(acc, values, group):
                             at = vec(i * width, width)
                             e.store(a, a[at] + value * splat(weight, width), at)

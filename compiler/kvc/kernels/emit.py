@@ -96,16 +96,11 @@ class Emitter:
     def switch(self, value: Expr, cases: Sequence[int], emit: Callable[[int], None]) -> None:
         """Emit `emit(case)` for every case, of which the one equal to `value` runs.
 
-        The cases are tested in order; the last one runs when no other matches.
+        Side by side rather than nested: TVM's passes are slow on deep chains of conditions.
         """
-        result: Any = None
-        for case in reversed(cases):
-            self._stack.append([])
-            emit(case)
-            body = self._stack.pop()
-            statement = body[0] if len(body) == 1 else tirx.SeqStmt(body)
-            result = statement if result is None else tirx.IfThenElse(tirx.EQ(value, i64(case)), statement, result)
-        self.add(result)
+        for case in cases:
+            with self.when(tirx.EQ(value, i64(case))):
+                emit(case)
 
     def bind(self, name: str, value: Expr) -> Expr:
         """A variable with the value of an expression, for the rest of the scope."""

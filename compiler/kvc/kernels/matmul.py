@@ -241,7 +241,7 @@ def _many_rows(product: _Product, m: Expr, c: Expr, threads: int, limit: int) ->
                 block = low + index
                 tile = e.bind("tile", begin + t)
                 row = e.bind("row", tile * height + tirx.Min(tile, extra))
-                rows = height + tirx.Select(tile < extra, i64(1), i64(0))
+                rows = e.bind("rows", height + tirx.Select(tile < extra, i64(1), i64(0)))
                 cases = range(limit, limit // 2 - 1, -1)
                 e.switch(rows, cases, lambda n: product.tile(n, block, row, start, depth))
         if product.bias is not None:

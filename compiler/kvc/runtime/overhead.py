@@ -4,8 +4,8 @@
 
 Measured, not estimated: a fresh interpreter imports what `kvc run` imports, loads TVM's runtime with its
 threads and the tokenizer of FOLDER, uses each once, and reports what it has resident then (`settled`) and the
-most that it ever had (`peak`, more by about 25 MiB: reading a tokenizer takes memory for a moment). A model is
-loaded after that moment, so that a process ends at `settled` plus the model's bytes, but never below `peak`.
+most that it ever had (`peak`, more by about 25 MiB: reading a tokenizer takes memory for a moment). A model
+is loaded after that moment, so a run's peak is `settled` plus the model's bytes, but never below `peak`.
 """
 
 from __future__ import annotations

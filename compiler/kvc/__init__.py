@@ -1,0 +1,60 @@
+"""kvc: an ahead-of-time compiler for decoder language models under a memory budget.
+
+    import kvc
+    artifact = kvc.compile("model.onnx", budget="1GB", workload="8x256,1x2048")
+    with kvc.load(artifact.path) as session:
+        print(session.generate("What is the capital of France?")[0].text)
+
+Importing kvc imports neither TVM nor ONNX: a process that only runs a model loads TVM's runtime alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvc_passes.errors import BudgetError, Error, InputError, PlanningError, TargetError, UnsupportedModel
+from kvc_passes.facts import ModelFacts, Plan, Workload
+
+if TYPE_CHECKING:
+    from .api import compile, inspect, plan
+    from .artifact import Artifact
+    from .runtime import Completion, SamplingParams, Session, load
+    from .verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "BudgetError",
+    "Completion",
+    "Error",
+    "InputError",
+    "ModelFacts",
+    "Plan",
+    "PlanningError",
+    "SamplingParams",
+    "Session",
+    "TargetError",
+    "UnsupportedModel",
+    "Workload",
+    "compile",
+    "inspect",
+    "load",
+    "plan",
+    "verify",
+]
+
+_HOMES = {
+    **dict.fromkeys(("compile", "inspect", "plan"), ".api"),
+    **dict.fromkeys(("Completion", "SamplingParams", "Session", "load"), ".runtime"),
+    "Artifact": ".artifact",
+    "verify": ".verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy parts when they are first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvc' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

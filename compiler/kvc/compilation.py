@@ -1,0 +1,194 @@
+"""One compilation, stage by stage: understand, plan, build. `kvc.plan` stops after the second stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from kvc_passes.errors import PlanningError, UnsupportedModel
+from kvc_passes.facts import ModelFacts, Plan
+from kvc_passes.graph import Graph, dims, op_name, static
+from kvc_passes.pack_matmuls import PackedWeight
+from tvm import IRModule, relax
+from tvm.target import Target
+
+from .codegen.link import link
+from .codegen.lower import arena_bytes, finish, join, lower
+from .frontend.importer import Imported, import_onnx
+from .kernels.cpu import CpuAttention, CpuProducts
+from .kernels.matmul import pack
+from .kernels.traits import CpuTraits
+from .pipeline import Phase, Runner, Understood, serve, understand
+from .planner import Costs
+
+Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
+_ALIGNMENT = 64
+_PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was imported and proved."""
+
+    imported: Imported
+    understood: Understood
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Both functions down to kernel calls; only the sizes that a plan decides are open."""
+
+    functions: dict[Phase, IRModule]
+    recipes: dict[str, PackedWeight]
+    shapes: dict[str, tuple[int, ...]]
+    attention: CpuAttention
+    target: Target
+
+
+def read_model(path: Path, runner: Runner) -> Model:
+    """Import and prove. Raises InputError or UnsupportedModel."""
+    runner.report("import")
+    imported = import_onnx(path)
+    understood = understand(imported, runner)
+    return Model(imported, understood, _facts(path, imported, understood))
+
+
+def assets_of(path: Path) -> Path:
+    """The folder with tokenizer and configuration: `<model>.assets` beside the model, else its own folder."""
+    own = path.with_suffix(".assets")
+    return own if own.is_dir() else path.parent
+
+
+def _facts(path: Path, imported: Imported, understood: Understood) -> ModelFacts:
+    function = understood.module["main"]
+    graph = Graph(function)
+    vocab = _rows_read(graph, function.params[0])
+    if vocab is None:
+        raise UnsupportedModel(f"{path}: the token ids do not index an embedding table of known size")
+    columns = static(dims(function.body.body)[-1])
+    if columns is None or len(dims(function.body.body)) != 3:
+        raise UnsupportedModel(f"{path}: the first output is not logits [batch, sequence, vocabulary]")
+    _check_types(path, imported)
+    limits = [n for n in (_rows_read(graph, function.params[1]), _configured_context(path)) if n]
+    return ModelFacts(
+        name=path.stem,
+        vocab=vocab,
+        logits=columns,
+        context=min(limits) if limits else None,
+        sites=understood.sites,
+        positions=understood.positions,
+        parameter_bytes=imported.file.parameter_bytes(),
+        nodes=len(imported.file.graph.node),
+    )
+
+
+def _check_types(path: Path, imported: Imported) -> None:
+    for name, array in imported.weights.items():
+        if array.dtype != np.float32:
+            raise UnsupportedModel(
+                f"{path}: initializer '{name}' is {array.dtype}; this version compiles float32 models"
+            )
+
+
+def _rows_read(graph: Graph, index: relax.Var) -> int | None:
+    """Rows of the smallest table that is read at `index` (reshaped, broadcast or cast)."""
+    same = {index}
+    sizes = []
+    for var in graph.order:
+        call = graph.definitions[var]
+        if op_name(call) in ("reshape", "broadcast_to", "astype") and call.args[0] in same:
+            same.add(var)
+        elif op_name(call) == "take" and call.args[1] in same:
+            sizes.append(static(dims(call.args[0])[int(call.attrs.axis or 0)]))
+    return min((s for s in sizes if s is not None), default=None)
+
+
+def _configured_context(path: Path) -> int | None:
+    """max_position_embeddings of a config.json beside the model; a graph without a position table has no limit."""
+    file = assets_of(path) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    value = config.get("max_position_embeddings", config.get("n_positions")) if isinstance(config, dict) else None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
+    """Rewrite and lower both functions for `target`, without generating code."""
+    attention = CpuAttention.for_sites(target, model.understood.sites)
+    products = CpuProducts(attention.traits)
+    functions: dict[Phase, IRModule] = {}
+    recipes: list[dict[str, PackedWeight]] = []
+    for phase in _PHASES:
+        served = serve(model.understood, phase, attention, products, runner)
+        recipes.append(served.recipes)
+        functions[phase] = lower(served.module, phase, target, runner)
+    if list(recipes[0].items()) != list(recipes[1].items()):
+        raise PlanningError("prefill and decode use different weights; this is a bug in kvc")
+    params = {p.name: p for p in functions["decode"]["main"].params}
+    shapes = {name: tuple(int(d.value) for d in dims(params[name])) for name in recipes[0]}
+    return Lowered(functions, recipes[0], shapes, attention, target)
+
+
+def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
+    """What the planner weighs."""
+    sizes = [int(np.prod(shape)) * 4 for shape in lowered.shapes.values()]
+    return Costs(
+        facts=model.facts,
+        target=_plain(lowered.target),
+        weights=sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes),
+        runtime=runtime,
+        arena=lambda chunk, batch: max(arena_bytes(m, _bounds(p, chunk, batch)) for p, m in lowered.functions.items()),
+        page_size=lowered.attention.page_size,
+        tile=lowered.attention.tile,
+    )
+
+
+def _bounds(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
+    return {"n": chunk if phase == "prefill" else batch, "r": batch, "b": batch}
+
+
+def _plain(target: Target) -> dict[str, Any]:
+    """The target as JSON values."""
+    attrs = {key: target.attrs[key] for key in target.attrs.keys()}  # noqa: SIM118  a TVM map
+    kept = {k: str(v) if isinstance(v, str) else int(v) for k, v in attrs.items() if k in ("mcpu", "mtriple", "num-cores")}
+    return {"kind": "llvm", **kept}
+
+
+def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) -> None:
+    """Generate code for both functions and link it into `output`. Raises TargetError without a linker."""
+    finished = {
+        phase: finish(mod, phase, _bounds(phase, plan.chunk, plan.max_batch), plan.bytes.arena, runner)
+        for phase, mod in lowered.functions.items()
+    }
+    runner.report("generate code")
+    module = join(finished)
+    with lowered.target:
+        executable = tvm.compile(module, lowered.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default")
+    runner.report("link")
+    executable.export_library(str(output), fcompile=link)
+
+
+def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[Weight]:
+    """The weights in parameter order, each made when it is asked for."""
+    traits: CpuTraits = lowered.attention.traits
+    sources = model.imported.weights
+
+    def producer(name: str, recipe: PackedWeight) -> Callable[[], np.ndarray]:
+        def produce() -> np.ndarray:
+            source = sources[recipe.source]
+            if not recipe.columns:
+                return np.ascontiguousarray(source)
+            return pack(source.T if recipe.transposed else source, traits.lanes)
+
+        return produce
+
+    for name, recipe in lowered.recipes.items():
+        yield name, lowered.shapes[name], "float32", producer(name, recipe)

@@ -1,0 +1,63 @@
+"""What the user gives: budget, workload, target. Parsing, and every error a bad value can cause."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from kvc_passes.errors import InputError
+from kvc_passes.facts import Workload
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_WORKLOAD = re.compile(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a budget such as "8GB" (decimal), "512MiB" (binary) or "1000000".
+
+    Raises:
+        InputError: not a size, or not positive.
+    """
+    found = _SIZE.fullmatch(str(text))
+    if found is None or found[2].upper() not in _UNITS:
+        raise InputError(f"'{text}' is not a size; write for example 8GB (8,000,000,000), 512MiB (536,870,912) or bytes")
+    size = round(float(found[1]) * _UNITS[found[2].upper()])
+    if size <= 0:
+        raise InputError(f"a budget of {text} holds nothing; give a positive size")
+    return size
+
+
+def parse_workload(text: str | Iterable[str | Workload]) -> tuple[Workload, ...]:
+    """Alternatives such as "8x256,1x2048": each, batch x context in tokens, must fit on its own.
+
+    Raises:
+        InputError: not of this form, or a zero.
+    """
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    result = tuple(part if isinstance(part, Workload) else _workload(part) for part in parts)
+    if not result:
+        raise InputError("the workload is empty; write BATCHxCONTEXT, for example 8x256,1x2048")
+    return result
+
+
+def _workload(text: str) -> Workload:
+    found = _WORKLOAD.fullmatch(text)
+    if found is None:
+        raise InputError(f"'{text}' is not a workload; write BATCHxCONTEXT, for example 8x256 or 8x256,1x2048")
+    workload = Workload(int(found[1]), int(found[2]))
+    if workload.batch == 0 or workload.context == 0:
+        raise InputError(f"the workload '{text}' is empty: batch and context must be at least 1")
+    return workload
+
+
+def format_size(size: int) -> str:
+    """Bytes for people: `512.3 MB`, decimal units as in a budget."""
+    value = float(size)
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
