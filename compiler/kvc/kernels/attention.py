@@ -117,7 +117,7 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
                 e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
                 for at, name in enumerate(("row", "first", "tokens"))
             )
-            kernel = BlockKernel(e, shape, traits, tile * group, 1, 128, (kpool, vpool), table, row)
+            kernel = BlockKernel(e, shape, traits, tile * group, False, 128, (kpool, vpool), table, row)
             position = e.bind("position", positions[first])
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
                 kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, position + k)
@@ -154,7 +154,7 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             task = c + i * traits.threads
             row = e.bind("row", tirx.floordiv(task, i64(shares)))
             share = e.bind("share", tirx.floormod(task, i64(shares)))
-            kernel = BlockKernel(e, shape, traits, group, heads, 128, (kpool, vpool), table, row)
+            kernel = BlockKernel(e, shape, traits, group, True, 128, (kpool, vpool), table, row)
             position = e.bind("position", positions[row])
             with e.loop("h", heads) as head:
                 with e.loop("g", group) as g:

@@ -55,8 +55,8 @@ def _reduce(value: Expr, combine: Any) -> Expr:
 class BlockKernel:
     """Emits the steps of one task: load queries, run over a range of pages, store the result.
 
-    rows: query rows of a tile group at most; they are padded to whole register tiles.
-    groups: tile groups, one a KV head, whose scores are kept at once (1 when a task has one head).
+    rows: query rows of a KV head at most; they are padded to whole register tiles.
+    streaming: all KV heads belong to the task (run_heads), whose scores are kept at once; else one (run_head).
     keys: keys of a block, whose scores are kept between the two products.
     """
 
@@ -66,7 +66,7 @@ class BlockKernel:
         shape: AttentionShape,
         traits: CpuTraits,
         rows: int,
-        groups: int,
+        streaming: bool,
         keys: int,
         pools: tuple[Any, Any],
         table: Any,
@@ -81,14 +81,14 @@ class BlockKernel:
         per_page = shape.page_size // self.lanes
         if shape.page_size % self.lanes or (per_page > 1 and per_page % 2):
             raise ValueError(f"page size {shape.page_size} is not one or an even number of {self.lanes}-lane vectors")
-        self.together = 2 if per_page == 1 and groups == 1 else 1
+        self.together = 2 if per_page == 1 and not streaming else 1
         """Pages whose keys share a register tile: their vectors make it two wide."""
         self.width = self.together if per_page == 1 else 2
         self.keys = -(-keys // (2 * shape.page_size)) * 2 * shape.page_size
-        total = groups * self.padded
+        total = shape.kv_heads * self.padded if streaming else self.padded
         self.query = e.local("query", total * shape.head_dim)
         self.output = e.local("output", total * shape.value_dim)
-        self.scores = e.local("scores", (total if groups > 1 else self.height) * self.keys)
+        self.scores = e.local("scores", (total if streaming else self.height) * self.keys)
         self.positions = e.local("row_position", total, "int32")
         self.maximum = e.local("maximum", total)
         self.total = e.local("total", total)
