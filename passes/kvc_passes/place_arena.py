@@ -61,16 +61,19 @@ class PlaceArena:
             shape = relax.ShapeExpr([tirx.IntImm("int64", total)])
             arena = builder.emit(relax.op.memory.alloc_storage(shape, 0, "global", "uint8"), name_hint="arena")
             values: dict[relax.Var, relax.Expr] = {}
+            made: dict[tuple[int, str], relax.Var] = {}
             for var in graph.order:
                 value = graph.definitions[var]
-                if var in offsets:
-                    value = relax.op.memory.alloc_tensor(arena, offsets[var], value.args[0], value.args[1].value)
-                else:
-                    value = substitute(value, values)
-                values[var] = builder.emit(value, name_hint=var.name)
+                if var not in offsets:
+                    values[var] = builder.emit(substitute(value, values), name_hint=var.name)
+                    continue
+                place = (offsets[var], f"{value.args[0]}{value.args[1]}")
+                if place not in made:  # layers repeat: most temporaries have been made before
+                    made[place] = _tensor(builder, arena, offsets[var], value)
+                values[var] = made[place]
             builder.emit_func_output(substitute(function.body.body, values))
-        made = builder.get()["main"]
-        return Result(with_main(mod, made.with_attr("global_symbol", "main")), len(offsets), total)
+        new = builder.get()["main"]
+        return Result(with_main(mod, new.with_attr("global_symbol", "main")), len(offsets), total)
 
     def _blocks(self, graph: Graph) -> list[Block]:
         """Every temporary with its lifetime; values that alias it keep it alive."""
@@ -112,6 +115,16 @@ class PlaceArena:
                 end = max(end, high)
             placed.append((end if best is None else best[1], block))
         return {b.var: o for o, b in placed}, max((o + b.size for o, b in placed), default=ALIGNMENT)
+
+
+def _tensor(builder: relax.BlockBuilder, arena: relax.Var, offset: int, alloc: relax.Call) -> relax.Var:
+    """A tensor at `offset`, its data pointer moved there: kernels take no tensors with an offset."""
+    shape, dtype = alloc.args[0], alloc.args[1].value
+    tensor = builder.emit(relax.op.memory.alloc_tensor(arena, offset, shape, dtype))
+    if offset == 0:
+        return tensor
+    move = relax.ExternFunc("vm.builtin.ensure_zero_offset")
+    return builder.emit(relax.Call(move, [tensor], ty_args=[relax.TensorType(shape, dtype)]))
 
 
 def evaluate(dim: Any, bounds: Mapping[str, int]) -> int:
