@@ -156,6 +156,11 @@ def export_traced(traced: Traced, out: Path, *, opset: int, external_data: bool)
             f"PyTorch cannot export {out.name} at opset {opset}: {reason}; try another opset (18 to 23)"
         ) from error
     assert program is not None
+    written = program.model.opset_imports[""]
+    if written != opset:  # PyTorch falls back to another one without a word
+        raise ModelError(
+            f"PyTorch cannot export {out.name} at opset {opset}, only at {written}; try opset 18 to 23"
+        )
     with replacing(out) as part, _quiet():
         program.save(part, external_data=external_data)
     return out

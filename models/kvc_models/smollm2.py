@@ -146,10 +146,14 @@ def load_model(gguf_file: Path) -> Any:
 
 def load_tokenizer(gguf_file: Path) -> Any:
     """The tokenizer with its chat template, both out of the GGUF file."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
     tokenizer.model_max_length = CONTEXT
+    # The GGUF file says "smollm" here, which transformers does not know: every digit stands alone.
+    split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
     return tokenizer
 
 

@@ -115,7 +115,9 @@ def make_tiny(family: str) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() >= 2:
+                if parameter.dim() < 2:  # norms stay near one, biases near zero, but no two are the same
+                    parameter.add_(torch.randn_like(parameter), alpha=WEIGHT_STD)
+                else:
                     parameter.normal_(0, WEIGHT_STD)
     model.generation_config.eos_token_id = end
     return model
@@ -142,9 +144,8 @@ def export_tiny(
         ModelError: no such family, or PyTorch cannot export it at this opset.
     """
     model = make_tiny(family)
-    export_decoder(model, out, with_past=with_past, opset=opset, external_data=external_data)
     save_assets(model, tokenizer(), out)
-    return out
+    return export_decoder(model, out, with_past=with_past, opset=opset, external_data=external_data)
 
 
 class _Encoder(torch.nn.Module):
