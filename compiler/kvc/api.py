@@ -21,7 +21,7 @@ from .targets import parse_target
 Report = Callable[[str], None]
 
 
-def compile(  # noqa: A001  the API's verb
+def compile(
     path: str | os.PathLike[str],
     *,
     budget: str | int,

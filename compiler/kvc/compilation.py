@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm import IRModule, relax
+from tvm.target import Target
+
 from kvc_passes.errors import PlanningError, UnsupportedModel
 from kvc_passes.facts import ModelFacts, Plan
 from kvc_passes.graph import Graph, dims, op_name, static
 from kvc_passes.pack_matmuls import PackedWeight
-from tvm import IRModule, relax
-from tvm.target import Target
 
 from .codegen.link import link
 from .codegen.lower import arena_bytes, finish, join, lower
@@ -110,13 +111,15 @@ def _rows_read(graph: Graph, index: relax.Var) -> int | None:
 
 
 def _configured_context(path: Path) -> int | None:
-    """max_position_embeddings of a config.json beside the model; a graph without a position table has no limit."""
+    """max_position_embeddings of a config.json beside the model: graphs with RoPE alone have no limit."""
     file = assets_of(path) / "config.json"
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    value = config.get("max_position_embeddings", config.get("n_positions")) if isinstance(config, dict) else None
+    value = (
+        config.get("max_position_embeddings", config.get("n_positions")) if isinstance(config, dict) else None
+    )
     return value if isinstance(value, int) and value > 0 else None
 
 
@@ -145,7 +148,9 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
         target=_plain(lowered.target),
         weights=sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes),
         runtime=runtime,
-        arena=lambda chunk, batch: max(arena_bytes(m, _bounds(p, chunk, batch)) for p, m in lowered.functions.items()),
+        arena=lambda chunk, batch: max(
+            arena_bytes(m, _bounds(p, chunk, batch)) for p, m in lowered.functions.items()
+        ),
         page_size=lowered.attention.page_size,
         tile=lowered.attention.tile,
     )
@@ -158,7 +163,11 @@ def _bounds(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
 def _plain(target: Target) -> dict[str, Any]:
     """The target as JSON values."""
     attrs = {key: target.attrs[key] for key in target.attrs.keys()}  # noqa: SIM118  a TVM map
-    kept = {k: str(v) if isinstance(v, str) else int(v) for k, v in attrs.items() if k in ("mcpu", "mtriple", "num-cores")}
+    kept = {
+        k: str(v) if isinstance(v, str) else int(v)
+        for k, v in attrs.items()
+        if k in ("mcpu", "mtriple", "num-cores")
+    }
     return {"kind": "llvm", **kept}
 
 
@@ -171,7 +180,9 @@ def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) ->
     runner.report("generate code")
     module = join(finished)
     with lowered.target:
-        executable = tvm.compile(module, lowered.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default")
+        executable = tvm.compile(
+            module, lowered.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
+        )
     runner.report("link")
     executable.export_library(str(output), fcompile=link)
 

@@ -23,7 +23,9 @@ def parse_size(text: str | int) -> int:
     """
     found = _SIZE.fullmatch(str(text))
     if found is None or found[2].upper() not in _UNITS:
-        raise InputError(f"'{text}' is not a size; write for example 8GB (8,000,000,000), 512MiB (536,870,912) or bytes")
+        raise InputError(
+            f"'{text}' is not a size; write for example 8GB (8,000,000,000), 512MiB (536,870,912) or bytes"
+        )
     size = round(float(found[1]) * _UNITS[found[2].upper()])
     if size <= 0:
         raise InputError(f"a budget of {text} holds nothing; give a positive size")
@@ -46,7 +48,9 @@ def parse_workload(text: str | Iterable[str | Workload]) -> tuple[Workload, ...]
 def _workload(text: str) -> Workload:
     found = _WORKLOAD.fullmatch(text)
     if found is None:
-        raise InputError(f"'{text}' is not a workload; write BATCHxCONTEXT, for example 8x256 or 8x256,1x2048")
+        raise InputError(
+            f"'{text}' is not a workload; write BATCHxCONTEXT, for example 8x256 or 8x256,1x2048"
+        )
     workload = Workload(int(found[1]), int(found[2]))
     if workload.batch == 0 or workload.context == 0:
         raise InputError(f"the workload '{text}' is empty: batch and context must be at least 1")

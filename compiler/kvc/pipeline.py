@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tvm import IRModule, relax, transform
+
 from kvc_passes.base import Pass, Result, pass_name
 from kvc_passes.errors import PlanningError
 from kvc_passes.facts import AttentionSite
@@ -25,7 +27,6 @@ from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
 from kvc_passes.write_logits import WriteLogits
-from tvm import IRModule, relax, transform
 
 from .frontend.importer import Imported
 
@@ -66,11 +67,17 @@ class Runner:
         try:
             relax.analysis.well_formed(result.module)
         except Exception as error:
-            raise PlanningError(f"the pass {name} left an ill-formed module; this is a bug in kvc: {error}") from error
+            raise PlanningError(
+                f"the pass {name} left an ill-formed module; this is a bug in kvc: {error}"
+            ) from error
         self.timings.append((name, time.perf_counter() - start, result.sites))
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
-            text = "(unchanged)\n" if result.module.same_as(mod) else result.module.script(show_meta=False) + "\n"
+            text = (
+                "(unchanged)\n"
+                if result.module.same_as(mod)
+                else result.module.script(show_meta=False) + "\n"
+            )
             (self.dump / f"{len(self.timings):02d}-{name}.py").write_text(text)
         return result
 
@@ -131,4 +138,6 @@ def serve(
 def _recipes(mod: IRModule, sites: int, packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
     """Weights in parameter order: they stand behind the logits and the sites' pools."""
     names = [p.name for p in mod["main"].params]
-    return {name: packed.get(name, PackedWeight(name)) for name in names[names.index("logits") + 1 + 2 * sites :]}
+    return {
+        name: packed.get(name, PackedWeight(name)) for name in names[names.index("logits") + 1 + 2 * sites :]
+    }

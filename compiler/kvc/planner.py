@@ -41,7 +41,7 @@ class Costs:
 
 
 def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan:
-    """The fastest plan within `budget` bytes: the largest chunk that leaves the workload its pages; then pages.
+    """The fastest plan within `budget` bytes: the largest chunk that fits, what is left as pages.
 
     Raises:
         InputError: the workload asks for more context than the model has.
@@ -50,7 +50,9 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
     limit = costs.facts.context
     for w in workload:
         if limit is not None and w.context > limit:
-            raise InputError(f"the workload {w} asks for {w.context} tokens of context; the model has {limit} positions")
+            raise InputError(
+                f"the workload {w} asks for {w.context} tokens of context; the model has {limit} positions"
+            )
     plans = [_smallest(costs, budget, workload, chunk) for chunk in _chunks(workload)]
     for plan in plans:
         if plan.bytes.total <= budget:
@@ -73,7 +75,9 @@ def _smallest(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: 
     return _plan(costs, budget, workload, chunk, batch, pages)
 
 
-def _plan(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int, batch: int, pages: int) -> Plan:
+def _plan(
+    costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int, batch: int, pages: int
+) -> Plan:
     context = pages * costs.page_size
     if costs.facts.context is not None:
         context = min(context, costs.facts.context)
@@ -126,6 +130,6 @@ def _refusal(least: Plan, workload: tuple[Workload, ...]) -> str:
     ]
     return (
         f"the budget of {least.budget} bytes ({format_size(least.budget)}) cannot hold the workload "
-        f"{','.join(map(str, workload))}: it needs {b.total} bytes ({format_size(b.total)}), the smallest budget that "
-        f"works: {', '.join(parts)}"
+        f"{','.join(map(str, workload))}: it needs {b.total} bytes ({format_size(b.total)}), "
+        f"the smallest budget that works: {', '.join(parts)}"
     )

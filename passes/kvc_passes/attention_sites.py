@@ -9,7 +9,8 @@ from tvm import relax, tirx
 from tvm.ir import Range
 from tvm.sym import Analyzer
 
-from .element import Elements, Unprovable
+from .conditions import Unprovable
+from .element import Elements, Index
 from .errors import UnsupportedModel
 from .facts import AttentionSite, MaskFact, Roles
 from .graph import Graph, dims, op_name, operands, scalar, static
@@ -40,7 +41,10 @@ class SiteFinder:
         self.params = {p.name: p for p in graph.function.params}
         self.batch, self.sequence = dims(self.params[roles.tokens])
         self.past = dims(self.params[roles.past[0]])[2] if roles.past else tirx.IntImm("int64", 0)
-        positions_and_mask = {self.params.get(roles.positions or ""), self.params.get(roles.attention_mask or "")}
+        positions_and_mask = {
+            self.params.get(roles.positions or ""),
+            self.params.get(roles.attention_mask or ""),
+        }
         self.data = graph.reachable_from(p for p in graph.function.params if p not in positions_and_mask)
         """Everything that depends on token ids, weights or the past: never a mask."""
         self._proved: dict[Any, MaskFact] = {}
@@ -50,7 +54,12 @@ class SiteFinder:
         return [v for v in self.graph.order if op_name(self.graph.definitions[v]) == "softmax"]
 
     def refuse(self, var: relax.Var, rule: str) -> NoReturn:
-        raise UnsupportedModel(f"attention at {self.names.describe(var)}: {rule}")
+        """Raise `refusal`."""
+        raise self.refusal(var, rule)
+
+    def refusal(self, var: relax.Var, rule: str) -> UnsupportedModel:
+        """The error that names the node of `var` and the rule that it breaks."""
+        return UnsupportedModel(f"attention at {self.names.describe(var)}: {rule}")
 
     def match(self, softmax: relax.Var, index: int) -> Match:
         """The attention around `softmax`. Raises UnsupportedModel with the node and the rule that failed."""
@@ -61,7 +70,10 @@ class SiteFinder:
         scores, softcap, scale = self._softcap(scores)
         product = self.graph.resolve(scores)
         if op_name(product) != "matmul":
-            self.refuse(softmax, f"expected scores from a matrix product of q and k, found {op_name(product) or 'an input'}")
+            self.refuse(
+                softmax,
+                f"expected scores from a matrix product of q and k, found {op_name(product) or 'an input'}",
+            )
         heads = static(dims(softmax)[1])
         if heads is None:
             self.refuse(softmax, "the number of heads is not a constant")
@@ -145,7 +157,9 @@ class SiteFinder:
         inner, scale = self._scaled(call.args[0])
         return inner, outer, scale * outer
 
-    def _operand(self, softmax: relax.Var, value: relax.Expr, what: str, heads: int, swapped: bool) -> tuple[relax.Var, float]:
+    def _operand(
+        self, softmax: relax.Var, value: relax.Expr, what: str, heads: int, swapped: bool
+    ) -> tuple[relax.Var, float]:
         """The tensor [batch, heads or KV heads, tokens, dim] behind one operand of a product, and its scale.
 
         Walks back through layout changes and constant factors, and keeps the deepest value for which the
@@ -171,7 +185,7 @@ class SiteFinder:
         return found
 
     def _same_heads(self, operand: relax.Expr, source: relax.Var, heads: int, swapped: bool) -> str | None:
-        """None when operand[b, h, t, d] (t, d swapped for keys) is source[b, h // group, t, d], else the reason."""
+        """None when operand[b, h, t, d] ([b, h, d, t] for keys) is source[b, h // group, t, d], else why not."""
         kv_heads = static(dims(source)[1])
         if not kv_heads or heads % kv_heads or len(dims(operand)) != 4:
             return f"{kv_heads} heads do not divide the {heads} query heads"
@@ -179,7 +193,12 @@ class SiteFinder:
         b, h = bind_index(analyzer, "b", self.batch), bind_index(analyzer, "h", tirx.IntImm("int64", heads))
         t, d = bind_index(analyzer, "t", dims(source)[2]), bind_index(analyzer, "d", dims(source)[3])
         seen: list[Any] = []
-        elements = Elements(self.graph, {source: lambda index: seen.append(list(index)) or 0}, analyzer)
+
+        def record(index: Index) -> int:
+            seen.append(list(index))
+            return 0
+
+        elements = Elements(self.graph, {source: record}, analyzer)
         try:
             elements.at(operand, [b, h, d, t] if swapped else [b, h, t, d])
         except Unprovable as error:
@@ -199,7 +218,9 @@ class SiteFinder:
 
     def _mask(self, softmax: relax.Var, masks: list[tuple[relax.Expr, str]]) -> MaskFact:
         if not masks:
-            self.refuse(softmax, "it has no mask: every token sees every other; a decoder's attention is causal")
+            self.refuse(
+                softmax, "it has no mask: every token sees every other; a decoder's attention is causal"
+            )
         key = tuple((self.graph.alias(m), use) for m, use in masks)
         if key in self._proved:
             return self._proved[key]
@@ -213,7 +234,9 @@ class SiteFinder:
         if self.roles.positions:
             leaves[self.params[self.roles.positions]] = lambda index: index[-1] + self.past
         try:
-            self._proved[key] = prove_mask(Elements(self.graph, leaves, analyzer), masks, i, j, [b, h, i, j], i + self.past)
+            self._proved[key] = prove_mask(
+                Elements(self.graph, leaves, analyzer), masks, i, j, [b, h, i, j], i + self.past
+            )
         except Unprovable as error:
             self.refuse(softmax, f"its mask cannot be proved causal: it {error}")
         return self._proved[key]
@@ -231,7 +254,7 @@ class SiteFinder:
             if op_name(call) not in ("where", "astype", "reshape", ""):
                 break
             var = users[0]
-        self.refuse(softmax, "expected one product of the softmax with the values")
+        raise self.refusal(softmax, "expected one product of the softmax with the values")
 
     def _without_past(self, softmax: relax.Var, value: relax.Var, what: str) -> relax.Var:
         """The new tokens' part of concat(past, new)."""
@@ -242,7 +265,7 @@ class SiteFinder:
         past = {self.params[name] for name in self.roles.past}
         if len(parts) == 2 and self.graph.alias(parts[0]) in past and int(call.attrs.axis) % 4 == 2:
             return parts[1]
-        self.refuse(softmax, f"{what} is not concat(past, new) along the token axis")
+        raise self.refusal(softmax, f"{what} is not concat(past, new) along the token axis")
 
     def _output(self, output: relax.Var) -> tuple[relax.Var, bool]:
         users = self.graph.users[output]
@@ -256,7 +279,9 @@ class SiteFinder:
         """rotate_half when q = x * cos + concat(-x2, x1) * sin."""
         call = self.graph.resolve(query)
         for product in (self.graph.resolve(a) for a in call.args) if op_name(call) == "add" else ():
-            for factor in (self.graph.resolve(a) for a in product.args) if op_name(product) == "multiply" else ():
+            for factor in (
+                (self.graph.resolve(a) for a in product.args) if op_name(product) == "multiply" else ()
+            ):
                 first = operands(factor)[0] if op_name(factor) == "concat" else None
                 if first is not None and op_name(self.graph.resolve(first)) == "negative":
                     return "rotate_half"

@@ -38,4 +38,3 @@ class Pass(Protocol):
 def pass_name(step: Pass) -> str:
     """The pass's name in dumps and timings: its class in kebab-case."""
     return re.sub(r"(?<!^)(?=[A-Z])", "-", type(step).__name__).lower()
-

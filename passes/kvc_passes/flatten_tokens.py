@@ -39,5 +39,7 @@ class FlattenTokens:
         dtype = old.ty.dtype.dtype
         ids = tokens if dtype == "int64" else relax.op.astype(tokens, dtype)
         values = {old: relax.op.reshape(ids, relax.ShapeExpr([tirx.IntImm("int64", 1), rows]))}
-        module = rebuild(with_main(mod, function), [tokens, *function.params[1:]], lambda *_: None, values=values)
+        module = rebuild(
+            with_main(mod, function), [tokens, *function.params[1:]], lambda *_: None, values=values
+        )
         return Result(module, 1)

@@ -65,7 +65,11 @@ def operands(value: relax.Expr) -> list[relax.Expr]:
             found.extend(operands(argument) if isinstance(argument, relax.Tuple) else [argument])
         return found
     if isinstance(value, relax.Tuple):
-        return [o for field in value.fields for o in (operands(field) if isinstance(field, relax.Tuple) else [field])]
+        return [
+            o
+            for field in value.fields
+            for o in (operands(field) if isinstance(field, relax.Tuple) else [field])
+        ]
     if isinstance(value, relax.TupleGetItem):
         return [value.tuple_value]
     return [value] if isinstance(value, relax.Var) else []

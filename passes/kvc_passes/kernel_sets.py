@@ -12,7 +12,9 @@ from .facts import AttentionSite
 class AttentionKernels(Protocol):
     """Kernels over paged KV state. Pools: k [pages, g, e, page], v [pages, g, page, f]."""
 
-    page_size: int
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
 
     def splits(self, site: AttentionSite) -> int:
         """Parts that decode splits a context into."""
@@ -21,10 +23,16 @@ class AttentionKernels(Protocol):
         """(k [1,g,n,e], v [1,g,n,f], slots i32 [n], k pool, v pool): writes the pools in place."""
 
     def prefill(self, site: AttentionSite) -> PrimFunc:
-        """(q [1,h,n,e], k pool, v pool, positions i64 [n], tiles i32 [t,3], table i32 [b,m], out [1,n,h,f])."""
+        """(q [1,h,n,e], k pool, v pool, positions i64 [n], tiles i32 [t,3], table i32 [b,m], out).
+
+        out is [1,n,h,f].
+        """
 
     def decode(self, site: AttentionSite) -> PrimFunc:
-        """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], part [b,splits,h,f+2], out [1,b,h,f])."""
+        """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], part, out).
+
+        part is [b,splits,h,f+2], out [1,b,h,f].
+        """
 
 
 class MatmulKernels(Protocol):

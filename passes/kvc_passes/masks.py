@@ -7,7 +7,8 @@ from typing import Any
 from tvm import relax, tirx
 from tvm.ir import Range
 
-from .element import Elements, Unprovable, as_condition, both, either, lift, negate
+from .conditions import Unprovable, as_condition, both, either, lift, negate
+from .element import Elements
 from .facts import MaskFact
 
 _HIDDEN = -1e4  # an additive mask at or below this leaves exp(score) at zero in float32
@@ -30,7 +31,14 @@ def _shown(value: Any) -> Any:
     raise Unprovable(f"adds an expression of the position ({value}) to the scores")
 
 
-def prove_mask(elements: Elements, masks: list[tuple[relax.Expr, str]], query: Any, key: Any, index: list[Any], position: Any) -> MaskFact:
+def prove_mask(
+    elements: Elements,
+    masks: list[tuple[relax.Expr, str]],
+    query: Any,
+    key: Any,
+    index: list[Any],
+    position: Any,
+) -> MaskFact:
     """Prove that the masks together are causal or causal with a window.
 
     Args:
@@ -55,7 +63,9 @@ def prove_mask(elements: Elements, masks: list[tuple[relax.Expr, str]], query: A
             shown = negate(shown) if use == "drop" else shown
         predicate = both(predicate, shown)
     if isinstance(predicate, bool):
-        raise Unprovable("shows every key: the attention is bidirectional" if predicate else "hides every key")
+        raise Unprovable(
+            "shows every key: the attention is bidirectional" if predicate else "hides every key"
+        )
     causal = key <= position
     if _equivalent(elements, predicate, causal):
         return MaskFact("causal", None, "SMT: for all query, key, past: mask == (key <= query + past)")
@@ -63,7 +73,9 @@ def prove_mask(elements: Elements, masks: list[tuple[relax.Expr, str]], query: A
         if _equivalent(elements, predicate, tirx.And(causal, key > position - window)):
             proof = f"SMT: for all query, key, past: mask == (query + past - {window} < key <= query + past)"
             return MaskFact("window", window, proof)
-    raise Unprovable(f"is neither causal nor a causal window; its predicate is {elements.simplify(predicate)}")
+    raise Unprovable(
+        f"is neither causal nor a causal window; its predicate is {elements.simplify(predicate)}"
+    )
 
 
 def _is_one(dim: Any) -> bool:

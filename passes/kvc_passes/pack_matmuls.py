@@ -14,7 +14,6 @@ from .graph import Graph, dims, op_name, static
 from .kernel_sets import MatmulKernels
 from .rebuild import drop_params, rebuild
 
-
 MATMUL = "packed_matmul"
 
 
@@ -62,12 +61,16 @@ class PackMatmuls:
                 return self._embedding(builder, made, value, *packed[lookups[var]])
             if var in products:
                 match = products[var]
-                return self._matmul(builder, made, match, values.get(match.x, match.x), packed[match.source.name][0])
+                return self._matmul(
+                    builder, made, match, values.get(match.x, match.x), packed[match.source.name][0]
+                )
             return None
 
         module = rebuild(mod, [*function.params, *(w for w, _ in packed.values())], place, values=values)
         used = Graph(module["main"])
-        module = drop_params(module, {p.name for p in function.params if p.name in packed and not used.users[p]})
+        module = drop_params(
+            module, {p.name for p in function.params if p.name in packed and not used.users[p]}
+        )
         recipes = {w.name: recipe for w, recipe in packed.values()}
         return Result(module, len(products) + len(lookups), recipes)
 
@@ -76,10 +79,17 @@ class PackMatmuls:
         shape = self.kernels.packed_shape(match.columns, match.depth)
         return relax.Var(f"{match.source.name}_packed", relax.TensorType(shape, "float32")), recipe
 
-    def _lookup(self, graph: Graph, var: relax.Var, packed: Mapping[str, tuple[relax.Var, PackedWeight]]) -> str | None:
+    def _lookup(
+        self, graph: Graph, var: relax.Var, packed: Mapping[str, tuple[relax.Var, PackedWeight]]
+    ) -> str | None:
         """The packed weight whose rows `take(w, ids [1, n])` reads."""
         call = graph.definitions[var]
-        if op_name(call) != "take" or call.attrs.axis is None or int(call.attrs.axis) != 0 or len(dims(call.args[1])) != 2:
+        if (
+            op_name(call) != "take"
+            or call.attrs.axis is None
+            or int(call.attrs.axis) != 0
+            or len(dims(call.args[1])) != 2
+        ):
             return None
         data = graph.alias(call.args[0])
         name = data.name if isinstance(data, relax.Var) else ""
@@ -87,7 +97,12 @@ class PackMatmuls:
         return name if stands_as_rows and call.args[1].ty.dtype.dtype == "int64" else None
 
     def _embedding(
-        self, builder: relax.BlockBuilder, made: dict[Any, Any], value: relax.Call, weight: relax.Var, recipe: PackedWeight
+        self,
+        builder: relax.BlockBuilder,
+        made: dict[Any, Any],
+        value: relax.Call,
+        weight: relax.Var,
+        recipe: PackedWeight,
     ) -> relax.Expr:
         key = ("packed_embedding", recipe.columns, recipe.depth)
         if key not in made:
@@ -96,7 +111,12 @@ class PackMatmuls:
         return relax.op.call_tir(made[key], [weight, value.args[1]], relax.TensorType(shape, "float32"))
 
     def _matmul(
-        self, builder: relax.BlockBuilder, made: dict[Any, Any], match: _Product, x: relax.Expr, weight: relax.Var
+        self,
+        builder: relax.BlockBuilder,
+        made: dict[Any, Any],
+        match: _Product,
+        x: relax.Expr,
+        weight: relax.Var,
     ) -> relax.Expr:
         key = (MATMUL, match.columns, match.depth, match.bias is not None)
         if key not in made:
@@ -106,7 +126,11 @@ class PackMatmuls:
         if len(leading) == 1:
             one = [tirx.IntImm("int64", 1), *leading]
             x = builder.emit(relax.op.reshape(x, relax.ShapeExpr([*one, tirx.IntImm("int64", match.depth)])))
-        shape = [*([tirx.IntImm("int64", 1)] if len(leading) == 1 else []), *leading, tirx.IntImm("int64", match.columns)]
+        shape = [
+            *([tirx.IntImm("int64", 1)] if len(leading) == 1 else []),
+            *leading,
+            tirx.IntImm("int64", match.columns),
+        ]
         args = [x, weight] if match.bias is None else [x, weight, match.bias]
         result = relax.op.call_tir(made[key], args, relax.TensorType(shape, "float32"))
         if len(leading) == 2:
@@ -129,7 +153,11 @@ class _Product:
 
 def _product(graph: Graph, var: relax.Var) -> _Product | None:
     call = graph.definitions[var]
-    if op_name(call) != "matmul" or var.ty.dtype.dtype != "float32" or isinstance(graph.resolve(call.args[0]), GenericConst):
+    if (
+        op_name(call) != "matmul"
+        or var.ty.dtype.dtype != "float32"
+        or isinstance(graph.resolve(call.args[0]), GenericConst)
+    ):
         return None
     x, weight, transposed = call.args[0], graph.alias(call.args[1]), True
     swap = graph.resolve(weight)
@@ -150,8 +178,7 @@ def _bias(graph: Graph, product: relax.Var, columns: int) -> tuple[relax.Var | N
     users = graph.users[product]
     if len(users) == 1 and op_name(graph.definitions[users[0]]) == "add" and dims(users[0]) == dims(product):
         add = graph.definitions[users[0]]
-        for operand in add.args:
-            operand = graph.alias(operand)
+        for operand in map(graph.alias, add.args):
             if operand in graph.function.params and [static(d) for d in dims(operand)] == [columns]:
                 return operand, users[0]
     return None, product

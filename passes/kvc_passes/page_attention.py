@@ -34,7 +34,10 @@ class PageAttention:
     def run(self, mod: IRModule) -> Result:
         function = mod["main"]
         (n,) = dims(function.params[0])
-        int32 = lambda name, *shape: relax.Var(name, relax.TensorType(shape, "int32"))  # noqa: E731
+
+        def int32(name: str, *shape: Any) -> relax.Var:
+            return relax.Var(name, relax.TensorType(shape, "int32"))
+
         t, m = tirx.Var("t", "int64"), tirx.Var("m", "int64")
         sequences = n if self.phase == "decode" else tirx.Var("b", "int64")
         slots, tiles, table = int32("slots", n), int32("tiles", t, 3), int32("block_table", sequences, m)
@@ -52,9 +55,14 @@ class PageAttention:
             k_pool, v_pool = current[site.index]
             append = self._kernel(builder, names, "append_kv", site)
             updated = builder.emit(
-                relax.op.call_tir_inplace(append, [key, new_value, slots, k_pool, v_pool], [3, 4], [k_pool.ty, v_pool.ty])
+                relax.op.call_tir_inplace(
+                    append, [key, new_value, slots, k_pool, v_pool], [3, 4], [k_pool.ty, v_pool.ty]
+                )
             )
-            pair = (builder.emit(relax.TupleGetItem(updated, 0)), builder.emit(relax.TupleGetItem(updated, 1)))
+            pair = (
+                builder.emit(relax.TupleGetItem(updated, 0)),
+                builder.emit(relax.TupleGetItem(updated, 1)),
+            )
             current[site.index] = pair
             out = relax.TensorType((1, n, site.heads, site.value_dim), "float32")
             if self.phase == "prefill":
@@ -81,11 +89,25 @@ class PageAttention:
             pools[site.index] = (relax.Var(f"k_{site.index}", k), relax.Var(f"v_{site.index}", v))
         return pools
 
-    def _kernel(self, builder: relax.BlockBuilder, names: dict[Any, Any], kind: str, site: AttentionSite) -> Any:
+    def _kernel(
+        self, builder: relax.BlockBuilder, names: dict[Any, Any], kind: str, site: AttentionSite
+    ) -> Any:
         """The kernel's global variable; sites of the same geometry share one."""
-        geometry = (site.heads, site.kv_heads, site.head_dim, site.value_dim, site.scale, site.softcap, site.mask.window)
+        geometry = (
+            site.heads,
+            site.kv_heads,
+            site.head_dim,
+            site.value_dim,
+            site.scale,
+            site.softcap,
+            site.mask.window,
+        )
         key = (kind, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:
-            make = {"append_kv": self.kernels.append, "prefill_attention": self.kernels.prefill, "decode_attention": self.kernels.decode}
+            make = {
+                "append_kv": self.kernels.append,
+                "prefill_attention": self.kernels.prefill,
+                "decode_attention": self.kernels.decode,
+            }
             names[key] = builder.add_func(make[kind](site), kind)
         return names[key]

@@ -55,11 +55,17 @@ class PlaceArena:
         offsets, needed = self._place(self._blocks(graph))
         total = needed if self.bytes is None else self.bytes
         if needed > total:
-            raise PlanningError(f"temporaries take {needed} bytes, {total} were planned; this is a bug in kvc")
+            raise PlanningError(
+                f"temporaries take {needed} bytes, {total} were planned; this is a bug in kvc"
+            )
         builder = relax.BlockBuilder()
-        with builder.function("main", list(function.params), attrs=dict(function.attrs) if function.attrs else None):
+        with builder.function(
+            "main", list(function.params), attrs=dict(function.attrs) if function.attrs else None
+        ):
             shape = relax.ShapeExpr([tirx.IntImm("int64", total)])
-            arena = builder.emit(relax.op.memory.alloc_storage(shape, 0, "global", "uint8"), name_hint="arena")
+            arena = builder.emit(
+                relax.op.memory.alloc_storage(shape, 0, "global", "uint8"), name_hint="arena"
+            )
             values: dict[relax.Var, relax.Expr] = {}
             made: dict[tuple[int, str], relax.Var] = {}
             for var in graph.order:
@@ -105,7 +111,9 @@ class PlaceArena:
     def _place(self, blocks: list[Block]) -> tuple[dict[relax.Var, int], int]:
         placed: list[tuple[int, Block]] = []
         for block in sorted(blocks, key=lambda b: (-b.size, b.first)):
-            busy = sorted((o, o + b.size) for o, b in placed if b.first <= block.last and block.first <= b.last)
+            busy = sorted(
+                (o, o + b.size) for o, b in placed if b.first <= block.last and block.first <= b.last
+            )
             best: tuple[int, int] | None = None
             end = 0
             for low, high in busy:
@@ -143,4 +151,3 @@ def evaluate(dim: Any, bounds: Mapping[str, int]) -> int:
     if type(dim) not in rules:
         raise PlanningError(f"the extent {dim} has no bound; this is a bug in kvc")
     return rules[type(dim)]
-

@@ -10,7 +10,8 @@ from tvm.ir import Range
 from tvm.sym import Analyzer
 
 from .base import Result
-from .element import Elements, Unprovable
+from .conditions import Unprovable
+from .element import Elements
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, op_name, static
@@ -25,7 +26,7 @@ class PositionsToInput:
 
     Before: positions come from arange(0, sequence), arange(past, past + sequence), a position_ids input,
         or a cumulative sum over the attention mask.
-    After: `main(tokens [batch, sequence], positions [sequence], weights...)`; attention mask and past are gone.
+    After: `main(tokens [batch, sequence], positions [sequence], weights...)`, no attention mask, no past.
     Needs: RecognizeAttention (masks count over keys; they are gone after it).
     Refuses: a count over tokens that is not the position; other uses of the attention mask or the past.
     """
@@ -34,7 +35,7 @@ class PositionsToInput:
     names: NodeNames
 
     def run(self, mod: IRModule) -> Result:
-        """Facts of the result: names of the ONNX nodes or inputs that are positions. Raises UnsupportedModel."""
+        """Facts of the result: names of ONNX nodes or inputs that are positions. Raises UnsupportedModel."""
         function = mod["main"]
         params = {p.name: p for p in function.params}
         sequence = dims(params[self.roles.tokens])[1]
@@ -80,13 +81,20 @@ class PositionsToInput:
             for dim, low in ((dims(var)[axes[0]], 1), (past, 0)):
                 if isinstance(dim, tirx.Var):
                     analyzer.bind(dim, Range(tirx.IntImm("int64", low), tirx.IntImm("int64", 1 << 31)), True)
-            index = [0 if static(d) == 1 else bind_index(analyzer, f"i{axis}", d) for axis, d in enumerate(dims(var))]
+            index = [
+                0 if static(d) == 1 else bind_index(analyzer, f"i{axis}", d)
+                for axis, d in enumerate(dims(var))
+            ]
             elements = Elements(graph, leaves, analyzer)
             try:
                 element = elements.at(var, index)
             except Unprovable:
                 continue
-            if not isinstance(element, int) and hasattr(element, "ty") and elements.prove(tirx.EQ(element, index[axes[0]] + past)):
+            if (
+                not isinstance(element, int)
+                and hasattr(element, "ty")
+                and elements.prove(tirx.EQ(element, index[axes[0]] + past))
+            ):
                 found.append(var)
         return found
 
@@ -95,13 +103,13 @@ class PositionsToInput:
             if param.name in gone and graph.users[param]:
                 user = self.names.describe(graph.users[param][0])
                 raise UnsupportedModel(
-                    f"{user} uses the input '{param.name}' for something other than an attention mask, a past or "
-                    "token positions; kvc cannot serve it from pages"
+                    f"{user} uses the input '{param.name}' for something other than an attention mask, a past "
+                    "or token positions; kvc cannot serve it from pages"
                 )
         for var in graph.order:
             if op_name(graph.definitions[var]) == "arange" and any(static(d) is None for d in dims(var)):
                 raise UnsupportedModel(
-                    f"{self.names.describe(var)} counts over tokens, but cannot be proved to be the tokens' positions"
+                    f"{self.names.describe(var)} counts over tokens, but is not proved to be their positions"
                 )
 
 

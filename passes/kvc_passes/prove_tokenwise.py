@@ -10,21 +10,67 @@ from tvm import IRModule, relax, tirx
 from tvm.sym import Analyzer
 
 from .base import Result
-from .element import regroup
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, op_name, operands, static
 from .nodes import NodeNames
 from .recognize_attention import ATTENTION
+from .regroup import regroup
 
 _ELEMENTWISE = frozenset(
-    """abs add astype bitwise_and bitwise_not bitwise_or ceil clip cos divide equal erf exp floor floor_divide gelu
-    gelu_tanh greater greater_equal isnan leakyrelu less less_equal log logical_and logical_not logical_or maximum
-    minimum mod multiply negative not_equal power relu round rsqrt sigmoid sign silu sin softplus sqrt square subtract
-    tan tanh where""".split()
+    [
+        "abs",
+        "add",
+        "astype",
+        "bitwise_and",
+        "bitwise_not",
+        "bitwise_or",
+        "ceil",
+        "clip",
+        "cos",
+        "divide",
+        "equal",
+        "erf",
+        "exp",
+        "floor",
+        "floor_divide",
+        "gelu",
+        "gelu_tanh",
+        "greater",
+        "greater_equal",
+        "isnan",
+        "leakyrelu",
+        "less",
+        "less_equal",
+        "log",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "maximum",
+        "minimum",
+        "mod",
+        "multiply",
+        "negative",
+        "not_equal",
+        "power",
+        "relu",
+        "round",
+        "rsqrt",
+        "sigmoid",
+        "sign",
+        "silu",
+        "sin",
+        "softplus",
+        "sqrt",
+        "square",
+        "subtract",
+        "tan",
+        "tanh",
+        "where",
+    ]
 )
-_REDUCTIONS = frozenset("max mean min prod std sum variance argmax argmin".split())
-_NORMS = frozenset("softmax log_softmax layer_norm rms_norm".split())
+_REDUCTIONS = frozenset(["max", "mean", "min", "prod", "std", "sum", "variance", "argmax", "argmin"])
+_NORMS = frozenset(["softmax", "log_softmax", "layer_norm", "rms_norm"])
 
 
 class _Mixes(Exception):
@@ -54,7 +100,9 @@ class ProveTokenwise:
             try:
                 axes.check(graph, var)
             except _Mixes as reason:
-                raise UnsupportedModel(f"{self.names.describe(var)} {reason}; only attention may mix tokens") from None
+                raise UnsupportedModel(
+                    f"{self.names.describe(var)} {reason}; only attention may mix tokens"
+                ) from None
         return Result(mod, 0, len(graph.order))
 
 
@@ -108,7 +156,11 @@ def _aligned(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
 def _reduced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     rank = len(dims(call.args[0]))
     axis = call.attrs.axis
-    over = range(rank) if axis is None else [int(a) % rank for a in (axis if hasattr(axis, "__iter__") else [axis])]
+    over = (
+        range(rank)
+        if axis is None
+        else [int(a) % rank for a in (axis if hasattr(axis, "__iter__") else [axis])]
+    )
     if set(over) & set(axes.of(call.args[0])):
         raise _Mixes("reduces over the tokens")
 

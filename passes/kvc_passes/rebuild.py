@@ -39,7 +39,7 @@ def rebuild(
         params: the parameters of the new function.
         rule: given the builder, the old variable and its value with operands replaced, returns the value
             to bind instead, or None to keep it.
-        values: replacements of old variables, for parameters that changed; filled with those of all variables.
+        values: replacements of old variables, for changed parameters; those of all variables are added.
         output: what to return, an expression over old variables; the old body by default.
 
     Returns:
@@ -55,7 +55,9 @@ def rebuild(
                 value = substitute(graph.definitions[var], values)
                 replaced = rule(builder, var, value)
                 result = value if replaced is None else replaced
-                values[var] = result if isinstance(result, relax.Var) else builder.emit(result, name_hint=var.name)
+                values[var] = (
+                    result if isinstance(result, relax.Var) else builder.emit(result, name_hint=var.name)
+                )
             result = substitute(function.body.body if output is None else output, values)
             returned = builder.emit_output(result)
         builder.emit_func_output(returned)

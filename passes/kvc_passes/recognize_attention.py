@@ -39,7 +39,9 @@ class RecognizeAttention:
         finder = SiteFinder(Graph(function), self.roles, self.names)
         matches = [finder.match(var, i) for i, var in enumerate(finder.softmaxes())]
         if not matches:
-            raise UnsupportedModel("the model has no attention: no softmax over scores was found; it is no decoder")
+            raise UnsupportedModel(
+                "the model has no attention: no softmax over scores was found; it is no decoder"
+            )
         by_output = {m.output: m for m in matches}
         output = Graph(function).resolve(function.body.body)
         logits = output.fields[0] if isinstance(output, relax.Tuple) else function.body.body
@@ -57,5 +59,7 @@ def _marker(builder: relax.BlockBuilder, match: Match, values: dict[relax.Var, r
     query, key, value = (values.get(v, v) for v in (match.query, match.key, match.value))
     batch, heads, sequence, _ = match.query.ty.shape.values
     out = relax.TensorType((batch, sequence, heads, match.site.value_dim), match.query.ty.dtype.dtype)
-    marker = relax.op.call_pure_packed(ATTENTION, query, key, value, relax.prim_value(match.site.index), ty_args=out)
+    marker = relax.op.call_pure_packed(
+        ATTENTION, query, key, value, relax.prim_value(match.site.index), ty_args=out
+    )
     return marker if match.transposed else relax.op.permute_dims(builder.emit(marker), [0, 2, 1, 3])

@@ -47,7 +47,9 @@ class SelectRows:
                     picked[operand] = values[operand]
             return _with_rows(substitute(graph.definitions[var], picked), n, r)
 
-        module = rebuild(mod, insert_params(function, "positions", [rows]), place, values=values, output=output)
+        module = rebuild(
+            mod, insert_params(function, "positions", [rows]), place, values=values, output=output
+        )
         return Result(relax.transform.EliminateCommonSubexpr()(module), len(moved))
 
     def _pick(self, builder: relax.BlockBuilder, value: relax.Expr, rows: relax.Var, n: Any) -> relax.Expr:
@@ -62,7 +64,10 @@ def _with_rows(value: relax.Expr, n: Any, r: Any) -> relax.Expr:
     """Shapes inside a call (of reshape, broadcast_to, full) with r tokens instead of n."""
     if not isinstance(value, relax.Call):
         return value
-    args = [relax.ShapeExpr([r if _is(d, n) else d for d in a.values]) if isinstance(a, relax.ShapeExpr) else a for a in value.args]
+    args = [
+        relax.ShapeExpr([r if _is(d, n) else d for d in a.values]) if isinstance(a, relax.ShapeExpr) else a
+        for a in value.args
+    ]
     return relax.Call(value.op, args, value.attrs, value.ty_args)
 
 

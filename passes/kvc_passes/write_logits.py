@@ -37,7 +37,7 @@ class WriteLogits:
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if var != last:
                 return None
-            weight = value.args[1].fields[1].name if self._is_product(value) else None
+            weight = value.args[1].fields[1].name if self._is_product(value) else ""
             if weight in self.recipes:
                 recipe = self.recipes[weight]
                 args = list(value.args[1].fields)
@@ -48,7 +48,11 @@ class WriteLogits:
             copy = builder.add_func(_copy(r, columns), "copy_logits")
             return relax.op.call_tir_inplace(copy, [source, logits], [1], logits.ty)
 
-        behind = next(p.name for p in function.params if p.name in ("rows", "block_table") and self._is_last(function, p))
+        behind = next(
+            p.name
+            for p in function.params
+            if p.name in ("rows", "block_table") and self._is_last(function, p)
+        )
         module = rebuild(mod, insert_params(function, behind, [logits]), place)
         return Result(module, 1)
 

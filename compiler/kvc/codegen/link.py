@@ -44,5 +44,3 @@ def link(output: str, objects: Sequence[str], options: Sequence[str] = (), **ign
     if result.returncode:
         lines = "\n".join((result.stderr or result.stdout).strip().splitlines()[-5:])
         raise TargetError(f"linking the compiled model failed ({' '.join(command[:2])} ...):\n{lines}")
-
-

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvc_passes.base import Result
-from kvc_passes.place_arena import PlaceArena
 from tvm import IRModule, relax, tirx
 from tvm.ir import GlobalVar
 from tvm.relax import PyExprMutator, expr_functor
 from tvm.target import Target
+
+from kvc_passes.base import Result
+from kvc_passes.place_arena import PlaceArena
 
 from ..kernels.schedule import schedule_elementwise
 from ..kernels.traits import CpuTraits
@@ -89,7 +90,11 @@ def join(functions: dict[Phase, IRModule]) -> IRModule:
     """One module with one function a phase; kernels that several phases share are kept once."""
     builder = relax.BlockBuilder()
     for phase, mod in functions.items():
-        kernels = {v: builder.add_func(f, v.name_hint) for v, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)}
+        kernels = {
+            v: builder.add_func(f, v.name_hint)
+            for v, f in mod.functions_items()
+            if isinstance(f, tirx.PrimFunc)
+        }
         builder.add_func(_Renamed(kernels).visit_expr(mod["main"]).with_attr("global_symbol", phase), phase)
     return relax.transform.AttachGlobalSymbol()(builder.get())
 

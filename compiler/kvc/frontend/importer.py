@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from kvc_passes.errors import UnsupportedModel
-from kvc_passes.facts import Roles
-from kvc_passes.nodes import NodeNames
 from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 from tvm.ir import Range as IRRange
 from tvm.relax.frontend.onnx import onnx_frontend as stock
+
+from kvc_passes.errors import UnsupportedModel
+from kvc_passes.facts import Roles
+from kvc_passes.nodes import NodeNames
 
 from .integers import Folder, Integers, NotFolded, expr, from_array
 from .operators import CONVERTERS
@@ -110,7 +111,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         super()._parse_graph_input(graph)
         large = 1 << 31
         for var in self._inputs.values():
-            for dim in (var.ty.shape.values if isinstance(var, relax.Var) and var.ty.shape is not None else ()):
+            for dim in var.ty.shape.values if isinstance(var, relax.Var) and var.ty.shape is not None else ():
                 if isinstance(dim, tirx.Var):
                     low = 0 if dim.name == "past" else 1
                     bounds = IRRange(tirx.IntImm("int64", low), tirx.IntImm("int64", large))
@@ -227,8 +228,13 @@ def _identifier(name: str, taken: set[str]) -> str:
 
 def _constant(node: onnx.NodeProto, attrs: dict[str, Any]) -> np.ndarray:
     if "value" in attrs:
-        return onnx.numpy_helper.to_array(attrs["value"])
-    for name, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+        return np.asarray(onnx.numpy_helper.to_array(attrs["value"]))
+    for name, dtype in (
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+    ):
         if name in attrs:
             return np.array(attrs[name], dtype)
     raise UnsupportedModel(f"node '{node.name}' (Constant) has no numeric value")

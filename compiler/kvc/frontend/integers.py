@@ -115,7 +115,9 @@ def _divide(x: Scalar, y: Scalar) -> Scalar:
     return tirx.floordiv(expr(x), expr(y))
 
 
-def _extreme(python: Callable[[Any, Any], Any], symbolic: Callable[[Any, Any], Any]) -> Callable[..., Integers]:
+def _extreme(
+    python: Callable[[Any, Any], Any], symbolic: Callable[[Any, Any], Any]
+) -> Callable[..., Integers]:
     def pick(x: Scalar, y: Scalar) -> Scalar:
         return python(x, y) if isinstance(x, int) and isinstance(y, int) else symbolic(expr(x), expr(y))
 
@@ -151,7 +153,10 @@ def _gather(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> In
 
 
 def _axes(inputs: list[Integers], attrs: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(int(a) for a in (inputs[1].flat() if len(inputs) > 1 and inputs[1] is not None else attrs.get("axes", ())))
+    return tuple(
+        int(a)
+        for a in (inputs[1].flat() if len(inputs) > 1 and inputs[1] is not None else attrs.get("axes", ()))
+    )
 
 
 def _unsqueeze(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:
@@ -190,7 +195,9 @@ def _product(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> I
     result: Scalar = 1
     for value in inputs[0].flat():
         result = folder.simplify(result * value)
-    return Integers.of(result if not attrs.get("keepdims", 1) else np.array([result], object), inputs[0].dtype)
+    return Integers.of(
+        result if not attrs.get("keepdims", 1) else np.array([result], object), inputs[0].dtype
+    )
 
 
 def _range(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:

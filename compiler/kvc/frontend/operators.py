@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from kvc_passes.errors import UnsupportedModel
 from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
+
+from kvc_passes.errors import UnsupportedModel
 
 from .integers import OPEN_END, Integers, expr
 
@@ -82,7 +83,10 @@ def _slice(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> 
     shape = importer.shape(data)
     starts = _known(importer, inputs[1], "start").flat()
     ends = _known(importer, inputs[2], "end").flat()
-    axes = [int(a) % len(shape) for a in (_known(importer, inputs[3], "axes").flat() if inputs[3] else range(len(starts)))]
+    axes = [
+        int(a) % len(shape)
+        for a in (_known(importer, inputs[3], "axes").flat() if inputs[3] else range(len(starts)))
+    ]
     steps = _known(importer, inputs[4], "steps").flat() if inputs[4] else [1] * len(starts)
     kept = []
     for axis, start, end, step in zip(axes, starts, ends, steps):
@@ -93,7 +97,12 @@ def _slice(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> 
         return data
     axes_, begins, stops, strides = zip(*kept)
     return op.strided_slice(
-        data, list(axes_), [expr(v) for v in begins], [expr(v) for v in stops], [expr(v) for v in strides], assume_inbound=True
+        data,
+        list(axes_),
+        [expr(v) for v in begins],
+        [expr(v) for v in stops],
+        [expr(v) for v in strides],
+        assume_inbound=True,
     )
 
 
@@ -115,14 +124,20 @@ def _range(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> 
 
 def _constant_of_shape(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     shape = relax.ShapeExpr([expr(v) for v in _known(importer, inputs[0], "shape").flat()])
-    value = onnx.numpy_helper.to_array(attrs["value"]).reshape(-1) if "value" in attrs else np.zeros(1, np.float32)
+    value = (
+        onnx.numpy_helper.to_array(attrs["value"]).reshape(-1)
+        if "value" in attrs
+        else np.zeros(1, np.float32)
+    )
     return op.full(shape, relax.const(value[0].item(), str(value.dtype)), str(value.dtype))
 
 
 def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     data, indices = importer.tensor(inputs[0]), inputs[1]
     axis = attrs.get("axis", 0)
-    nonnegative = isinstance(indices, Integers) and all(not isinstance(v, int) or v >= 0 for v in indices.flat())
+    nonnegative = isinstance(indices, Integers) and all(
+        not isinstance(v, int) or v >= 0 for v in indices.flat()
+    )
     # Graph inputs are token ids and positions, which the runtime checks; others may count from the end.
     if nonnegative or indices in importer._inputs.values():
         return op.take(data, importer.tensor(indices), axis=axis, mode="fast")

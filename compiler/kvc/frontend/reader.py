@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+
 from kvc_passes.errors import InputError, UnsupportedModel
 
 OLDEST_OPSET = 13  # Squeeze, Unsqueeze and Reduce* take their axes as inputs from here on.
@@ -105,7 +106,7 @@ def _tensors(path: Path, graph: onnx.GraphProto) -> dict[str, np.ndarray]:
 def _tensor(path: Path, tensor: onnx.TensorProto, maps: dict[Path, np.memmap]) -> np.ndarray:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         try:
-            return onnx.numpy_helper.to_array(tensor)
+            return np.asarray(onnx.numpy_helper.to_array(tensor))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: initializer '{tensor.name}' is damaged ({error})") from None
     dtype = _DTYPES.get(tensor.data_type)
@@ -132,7 +133,9 @@ def _data_file(path: Path, tensor: str, location: str) -> Path:
     folder = path.parent.resolve()
     file = (folder / location).resolve()
     if not location or not file.is_relative_to(folder):
-        raise InputError(f"{path}: initializer '{tensor}' names external data outside the model's folder: '{location}'")
+        raise InputError(
+            f"{path}: initializer '{tensor}' names external data outside the model's folder: '{location}'"
+        )
     if not file.is_file():
         raise InputError(
             f"{path}: external data missing: initializer '{tensor}' is in '{location}', which is not there; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx
+
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
 
@@ -81,11 +82,15 @@ def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None
     dims = {v.name: v.type.tensor_type.shape.dim for v in graph.input}
     if dims[roles.tokens][1].dim_value:
         raise UnsupportedModel(
-            f"{path}: input '{roles.tokens}' has a fixed sequence length of {dims[roles.tokens][1].dim_value}; "
+            f"{path}: input '{roles.tokens}' has a fixed sequence length, {dims[roles.tokens][1].dim_value}; "
             "export the model with a dynamic sequence axis"
         )
     total = f"{PAST}+{SEQUENCE}" if roles.past else SEQUENCE
-    wanted = {roles.tokens: [BATCH, SEQUENCE], roles.positions: [BATCH, SEQUENCE], roles.attention_mask: [BATCH, total]}
+    wanted: dict[str | None, list[str | None]] = {
+        roles.tokens: [BATCH, SEQUENCE],
+        roles.positions: [BATCH, SEQUENCE],
+        roles.attention_mask: [BATCH, total],
+    }
     wanted |= {name: [BATCH, None, PAST, None] for name in roles.past}
     for name, symbols in wanted.items():
         if name is None:

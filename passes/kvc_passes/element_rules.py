@@ -1,0 +1,300 @@
+"""For every operation that masks, positions and layouts use: an element of its output from its inputs'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tvm
+from tvm import relax, tirx
+
+from .conditions import Unprovable, as_condition, both, choose, either, is_condition, lift, negate
+from .graph import dims, operands, static
+from .regroup import regroup
+
+if TYPE_CHECKING:
+    from .element import Elements
+
+Index = Sequence[Any]
+
+
+def _integer(value: Any) -> Any:
+    return tirx.IntImm("int64", value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _align(value: relax.Expr, index: Index) -> list[Any]:
+    """The index into an operand that was broadcast to the rank of `index`."""
+    shape = dims(value)
+    return [0 if static(d) == 1 else i for d, i in zip(shape, list(index)[len(index) - len(shape) :])]
+
+
+def _elementwise(function: Callable[..., Any]) -> Callable[[Elements, relax.Call, Index], Any]:
+    def rule(elements: Elements, call: relax.Call, index: Index) -> Any:
+        values = [elements.at(operand, _align(operand, index)) for operand in operands(call)]
+        return lift(lambda *v: elements.simplify(function(*v)), *values)
+
+    return rule
+
+
+def _where(elements: Elements, call: relax.Call, index: Index) -> Any:
+    condition, then, other = (elements.at(o, _align(o, index)) for o in operands(call))
+    return choose(condition, then, other)
+
+
+def _compare(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return _elementwise(
+        lambda x, y: (
+            function(x, y)
+            if isinstance(x, (int, float)) and isinstance(y, (int, float))
+            else function(_integer(x), _integer(y))
+        )
+    )
+
+
+def _equal(x: Any, y: Any) -> Any:
+    if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+        return x == y
+    for value, constant in ((x, y), (y, x)):
+        if isinstance(constant, bool):
+            return value if constant else negate(value)
+    return tirx.EQ(_integer(x), _integer(y))
+
+
+def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
+    target = str(call.attrs.dtype)
+    value = elements.at(call.args[0], index)
+    if target == "bool":
+        return lift(
+            lambda v: (
+                bool(v) if isinstance(v, (int, float)) else v if is_condition(v) else tirx.NE(v, _integer(0))
+            ),
+            value,
+        )
+    one: Any = 1.0 if target.startswith(("float", "bfloat")) else 1
+
+    def convert(v: Any) -> Any:
+        if isinstance(v, (bool, int, float)):
+            return type(one)(v)
+        return choose(v, one, type(one)(0)) if is_condition(v) else v
+
+    return lift(convert, value)
+
+
+def _arange(elements: Elements, call: relax.Call, index: Index) -> Any:
+    start, _, step = call.args[:3]
+    return elements.simplify(start + _integer(index[0]) * step)
+
+
+def _full(elements: Elements, call: relax.Call, index: Index) -> Any:
+    return elements.at(call.args[1], [])
+
+
+def _fill(value: int) -> Callable[..., Any]:
+    return lambda elements, call, index: float(value) if "float" in str(call.attrs.dtype) else value
+
+
+def _expand_dims(elements: Elements, call: relax.Call, index: Index) -> Any:
+    added = {int(a) % len(index) for a in call.attrs.axis}
+    return elements.at(call.args[0], [i for axis, i in enumerate(index) if axis not in added])
+
+
+def _squeeze(elements: Elements, call: relax.Call, index: Index) -> Any:
+    shape = dims(call.args[0])
+    gone = (
+        {int(a) % len(shape) for a in call.attrs.axis}
+        if call.attrs.axis is not None
+        else {a for a, d in enumerate(shape) if static(d) == 1}
+    )
+    rest = iter(index)
+    return elements.at(call.args[0], [0 if axis in gone else next(rest) for axis in range(len(shape))])
+
+
+def _broadcast_to(elements: Elements, call: relax.Call, index: Index) -> Any:
+    return elements.at(call.args[0], _align(call.args[0], index))
+
+
+def _reshape(elements: Elements, call: relax.Call, index: Index) -> Any:
+    """The same position in row-major order, computed within the smallest groups of equal product."""
+    source, target = dims(call.args[0]), dims(call)
+    parts: list[Any] = []
+    for low, high, first, last in regroup(elements.analyzer, source, target):
+        position: Any = tirx.IntImm("int64", 0)
+        for dim, i in zip(target[first:last], index[first:last]):
+            position = elements.simplify(position * dim + _integer(i))
+        group: list[Any] = []
+        for axis in reversed(range(low, high)):
+            group.append(
+                position if axis == low else elements.simplify(tirx.floormod(position, source[axis]))
+            )
+            position = elements.simplify(tirx.floordiv(position, source[axis])) if axis != low else position
+        parts += [0 if static(d) == 1 else i for d, i in zip(source[low:high], group[::-1])]
+    return elements.at(call.args[0], parts)
+
+
+def _permute(elements: Elements, call: relax.Call, index: Index) -> Any:
+    axes = [int(a) for a in call.attrs.axes] if call.attrs.axes is not None else list(range(len(index)))[::-1]
+    source: list[Any] = [0] * len(index)
+    for position, axis in enumerate(axes):
+        source[axis] = index[position]
+    return elements.at(call.args[0], source)
+
+
+def _strided_slice(elements: Elements, call: relax.Call, index: Index) -> Any:
+    result = list(index)
+    axes, begins, _, *strides = (
+        list(a.fields) if isinstance(a, relax.Tuple) else list(a.values) for a in call.args[1:5]
+    )
+    for position, axis in enumerate(axes):
+        stride = strides[0][position] if strides else 1
+        at = int(static(axis) or 0)
+        result[at] = elements.simplify(_integer(index[at]) * stride + begins[position])
+    return elements.at(call.args[0], result)
+
+
+def _concat(elements: Elements, call: relax.Call, index: Index) -> Any:
+    parts = operands(call)
+    axis = int(call.attrs.axis) % len(index)
+    offset: Any = tirx.IntImm("int64", 0)
+    cases = []
+    for part in parts:
+        end = elements.simplify(offset + dims(part)[axis])
+        here = [elements.simplify(_integer(i) - offset) if a == axis else i for a, i in enumerate(index)]
+        cases.append((_integer(index[axis]) < end, part, here))
+        offset = end
+    result = elements.at(cases[-1][1], cases[-1][2])
+    for condition, part, here in reversed(cases[:-1]):
+        decided = elements.simplify(condition)
+        result = choose(decided, elements.at(part, here), result)
+    return result
+
+
+def _take(elements: Elements, call: relax.Call, index: Index) -> Any:
+    data, indices = call.args[:2]
+    axis = int(call.attrs.axis) if call.attrs.axis is not None else 0
+    rank = len(dims(indices))
+    at = elements.at(indices, list(index)[axis : axis + rank])
+    return lift(lambda i: elements.at(data, [*index[:axis], i, *index[axis + rank :]]), at)
+
+
+def _gather_nd(elements: Elements, call: relax.Call, index: Index) -> Any:
+    data, indices = call.args[:2]
+    batch = int(call.attrs.batch_dims)
+    rank = len(dims(indices)) - 1
+    width = static(dims(indices)[-1])
+    if width is None:
+        raise Unprovable("gathers with an index of unknown width")
+    at = [elements.at(indices, [*index[:rank], column]) for column in range(width)]
+    return lift(lambda *i: elements.at(data, [*index[:batch], *i, *index[rank:]]), *at)
+
+
+def _cumsum(elements: Elements, call: relax.Call, index: Index) -> Any:
+    axis = int(call.attrs.axis)
+    any_index = tirx.Var("summand", "int64")
+    elements.analyzer.bind(any_index, tvm.ir.Range(0, dims(call.args[0])[axis]), True)
+    summand = elements.at(call.args[0], [any_index if a == axis else i for a, i in enumerate(index)])
+    zero = as_condition(
+        lift(
+            lambda v: (
+                v == 0
+                if isinstance(v, (int, float))
+                else negate(v)
+                if is_condition(v)
+                else tirx.EQ(v, _integer(0))
+            ),
+            summand,
+        )
+    )
+    if not elements.prove(zero):
+        raise Unprovable("takes a cumulative sum of values that are not all zero")
+    return 0
+
+
+def _triangle(lower: bool) -> Callable[..., Any]:
+    def rule(elements: Elements, call: relax.Call, index: Index) -> Any:
+        k = call.args[1]
+        row, column = _integer(index[-2]), _integer(index[-1])
+        condition = column <= row + k if lower else column >= row + k
+        zero: Any = (
+            False if str(call.ty.dtype.dtype) == "bool" else 0.0 if "float" in str(call.ty.dtype.dtype) else 0
+        )
+        return choose(condition, elements.at(call.args[0], index), zero)
+
+    return rule
+
+
+def _shape_to_tensor(elements: Elements, call: relax.Call, index: Index) -> Any:
+    at = index[0] if isinstance(index[0], int) else static(index[0])
+    if at is None:
+        raise Unprovable("reads a shape at an unknown axis")
+    shape = elements.graph.resolve(call.args[0])
+    return elements.simplify(shape.values[at] if isinstance(shape, relax.ShapeExpr) else shape.ty.values[at])
+
+
+def _logic(symbolic: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return _elementwise(symbolic)
+
+
+def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return _elementwise(
+        lambda x, y: (
+            function(x, y)
+            if isinstance(x, (int, float)) and isinstance(y, (int, float))
+            else function(_number(x), _number(y))
+        )
+    )
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+        return x / y
+    raise Unprovable("divides by or of an index")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise Unprovable(f"mixes the number {value} with an index")
+        return tirx.IntImm("int64", int(value))
+    return _integer(value)
+
+
+RULES: dict[str, Callable[[Elements, Any, Index], Any]] = {
+    "add": _arithmetic(lambda x, y: x + y),
+    "subtract": _arithmetic(lambda x, y: x - y),
+    "multiply": _arithmetic(lambda x, y: x * y),
+    "divide": _arithmetic(_quotient),
+    "maximum": _arithmetic(lambda x, y: max(x, y) if isinstance(x, (int, float)) else tirx.max(x, y)),
+    "minimum": _arithmetic(lambda x, y: min(x, y) if isinstance(x, (int, float)) else tirx.min(x, y)),
+    "negative": _elementwise(lambda x: -x),
+    "less": _compare(lambda x, y: x < y),
+    "less_equal": _compare(lambda x, y: x <= y),
+    "greater": _compare(lambda x, y: x > y),
+    "greater_equal": _compare(lambda x, y: x >= y),
+    "equal": _elementwise(_equal),
+    "not_equal": _elementwise(lambda x, y: negate(_equal(x, y))),
+    "logical_and": _logic(both),
+    "logical_or": _logic(either),
+    "bitwise_and": _logic(both),
+    "bitwise_or": _logic(either),
+    "logical_not": _elementwise(negate),
+    "bitwise_not": _elementwise(negate),
+    "where": _where,
+    "astype": _cast,
+    "arange": _arange,
+    "full": _full,
+    "zeros": _fill(0),
+    "ones": _fill(1),
+    "expand_dims": _expand_dims,
+    "squeeze": _squeeze,
+    "broadcast_to": _broadcast_to,
+    "reshape": _reshape,
+    "permute_dims": _permute,
+    "strided_slice": _strided_slice,
+    "concat": _concat,
+    "take": _take,
+    "gather_nd": _gather_nd,
+    "cumsum": _cumsum,
+    "tril": _triangle(True),
+    "triu": _triangle(False),
+    "shape_to_tensor": _shape_to_tensor,
+}
