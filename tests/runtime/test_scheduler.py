@@ -63,6 +63,9 @@ def test_outputs_equal_the_unbatched_ones(
         updates += scheduler.step()
         assert scheduler.running <= model.plan.max_batch
         assert scheduler.pool.used == sum(len(r.pages) for r, *_ in added if r.pages is not None)
+        live = [r for r, *_ in added if r.finish_reason is None]
+        ages = [r.id for r in live if r.pages is not None] + [r.id for r in live if r.pages is None]
+        assert ages == sorted(ages)  # nobody waits for a younger one
         step += 1
         assert step < 2000
     assert scheduler.pool.used == scheduler.running == scheduler.waiting == 0

@@ -145,6 +145,30 @@ def test_bytes_that_are_no_text_add_up_too(text: Text, tokens: list[int]) -> Non
     assert "".join(pieces) + stream.finish() == text.decode(tokens)
 
 
+@settings(max_examples=150, deadline=None)
+@given(content=st.text(st.sampled_from("a é€😀"), max_size=12), cut=st.integers(0, 3))
+def test_byte_fallback_gives_whole_characters(content: str, cut: int) -> None:
+    """These decoders mark every byte of a run of byte tokens while its last character is unfinished."""
+    vocab = {f"<0x{b:02X}>": b for b in range(256) if chr(b) not in "a "} | {"a": ord("a"), " ": ord(" ")}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0x00>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    stream = Stream(tokenizer.decode)
+    data = content.encode()
+    data = data[: len(data) - cut]
+    so_far = ""
+    for byte in data:
+        so_far += stream.push(byte)
+        assert content.startswith(so_far)
+    assert so_far == data.decode(errors="ignore")
+    assert (so_far + stream.finish()).rstrip("\ufffd") == so_far
+
+
+def test_bytes_that_never_become_text_are_not_held_back_for_ever(text: Text) -> None:
+    byte = text.encode("é", special=False)[0]  # the first of two bytes, again and again
+    stream = Stream(text.decode)
+    assert "".join(stream.push(byte) for _ in range(20)) == "\ufffd" * 19
+
+
 def test_a_character_comes_with_its_last_byte(text: Text) -> None:
     stream = Stream(text.decode)
     assert [stream.push(token) for token in text.encode("a😀b")] == ["a", "", "", "", "😀", "b"]

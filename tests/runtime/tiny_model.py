@@ -5,7 +5,7 @@
 K of token x is 2 x, V of position p is p; the logits of column c are shift[c] plus scale[c] times the sum of
 K_j + V_j * (j + 1) over all positions j up to the token's own.
 """
-# ruff: noqa: PLR0917, RET504  TVMScript
+# ruff: noqa: RET504  TVMScript
 
 from __future__ import annotations
 

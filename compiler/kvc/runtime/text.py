@@ -22,7 +22,7 @@ Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}, and whatever else the model's chat template reads."""
 
 _UNFINISHED: Final = "\ufffd"  # what a decoder returns for bytes that are no whole character
-_HELD: Final = 3  # bytes of a character that can be missing its last
+_LONGEST: Final = 4  # bytes, so at most as many tokens, of one character in UTF-8
 
 
 class Text:
@@ -116,7 +116,7 @@ class Stream:
         self._stop = tuple(stop)
         self._tokens: list[int] = []
         # Only a window of tokens is decoded: it starts one piece back, since a token's text may depend on the
-        # token before it (a leading space).
+        # token before it (a leading space). Tokens from _end on have not become text that is certain.
         self._begin = 0
         self._end = 0
         self._known = 0  # characters of the window's text that were returned or are in _pending
@@ -131,7 +131,7 @@ class Stream:
         self._tokens.append(token)
         text = self._decode(self._tokens[self._begin :])
         held = len(text) - len(text.rstrip(_UNFINISHED))
-        if held > _HELD:  # cannot become a character any more
+        if held and len(self._tokens) - self._end > _LONGEST - 1:  # cannot become one character any more
             held = 1
         new = text[self._known : len(text) - held]
         if new:
