@@ -31,6 +31,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+import kvc
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts, Plan, facts_from_json, plan_from_json, to_json
 
@@ -258,7 +259,7 @@ class ArtifactWriter:
         missing = [name for name in REQUIRED if name not in self._files]
         if missing:
             raise PlanningError(f"the artifact lacks {', '.join(missing)}")
-        manifest = {"format": FORMAT, "kvc": _version(), "files": self._files}
+        manifest = {"format": FORMAT, "kvc": kvc.__version__, "files": self._files}
         self.text("manifest.json", json.dumps(manifest, indent=2) + "\n")
         for file in self.folder.iterdir():
             _fsync(file)
@@ -415,12 +416,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _version() -> str:
-    import importlib.metadata  # not needed to run a model
-
-    try:
-        return importlib.metadata.version("kvc")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
