@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from .attention_block import BlockKernel, copy_rows
-from .emit import Emitter, argument, i64, size_var
+from .attention_block import BlockKernel
+from .emit import Emitter, Expr, argument, copy_rows, i64, size_var
 from .traits import CpuTraits
 
 
@@ -66,7 +66,7 @@ def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
     kpool = argument("kpool", (pages, shape.kv_heads, shape.head_dim, page))
     vpool = argument("vpool", (pages, shape.kv_heads, page, shape.value_dim))
 
-    def tokens(head: object, start: object, count: object) -> None:
+    def tokens(head: Expr, start: Expr, count: Expr) -> None:
         # Token innermost: neighbours fill the same cache lines of a page.
         with e.loop("d", shape.head_dim) as d, e.loop("i", count) as i:
             slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))

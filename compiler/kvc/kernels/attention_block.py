@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 
 from . import vector_math
-from .emit import Emitter, Expr, f32, i64, splat, vec
+from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec
 from .traits import CpuTraits
 
 if TYPE_CHECKING:
@@ -19,44 +19,11 @@ _NEVER = -1e30
 """Score of a masked key, and the maximum before the first key: finite, so that differences are too."""
 
 
-def chunks(size: int, lanes: int) -> list[tuple[int, int]]:
-    """(offset, width) of the vectors that cover `size` elements; the last ones may be narrower."""
-    result, at = [], 0
-    while at < size:
-        while lanes > size - at:
-            lanes //= 2
-        result.append((at, lanes))
-        at += lanes
-    return result
-
-
-def copy_rows(
-    e: Emitter, source: Any, at: Sequence[Expr], target: Any, to: Sequence[Expr], size: int, lanes: int
-) -> None:
-    """Copy a row of `size` elements by vectors."""
-    for start, width in chunks(size, lanes):
-        index = vec(i64(start), width)
-        e.store(target, source[(*at, index)], *to, index)
-
-
-def _reduce(value: Expr, combine: Any) -> Expr:
-    """A vector folded into one element."""
-    name, _, count = str(value.ty.dtype).partition("x")
-    width = int(count or 1)
-    while width > 2:
-        width //= 2
-        half = f"{name}x{width}"
-        value = combine(tirx.vectorlow(half, value), tirx.vectorhigh(half, value))
-    if width == 2:
-        value = combine(*(tirx.Shuffle([value], [tirx.const(i, "int32")]) for i in range(2)))
-    return value
-
-
 class BlockKernel:
     """Emits the steps of one task: load queries, run over a range of pages, store the result.
 
     rows: query rows of a KV head at most; they are padded to whole register tiles.
-    streaming: all KV heads belong to the task (run_heads), whose scores are kept at once; else one (run_head).
+    streaming: a task has all KV heads (run_heads), and keeps all their scores; else one (run_head).
     keys: keys of a block, whose scores are kept between the two products.
     """
 
@@ -80,7 +47,9 @@ class BlockKernel:
         self.padded = -(-rows // self.height) * self.height
         per_page = shape.page_size // self.lanes
         if shape.page_size % self.lanes or (per_page > 1 and per_page % 2):
-            raise ValueError(f"page size {shape.page_size} is not one or an even number of {self.lanes}-lane vectors")
+            raise ValueError(
+                f"page size {shape.page_size} is not one or an even number of {self.lanes}-lane vectors"
+            )
         self.together = 2 if per_page == 1 and not streaming else 1
         """Pages whose keys share a register tile: their vectors make it two wide."""
         self.width = self.together if per_page == 1 else 2
@@ -121,7 +90,8 @@ class BlockKernel:
         """First and last page that tokens at positions first .. last see, as columns of the block table."""
         begin = i64(0)
         if self.shape.window is not None:
-            begin = tirx.floordiv(tirx.Max(first - (self.shape.window - 1), i64(0)), i64(self.shape.page_size))
+            oldest = tirx.Max(first - (self.shape.window - 1), i64(0))
+            begin = tirx.floordiv(oldest, i64(self.shape.page_size))
         end = tirx.floordiv(last, i64(self.shape.page_size))
         return self.e.bind("page", begin), self.e.bind("last_page", end)
 
@@ -153,7 +123,7 @@ class BlockKernel:
 
     @contextmanager
     def _blocks(self, page: Expr, pages: Expr, first: Expr, last: Expr) -> Iterator[tuple[Expr, ...]]:
-        """The loop over blocks: first page, pages, existing keys, and whether some pair of the block is masked."""
+        """The loop over blocks: first page, pages, existing keys, and whether a pair is masked."""
         e, size = self.e, self.shape.page_size
         step = self.keys // size
         pages = e.bind("pages", tirx.Max(pages, i64(0)))
@@ -181,7 +151,8 @@ class BlockKernel:
         splits = 1 << (splits.bit_length() - 1)
         groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         with e.loop("kg", groups) as kg:
-            pages = [self._page(start + tirx.Min(kg * self.together + j, count - 1)) for j in range(self.together)]
+            columns = [tirx.Min(kg * self.together + j, count - 1) for j in range(self.together)]
+            pages = [self._page(start + at) for at in columns]
             vectors = [(page, at) for page in pages for at in range(0, self.shape.page_size, lanes)]
             for sub in range(0, len(vectors), width):
                 acc = e.local("acc", splits * height * width * lanes)
@@ -250,7 +221,7 @@ class BlockKernel:
         with e.loop("v", vectors) as v:
             e.store(top, tirx.Max(top[every], self.scores[vec(base + v * lanes, lanes)]), every)
         before = e.bind("before", self.maximum[row])
-        highest = e.bind("highest", tirx.Max(before, _reduce(top[every], tirx.Max)))
+        highest = e.bind("highest", tirx.Max(before, fold(top[every], tirx.Max)))
         e.store(self.maximum, highest, row)
         factor = e.bind("factor", vector_math.exp2_nonpositive(e.bind, before - highest))
         for start, width in chunks(dim, lanes):
@@ -263,7 +234,7 @@ class BlockKernel:
             weight = e.bind("weight", vector_math.exp2_nonpositive(e.bind, self.scores[at] - shift))
             e.store(self.scores, weight, at)
             e.store(top, top[every] + weight, every)
-        e.store(self.total, self.total[row] * factor + _reduce(top[every], lambda a, b: a + b), row)
+        e.store(self.total, self.total[row] * factor + fold(top[every], lambda a, b: a + b), row)
 
     def _values(
         self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, keys: Expr, base: Expr
@@ -319,9 +290,7 @@ class BlockKernel:
             e.bind("w", vector_math.exp2_nonpositive(e.bind, part[row, i64(s), head, i64(dim)] - top))
             for s in range(shares)
         ]
-        total = sum(
-            (w * part[row, i64(s), head, i64(dim + 1)] for s, w in enumerate(weights)), start=f32(0)
-        )
+        total = sum((w * part[row, i64(s), head, i64(dim + 1)] for s, w in enumerate(weights)), start=f32(0))
         scale = e.bind("scale", f32(1) / total)
         for start, width in chunks(dim, self.lanes):
             index = vec(i64(start), width)

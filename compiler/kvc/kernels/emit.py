@@ -47,9 +47,28 @@ def vec(start: Expr, lanes: int) -> Expr:
     return start if lanes == 1 else tirx.Ramp(start, tirx.const(1, start.ty.dtype), lanes)
 
 
-def column(index: int) -> Expr:
-    """A constant index."""
-    return i64(index)
+def fold(value: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """A vector folded into one element."""
+    name, _, count = str(value.ty.dtype).partition("x")
+    width = int(count or 1)
+    while width > 2:
+        width //= 2
+        half = f"{name}x{width}"
+        value = combine(tirx.vectorlow(half, value), tirx.vectorhigh(half, value))
+    if width == 2:
+        value = combine(*(tirx.Shuffle([value], [tirx.const(i, "int32")]) for i in range(2)))
+    return value
+
+
+def chunks(size: int, lanes: int) -> list[tuple[int, int]]:
+    """(offset, width) of the vectors that cover `size` elements; the last ones may be narrower."""
+    result, at = [], 0
+    while at < size:
+        while lanes > size - at:
+            lanes //= 2
+        result.append((at, lanes))
+        at += lanes
+    return result
 
 
 class Emitter:
@@ -118,17 +137,6 @@ class Emitter:
         """buffer[indices] = value; a vector is stored where the last index is a ramp."""
         self.add(tirx.BufferStore(buffer, value, list(indices)))
 
-    def prefetch(self, buffer: Any, *indices: Expr) -> None:
-        """Ask for the cache line of an element, for reading."""
-        address = tirx.address_of(buffer[tuple(indices)])
-        self.add(
-            tirx.Evaluate(
-                tirx.call_intrin(
-                    "void", "tirx.prefetch", address, *(tirx.const(n, "int32") for n in (0, 3, 1))
-                )
-            )
-        )
-
     def function(self, params: Sequence[Any], reads: Sequence[Any], writes: Sequence[Any]) -> tirx.PrimFunc:
         """The PrimFunc of `params` (buffers) whose body is what was emitted."""
         body = self._stack.pop()
@@ -144,6 +152,15 @@ class Emitter:
         for key, value in attrs.items():
             func = func.with_attr(key, value)
         return func
+
+
+def copy_rows(
+    e: Emitter, source: Any, at: Sequence[Expr], target: Any, to: Sequence[Expr], size: int, lanes: int
+) -> None:
+    """Copy a row of `size` elements by vectors."""
+    for start, width in chunks(size, lanes):
+        index = vec(i64(start), width)
+        e.store(target, source[(*at, index)], *to, index)
 
 
 def _whole(buffer: Any) -> Any:

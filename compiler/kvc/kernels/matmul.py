@@ -143,16 +143,21 @@ class _Product:
             with e.loop("j", tail) as j:
                 e.store(self.y, edge[j], *self.out(row + i, block * nr + j))
 
-    def add_bias(self, first: Expr, count: Expr, row: Expr, rows: Expr) -> None:
-        """Add the bias to columns first .. first + count - 1 of some rows."""
-        e, lanes = self.e, self.lanes
+    def add_bias(self, low: Expr, high: Expr, row: Expr, rows: Expr) -> None:
+        """Add the bias to the columns of panels low .. high - 1 of some rows."""
+        e, lanes, nr = self.e, self.lanes, 2 * self.lanes
+        first = low * nr
+        count = e.bind("columns", tirx.Min(high * nr, i64(self.n)) - first)
+
+        def add(i: Expr, at: Expr) -> None:
+            to = self.out(row + i, at)
+            e.store(self.y, self.y[tuple(to)] + self.bias[at], *to)
+
         with e.loop("i", rows) as i:
             with e.loop("j", tirx.floordiv(count, i64(lanes))) as j:
-                at = vec(first + j * lanes, lanes)
-                e.store(self.y, self.y[tuple(self.out(row + i, at))] + self.bias[at], *self.out(row + i, at))
+                add(i, vec(first + j * lanes, lanes))
             with e.loop("j", tirx.floormod(count, i64(lanes))) as j:
-                one = first + tirx.floordiv(count, i64(lanes)) * lanes + j
-                e.store(self.y, self.y[tuple(self.out(row + i, one))] + self.bias[one], *self.out(row + i, one))
+                add(i, first + count - tirx.floormod(count, i64(lanes)) + j)
 
 
 def _share(part: Expr, parts: Expr, total: Expr) -> tuple[Expr, Expr]:
@@ -215,8 +220,7 @@ def _few_rows(product: _Product, m: Expr, c: Expr, threads: int, limit: int) -> 
 
         e.switch(m, range(1, limit + 1), tile)
     if product.bias is not None:
-        nr = 2 * product.lanes
-        product.add_bias(low * nr, tirx.Min(high * nr, i64(product.n)) - low * nr, i64(0), m)
+        product.add_bias(low, high, i64(0), m)
 
 
 def _many_rows(product: _Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
@@ -245,10 +249,9 @@ def _many_rows(product: _Product, m: Expr, c: Expr, threads: int, limit: int) ->
                 cases = range(limit, limit // 2 - 1, -1)
                 e.switch(rows, cases, lambda n: product.tile(n, block, row, start, depth))
         if product.bias is not None:
-            nr = 2 * product.lanes
             top = e.bind("top", begin * height + tirx.Min(begin, extra))
             end = (begin + count) * height + tirx.Min(begin + count, extra)
-            product.add_bias(low * nr, tirx.Min(high * nr, i64(product.n)) - low * nr, top, end - top)
+            product.add_bias(low, high, top, end - top)
 
 
 def packed_embedding(vocab: int, k: int, traits: CpuTraits) -> tirx.PrimFunc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import tvm
@@ -47,11 +48,10 @@ def _static(extent: Any) -> int | None:
 
 class _Scheduler:
     def __init__(self, func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> None:
-        self.traits, self.parallel, self.attrs = traits, parallel, func.attrs
+        self.traits, self.parallel = traits, parallel
         self.symbol = "main"
         module = tvm.IRModule({self.symbol: func.with_attr("global_symbol", self.symbol)})
-        self.keep_symbol = func.attrs is not None and "global_symbol" in func.attrs
-        self.name = func.attrs["global_symbol"] if self.keep_symbol else None
+        self.name = func.attrs.get("global_symbol", None) if func.attrs is not None else None
         self.s = s_tir.Schedule(module)
         self.branches = "if_then_else" in _calls(func.body)
 
@@ -73,7 +73,9 @@ class _Scheduler:
         if self.branches:
             # Ranges of a concatenation become constant before the vectoriser looks at them.
             func = tirx.transform.UnrollLoop()(tvm.IRModule({self.symbol: func}))[self.symbol]
-        return func.with_attr("global_symbol", self.name) if self.keep_symbol else func.without_attr("global_symbol")
+        if self.name is not None:
+            return func.with_attr("global_symbol", self.name)
+        return func.without_attr("global_symbol")
 
     def _try(self, step: Any) -> Any:
         try:
@@ -148,9 +150,7 @@ class _Scheduler:
             self.s.unroll(outer)
 
     def _vectorize_partial(self, block: Any, loops: list[Any]) -> None:
-        lane = next(
-            loop for loop in reversed(loops) if _static(self.s.get(loop).extent) == self.traits.lanes
-        )
+        lane = next(loop for loop in reversed(loops) if _static(self.s.get(loop).extent) == self.traits.lanes)
         steps = next(loop for loop in reversed(loops) if not loop.same_as(lane))
         self.s.reorder(steps, lane)
         self.s.vectorize(lane)
@@ -166,12 +166,10 @@ class _Scheduler:
             if not loops:
                 continue
             sizes = [_static(self.s.get(loop).extent) for loop in loops]
-            work = 1
-            for size in sizes:
-                work = work * size if size is not None and work is not None else None
+            large = None in sizes or math.prod(size or 1 for size in sizes) >= _WORTH_THREADS
             outer = self.s.get(loops[0])
             if outer.loop_var in seen or outer.kind != tirx.ForKind.SERIAL:
                 continue
             seen.add(outer.loop_var)
-            if work is None or work >= _WORTH_THREADS:
+            if large:
                 self._try(lambda loop=loops[0]: self.s.parallel(loop))

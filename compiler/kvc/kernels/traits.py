@@ -38,6 +38,12 @@ class CpuTraits:
         return (self.registers - 4) // 2
 
 
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def default_target() -> Target:
     """The LLVM target of this machine, with its CPU name and the cores this process may use."""
     return Target(
@@ -45,6 +51,6 @@ def default_target() -> Target:
             "kind": "llvm",
             "mcpu": codegen.llvm_get_system_cpu(),
             "mtriple": codegen.llvm_get_system_triple(),
-            "num-cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            "num-cores": _cores(),
         }
     )

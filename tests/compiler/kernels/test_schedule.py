@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import tvm
+from kernel_machines import Machine
+from tvm import relax, tirx
+from tvm.relax import op
+
+from kvc.kernels.emit import compiled
+from kvc.kernels.schedule import schedule_elementwise
+from kvc.kernels.vector_math import replace_math
+
+N = 7
+
+
+def tensor(name: str, *shape: object, dtype: str = "float32") -> relax.Var:
+    return relax.Var(name, relax.TensorType(shape, dtype))
+
+
+def rms_norm(x, w, **_):
+    return x * op.rsqrt(op.mean(x * x, -1, True) + relax.const(1e-5)) * w
+
+
+def layer_norm(x, w, **_):
+    return op.nn.layer_norm(x, w, w, axes=[-1], epsilon=1e-5)
+
+
+def silu(x, y, **_):
+    return op.sigmoid(x) * x * y
+
+
+def rotate(q, **_):
+    q = op.permute_dims(q, [0, 2, 1, 3])
+    low, high = op.strided_slice(q, [3], [0], [16]), op.strided_slice(q, [3], [16], [32])
+    return op.concat([op.negative(high), low], axis=-1) * relax.const(2.0)
+
+
+def gather(x, ids, **_):
+    return op.take(x, ids, axis=1)
+
+
+def softmax(odd, **_):
+    return op.nn.softmax(odd, axis=-1)
+
+
+def largest(x, **_):
+    return op.max(x, axis=-1)
+
+
+MODELS = [rms_norm, layer_norm, silu, rotate, gather, softmax, largest]
+
+
+def functions(model: object) -> list[tirx.PrimFunc]:
+    """What TVM makes of a model: legalised and fused, not scheduled."""
+    n = tirx.Var("n", "int64")
+    args = {
+        "x": tensor("x", 1, n, 96),
+        "y": tensor("y", 1, n, 96),
+        "w": tensor("w", 96),
+        "q": tensor("q", 1, n, 3, 32),
+        "ids": tensor("ids", n, dtype="int64"),
+        "odd": tensor("odd", n, 37),
+    }
+    builder = relax.BlockBuilder()
+    with builder.function("main", list(args.values())):
+        with builder.dataflow():
+            result = builder.emit_output(builder.normalize(model(**args)))
+        builder.emit_func_output(result)
+    passes = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+    module = tvm.transform.Sequential(passes)(builder.get())
+    return [f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
+
+
+def arguments(func: tirx.PrimFunc) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = [[int(d) if isinstance(d, tirx.IntImm) else N for d in p.shape] for p in func.params]
+    return [
+        rng.integers(0, N, s) if str(p.dtype) == "int64" else rng.random(s, np.float32) + np.float32(0.1)
+        for p, s in zip(func.params, shapes)
+    ]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_result_stays(machine: Machine, model: object, parallel: bool) -> None:
+    if parallel and machine.traits.lanes == 8:
+        parallel = False  # threads do not depend on the width
+    for func in functions(model):
+        scheduled = schedule_elementwise(func, machine.traits, parallel)
+        assert not scheduled.same_as(func)
+        assert ("T.parallel" in scheduled.script()) == parallel
+        inputs = arguments(func)
+        plain, fast = (
+            machine.call(compiled(f, machine.target), *inputs)[-1] for f in (func, replace_math(scheduled))
+        )
+        # Sums of 96 positive terms in another order, and exp by a polynomial.
+        np.testing.assert_allclose(fast, plain, rtol=96 * 2.0**-24, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [rms_norm, layer_norm, silu, rotate])
+def test_rows_of_whole_vectors_are_vectorised(machine: Machine, model: object) -> None:
+    for func in functions(model):
+        assert "T.vectorized" in schedule_elementwise(func, machine.traits, True).script()
+
+
+def test_producers_are_inlined(machine: Machine) -> None:
+    (func,) = functions(silu)
+    assert "sblock_alloc_buffer" in func.script()
+    assert "sblock_alloc_buffer" not in schedule_elementwise(func, machine.traits, False).script()
+
+
+def test_scheduled_functions_are_left_alone(machine: Machine) -> None:
+    func = functions(silu)[0].with_attr("tirx.is_scheduled", True)
+    assert schedule_elementwise(func, machine.traits, True).same_as(func)
+
+
+def test_a_function_without_blocks_comes_back(machine: Machine) -> None:
+    n = tirx.Var("n", "int64")
+    x = tirx.decl_buffer((n,), "float32", "x")
+    func = tirx.PrimFunc([x], tirx.BufferStore(x, tirx.const(1.0, "float32"), [tirx.const(0, "int64")]))
+    assert schedule_elementwise(func, machine.traits, True).same_as(func)
