@@ -20,24 +20,26 @@ _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
 _EXP = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 _LN2 = 0.6931471805599453
 _EXP2 = tuple(c * _LN2 ** (7 - i) for i, c in enumerate(_EXP))[1:]
-# tanh x = x + x^3 P(x^2) on |x| < 0.625 (Cephes); erf x = x P(x^2) / Q(x^2) on |x| <= 4 (Eigen).
+# tanh x = x + x^3 P(x^2) on |x| < 0.625 (Cephes); erf x = x P(x^2) / Q(x^2) (XLA).
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 _ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
+    0.00022905065861350646,
+    0.0034082910107109506,
+    0.050955695062380861,
+    0.18520832239976145,
+    1.128379143519084,
 )
 _ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
+    -1.1791602954361697e-7,
+    0.000023547966471313185,
+    0.0010179625278914885,
+    0.014070470171167667,
+    0.11098505178285362,
+    0.49746925110067538,
+    1.0,
 )
+_ERF_ONE = 3.832506856900711
+"""From here on erf is 1 in float32."""
 
 
 def _like(value: float, x: Expr) -> Expr:
@@ -108,10 +110,11 @@ def tanh(bind: Bind, x: Expr) -> Expr:
 
 
 def erf(bind: Bind, x: Expr) -> Expr:
-    """The error function, absolute error below 3e-7, relative below 4e-7."""
-    x = bind("x", _clamp(x, -4.0, 4.0))
+    """The error function, relative error below 3e-7."""
+    x = bind("x", _clamp(x, -_ERF_ONE, _ERF_ONE))
     square = bind("square", x * x)
-    return x * _horner(bind, _ERF_P, square) / _horner(bind, _ERF_Q, square)
+    value = x * _horner(bind, _ERF_P, square) / _horner(bind, _ERF_Q, square)
+    return _clamp(value, -1.0, 1.0)
 
 
 _REPLACED: dict[str, Callable[[Bind, Expr], Expr]] = {

@@ -48,7 +48,7 @@ def test_error_over_the_whole_range(machine: Machine, op: str) -> None:
     assert not np.isnan(y).any()
     normal = (np.abs(exact) >= np.finfo(np.float32).tiny) & np.isfinite(rounded)
     relative = np.abs(y[normal] - exact[normal]) / np.abs(exact[normal])
-    assert relative.max() < (4e-7 if op == "erf" else 3e-7)
+    assert relative.max() < 3e-7
     if op != "exp":
         assert np.abs(y - exact).max() < 3e-7
     subnormal = np.abs(exact) < np.finfo(np.float32).tiny
