@@ -11,11 +11,28 @@ from kvc_passes.errors import InputError
 from kvc_passes.facts import ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
-from .compilation import assets_of, build_library, costs, lower_model, packed_weights, read_model
 from .options import parse_size, parse_workload
-from .pipeline import Runner
-from .planner import make_plan
+from .runtime.library import import_ffi
 from .runtime.overhead import measure
+
+import_ffi()  # before TVM does, which would import torch with it: 180 MiB and 2 s
+
+# ruff: isort: split
+from tvm.target import Target
+
+from .compilation import (
+    Lowered,
+    Model,
+    assets_of,
+    build_library,
+    costs,
+    lower_model,
+    packed_weights,
+    read_model,
+)
+from .frontend.importer import import_onnx
+from .pipeline import Runner
+from .planner import Costs, make_plan
 from .targets import parse_target
 
 Report = Callable[[str], None]
@@ -31,7 +48,7 @@ def compile(
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
     report: Report | None = None,
-    runner: Runner | None = None,
+    timings: list[tuple[str, float, int]] | None = None,
 ) -> Artifact:
     """Compile an ONNX decoder into an artifact that keeps to a memory budget.
 
@@ -44,7 +61,7 @@ def compile(
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
-        runner: collects timings of the passes; made from `dump` and `report` by default.
+        timings: filled with (pass, seconds, changed places) of every pass.
 
     Returns:
         the artifact; `kvc.load(artifact.path)` runs it.
@@ -56,18 +73,14 @@ def compile(
         TargetError: an unknown target, or no linker.
     """
     source = Path(path)
-    runner = runner or _runner(dump, report)
+    runner = _runner(dump, report, timings)
     destination = Path(output) if output is not None else source.with_suffix(".kvc")
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: the output would replace the model; give another --output")
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
     with ArtifactWriter(destination, force=force) as writer:
-        with ThreadPoolExecutor(1) as pool:
-            runtime = pool.submit(measure, assets_of(source)) if source.is_file() else None
-            model = read_model(source, runner)
-            lowered = lower_model(model, machine, runner)
-            overhead = runtime.result() if runtime else 0
-        plan = make_plan(costs(model, lowered, overhead), size, alternatives)
+        model, lowered, price = _weigh(source, machine, runner)
+        plan = make_plan(price, size, alternatives)
         build_library(lowered, plan, writer.folder / "model.so", runner)
         writer.add("model.so")
         runner.report("write weights")
@@ -89,12 +102,20 @@ def plan(
     """The plan that `compile` would build, without generating code. Arguments and errors as for `compile`."""
     source, runner = Path(path), _runner(None, report)
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
+    _, _, price = _weigh(source, machine, runner)
+    return make_plan(price, size, alternatives)
+
+
+def _weigh(source: Path, target: Target, runner: Runner) -> tuple[Model, Lowered, Costs]:
+    """Import, prove and lower a model; meanwhile measure what a process takes here."""
+    runner.report("import")
+    imported = import_onnx(source)
+    weights = sum(imported.file.parameter_bytes().values())
     with ThreadPoolExecutor(1) as pool:
-        runtime = pool.submit(measure, assets_of(source)) if source.is_file() else None
-        model = read_model(source, runner)
-        lowered = lower_model(model, machine, runner)
-        overhead = runtime.result() if runtime else 0
-    return make_plan(costs(model, lowered, overhead), size, alternatives)
+        runtime = pool.submit(measure, assets_of(source), others=weights)
+        model = read_model(imported, runner)
+        lowered = lower_model(model, target, runner)
+        return model, lowered, costs(model, lowered, runtime.result())
 
 
 def inspect(path: str | os.PathLike[str], *, report: Report | None = None) -> ModelFacts:
@@ -104,8 +125,18 @@ def inspect(path: str | os.PathLike[str], *, report: Report | None = None) -> Mo
         InputError: the file cannot be read.
         UnsupportedModel: a proof fails; names the ONNX node and the rule.
     """
-    return read_model(Path(path), _runner(None, report)).facts
+    runner = _runner(None, report)
+    runner.report("import")
+    return read_model(import_onnx(Path(path)), runner).facts
 
 
-def _runner(dump: str | os.PathLike[str] | None, report: Report | None) -> Runner:
-    return Runner(dump=None if dump is None else Path(dump), report=report or (lambda name: None))
+def _runner(
+    dump: str | os.PathLike[str] | None,
+    report: Report | None,
+    timings: list[tuple[str, float, int]] | None = None,
+) -> Runner:
+    return Runner(
+        dump=None if dump is None else Path(dump),
+        report=report or (lambda name: None),
+        timings=[] if timings is None else timings,
+    )

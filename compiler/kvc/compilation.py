@@ -17,10 +17,11 @@ from kvc_passes.errors import PlanningError, UnsupportedModel
 from kvc_passes.facts import ModelFacts, Plan
 from kvc_passes.graph import Graph, dims, op_name, static
 from kvc_passes.pack_matmuls import PackedWeight
+from kvc_passes.place_arena import Arena
 
 from .codegen.link import link
-from .codegen.lower import arena_bytes, finish, join, lower
-from .frontend.importer import Imported, import_onnx
+from .codegen.lower import finish, join, lower
+from .frontend.importer import Imported
 from .kernels.cpu import CpuAttention, CpuProducts
 from .kernels.matmul import pack
 from .kernels.traits import CpuTraits
@@ -52,12 +53,10 @@ class Lowered:
     target: Target
 
 
-def read_model(path: Path, runner: Runner) -> Model:
-    """Import and prove. Raises InputError or UnsupportedModel."""
-    runner.report("import")
-    imported = import_onnx(path)
+def read_model(imported: Imported, runner: Runner) -> Model:
+    """Prove what serving needs. Raises UnsupportedModel."""
     understood = understand(imported, runner)
-    return Model(imported, understood, _facts(path, imported, understood))
+    return Model(imported, understood, _facts(imported.file.path, imported, understood))
 
 
 def assets_of(path: Path) -> Path:
@@ -142,15 +141,14 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
 
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
     """What the planner weighs."""
+    arenas = {phase: Arena.of(mod) for phase, mod in lowered.functions.items()}
     sizes = [int(np.prod(shape)) * 4 for shape in lowered.shapes.values()]
     return Costs(
         facts=model.facts,
         target=_plain(lowered.target),
         weights=sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes),
         runtime=runtime,
-        arena=lambda chunk, batch: max(
-            arena_bytes(m, _bounds(p, chunk, batch)) for p, m in lowered.functions.items()
-        ),
+        arena=lambda chunk, batch: max(a.size(_bounds(p, chunk, batch)) for p, a in arenas.items()),
         page_size=lowered.attention.page_size,
         tile=lowered.attention.tile,
     )

@@ -102,19 +102,18 @@ class Served:
 def understand(imported: Imported, runner: Runner) -> Understood:
     """Prove the premises. Raises UnsupportedModel with the node and the rule."""
     names, roles = imported.names, imported.roles
+    mod = runner.apply(imported.module, SimplifyPowers()).module
     mod = runner.apply_tvm(
-        imported.module,
+        mod,
         "canonicalize",
         relax.transform.CanonicalizeBindings(),
         relax.transform.EliminateCommonSubexpr(),
-        relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
     )
     found = runner.apply(mod, RecognizeAttention(roles, names))
     mod = runner.apply(found.module, ProveTokenwise(roles, names)).module
     positions = runner.apply(mod, PositionsToInput(roles, names))
     mod = runner.apply(positions.module, FlattenTokens(roles)).module
-    mod = runner.apply(mod, SimplifyPowers()).module
     return Understood(mod, found.facts, positions.facts)
 
 

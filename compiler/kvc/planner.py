@@ -53,10 +53,11 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
             raise InputError(
                 f"the workload {w} asks for {w.context} tokens of context; the model has {limit} positions"
             )
-    plans = [_smallest(costs, budget, workload, chunk) for chunk in _chunks(workload)]
-    for plan in plans:
-        if plan.bytes.total <= budget:
-            return _fill(costs, plan)
+    plans = []
+    for chunk in _chunks(workload):
+        plans.append(_smallest(costs, budget, workload, chunk))
+        if plans[-1].bytes.total <= budget:
+            return _fill(costs, plans[-1])
     least = min(plans, key=lambda p: p.bytes.total)
     raise BudgetError(_refusal(least, workload), needed=least.bytes.total, given=budget)
 

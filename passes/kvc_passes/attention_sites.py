@@ -116,10 +116,10 @@ class SiteFinder:
         while True:
             call = self.graph.resolve(value)
             name = op_name(call)
-            if name == "add" and scalar(call.args[1]) is None and self._is_mask(call.args[1]):
+            if name == "add" and scalar(call.args[1], self.graph) is None and self._is_mask(call.args[1]):
                 masks.append((call.args[1], "add"))
                 value = call.args[0]
-            elif name == "add" and scalar(call.args[0]) is None and self._is_mask(call.args[0]):
+            elif name == "add" and scalar(call.args[0], self.graph) is None and self._is_mask(call.args[0]):
                 masks.append((call.args[0], "add"))
                 value = call.args[1]
             elif name == "where" and self._is_mask(call.args[0]):
@@ -137,8 +137,8 @@ class SiteFinder:
         while True:
             call = self.graph.resolve(value)
             name = op_name(call)
-            right = scalar(self.graph.resolve(call.args[1])) if name in ("multiply", "divide") else None
-            left = scalar(self.graph.resolve(call.args[0])) if name == "multiply" else None
+            right = scalar(call.args[1], self.graph) if name in ("multiply", "divide") else None
+            left = scalar(call.args[0], self.graph) if name == "multiply" else None
             if right is not None:
                 scale, value = scale * right if name == "multiply" else scale / right, call.args[0]
             elif left is not None:
@@ -185,7 +185,7 @@ class SiteFinder:
         return found
 
     def _same_heads(self, operand: relax.Expr, source: relax.Var, heads: int, swapped: bool) -> str | None:
-        """None when operand[b, h, t, d] ([b, h, d, t] for keys) is source[b, h // group, t, d], else why not."""
+        """None when operand[b, h, t, d] (keys: [b, h, d, t]) is source[b, h // group, t, d], else why not."""
         kv_heads = static(dims(source)[1])
         if not kv_heads or heads % kv_heads or len(dims(operand)) != 4:
             return f"{kv_heads} heads do not divide the {heads} query heads"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -87,11 +89,30 @@ def op_name(value: relax.Expr) -> str:
     return str(name).removeprefix("relax.").removeprefix("nn.")
 
 
-def scalar(value: relax.Expr) -> float | None:
-    """The value of a constant with one element, else None."""
+_FOLDED: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "divide": np.divide,
+    "multiply": np.multiply,
+    "negative": np.negative,
+    "power": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sqrt": np.sqrt,
+    "subtract": np.subtract,
+}
+
+
+def scalar(value: relax.Expr, graph: Graph | None = None) -> float | None:
+    """The value of a constant with one element, or (given the graph) of arithmetic on such; else None."""
+    value = value if graph is None else graph.resolve(value)
     if isinstance(value, tvm.ir.GenericConst):
         array = value.value.numpy()
         return float(array.reshape(-1)[0]) if array.size == 1 else None
+    name = op_name(value)
+    if graph is not None and name in ("reshape", "squeeze", "expand_dims", "astype"):
+        return scalar(value.args[0], graph)
+    if graph is not None and name in _FOLDED:
+        known = [scalar(a, graph) for a in value.args]
+        return None if None in known else float(_FOLDED[name](*known))
     return None
 
 

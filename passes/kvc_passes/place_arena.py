@@ -18,13 +18,69 @@ ALIGNMENT = 64  # bytes; generated code loads whole vectors
 
 
 @dataclass(frozen=True)
-class Block:
-    """A temporary: bytes, and the bindings between which it is alive."""
+class Temporary:
+    """A temporary tensor, and the first and last binding between which it is alive."""
 
     var: relax.Var
-    size: int
+    alloc: relax.Call
     first: int
     last: int
+
+    def size(self, bounds: Mapping[str, int]) -> int:
+        """Bytes, aligned, with the symbols at their bounds."""
+        count = 1
+        for dim in self.alloc.args[0].values:
+            count *= evaluate(dim, bounds)
+        size = count * np.dtype(str(self.alloc.args[1].value)).itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The temporaries of a function and where they can lie."""
+
+    temporaries: tuple[Temporary, ...]
+
+    @classmethod
+    def of(cls, mod: IRModule) -> Arena:
+        """The temporaries of `main`; values that alias one keep it alive."""
+        graph = Graph(mod["main"])
+        roots: dict[relax.Var, set[relax.Var]] = {}
+        first: dict[relax.Var, int] = {}
+        last: dict[relax.Var, int] = {}
+        for step, var in enumerate(graph.order):
+            value = graph.definitions[var]
+            if op_name(value) == "builtin.alloc_tensor":
+                roots[var], first[var], last[var] = {var}, step, step
+                continue
+            used = [r for o in operands(value) if isinstance(o, relax.Var) for r in roots.get(o, ())]
+            for root in used:
+                last[root] = step
+            if not isinstance(value, relax.Call) or op_name(value) == "reshape":
+                roots[var] = set(used)
+        for root in roots.get(graph.function.body.body, ()):
+            raise PlanningError(f"the temporary {root.name} leaves the function; this is a bug in kvc")
+        return cls(tuple(Temporary(v, graph.definitions[v], first[v], last[v]) for v in first))
+
+    def size(self, bounds: Mapping[str, int]) -> int:
+        """Bytes that the arena needs with the symbols at their bounds."""
+        return self.place(bounds)[1]
+
+    def place(self, bounds: Mapping[str, int]) -> tuple[dict[relax.Var, int], int]:
+        """Offset of every temporary, and the bytes of all."""
+        blocks = [(t.size(bounds), t) for t in self.temporaries]
+        placed: list[tuple[int, int, Temporary]] = []  # start, end
+        for size, block in sorted(blocks, key=lambda b: (-b[0], b[1].first)):
+            busy = sorted((s, e) for s, e, o in placed if o.first <= block.last and block.first <= o.last)
+            best: tuple[int, int] | None = None
+            free = 0
+            for start, end in busy:
+                if start - free >= size and (best is None or start - free < best[0]):
+                    best = start - free, free
+                free = max(free, end)
+            at = free if best is None else best[1]
+            placed.append((at, at + size, block))
+        return {t.var: start for start, _, t in placed}, max((e for _, e, _ in placed), default=ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -44,15 +100,11 @@ class PlaceArena:
     bounds: Mapping[str, int]
     bytes: int | None = None
 
-    def size(self, mod: IRModule) -> int:
-        """Bytes that the arena needs."""
-        return self._place(self._blocks(Graph(mod["main"])))[1]
-
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: bytes of the arena."""
         function = mod["main"]
         graph = Graph(function)
-        offsets, needed = self._place(self._blocks(graph))
+        offsets, needed = Arena.of(mod).place(self.bounds)
         total = needed if self.bytes is None else self.bytes
         if needed > total:
             raise PlanningError(
@@ -80,49 +132,6 @@ class PlaceArena:
             builder.emit_func_output(substitute(function.body.body, values))
         new = builder.get()["main"]
         return Result(with_main(mod, new.with_attr("global_symbol", "main")), len(offsets), total)
-
-    def _blocks(self, graph: Graph) -> list[Block]:
-        """Every temporary with its lifetime; values that alias it keep it alive."""
-        roots: dict[relax.Var, set[relax.Var]] = {}
-        first: dict[relax.Var, int] = {}
-        last: dict[relax.Var, int] = {}
-        for step, var in enumerate(graph.order):
-            value = graph.definitions[var]
-            if op_name(value) == "builtin.alloc_tensor":
-                roots[var], first[var], last[var] = {var}, step, step
-                continue
-            used = [r for o in operands(value) if isinstance(o, relax.Var) for r in roots.get(o, ())]
-            for root in used:
-                last[root] = step
-            if not isinstance(value, relax.Call) or op_name(value) == "reshape":
-                roots[var] = set(used)
-        result = graph.function.body.body
-        for root in roots.get(result, ()) if isinstance(result, relax.Var) else ():
-            raise PlanningError(f"the temporary {root.name} leaves the function; this is a bug in kvc")
-        return [Block(var, self._bytes(graph.definitions[var]), first[var], last[var]) for var in first]
-
-    def _bytes(self, call: relax.Call) -> int:
-        count = 1
-        for dim in call.args[0].values:
-            count *= evaluate(dim, self.bounds)
-        size = count * np.dtype(str(call.args[1].value)).itemsize
-        return -(-size // ALIGNMENT) * ALIGNMENT
-
-    def _place(self, blocks: list[Block]) -> tuple[dict[relax.Var, int], int]:
-        placed: list[tuple[int, Block]] = []
-        for block in sorted(blocks, key=lambda b: (-b.size, b.first)):
-            busy = sorted(
-                (o, o + b.size) for o, b in placed if b.first <= block.last and block.first <= b.last
-            )
-            best: tuple[int, int] | None = None
-            end = 0
-            for low, high in busy:
-                gap = low - end
-                if gap >= block.size and (best is None or gap < best[0]):
-                    best = gap, end
-                end = max(end, high)
-            placed.append((end if best is None else best[1], block))
-        return {b.var: o for o, b in placed}, max((o + b.size for o, b in placed), default=ALIGNMENT)
 
 
 def _tensor(builder: relax.BlockBuilder, arena: relax.Var, offset: int, alloc: relax.Call) -> relax.Var:

@@ -103,8 +103,8 @@ class PositionsToInput:
             if param.name in gone and graph.users[param]:
                 user = self.names.describe(graph.users[param][0])
                 raise UnsupportedModel(
-                    f"{user} uses the input '{param.name}' for something other than an attention mask, a past "
-                    "or token positions; kvc cannot serve it from pages"
+                    f"{user} uses the input '{param.name}' for something other than an attention mask, "
+                    "a past or token positions; kvc cannot serve it from pages"
                 )
         for var in graph.order:
             if op_name(graph.definitions[var]) == "arange" and any(static(d) is None for d in dims(var)):

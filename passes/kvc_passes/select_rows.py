@@ -57,7 +57,7 @@ class SelectRows:
         axes = [axis for axis, d in enumerate(dims(value)) if _is(d, n)]
         if not axes:
             return value
-        return builder.emit(relax.op.take(value, rows, axis=axes[0], mode="fast"))
+        return builder.emit(relax.op.take(value, rows, axis=axes[0], mode="clip"))
 
 
 def _with_rows(value: relax.Expr, n: Any, r: Any) -> relax.Expr:

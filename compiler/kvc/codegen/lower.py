@@ -67,11 +67,6 @@ def lower(mod: IRModule, phase: Phase, target: Target, runner: Runner) -> IRModu
         )
 
 
-def arena_bytes(mod: IRModule, bounds: dict[str, int]) -> int:
-    """Bytes of temporaries that the lowered function needs when its symbols are at their bounds."""
-    return PlaceArena(bounds).size(mod)
-
-
 def finish(mod: IRModule, phase: Phase, bounds: dict[str, int], arena: int, runner: Runner) -> IRModule:
     """Place all temporaries in one arena of `arena` bytes and lower to the virtual machine's builtins."""
     mod = runner.apply(mod, PlaceArena(bounds, arena), f"{phase}-").module

@@ -140,7 +140,7 @@ def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) ->
     )
     # Graph inputs are token ids and positions, which the runtime checks; others may count from the end.
     if nonnegative or indices in importer._inputs.values():
-        return op.take(data, importer.tensor(indices), axis=axis, mode="fast")
+        return op.take(data, importer.tensor(indices), axis=axis, mode="clip")
     return op.take(data, importer.tensor(indices), axis=axis, mode="wrap")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvc_passes.facts import AttentionSite
 from tvm.target import Target
 from tvm.tirx import PrimFunc
+
+from kvc_passes.facts import AttentionSite
 
 from . import attention, matmul
 from .traits import CpuTraits

@@ -17,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 _WORTH_THREADS = 16384
 """Elements from which a loop is worth waking other threads for."""
 _UNROLL = 8
-_COSTLY = frozenset("exp tanh sigmoid erf sqrt rsqrt sin cos log pow power".split())
+_COSTLY = frozenset(["exp", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "sin", "cos", "log", "pow", "power"])
 
 
 def schedule_elementwise(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> tirx.PrimFunc:

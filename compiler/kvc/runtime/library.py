@@ -103,7 +103,7 @@ def load_runtime(threads: int) -> ModuleType:
     """
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.environ["TVM_BIND_THREADS"] = "0"  # it would pin the interpreter's thread to core 0
-    tvm_ffi = _import_ffi()
+    tvm_ffi = import_ffi()
     runtime_library()
     return tvm_ffi
 
@@ -124,7 +124,7 @@ def load_vm(library: Path, threads: int) -> Any:
     return vm
 
 
-def _import_ffi() -> ModuleType:
+def import_ffi() -> ModuleType:
     """Import tvm_ffi without torch, which it would import where it is installed (180 MiB and 2 s)."""
     hidden = "torch" not in sys.modules
     if hidden:

@@ -1,0 +1,107 @@
+"""`kvc run`: prompts in, text out, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from kvc_passes.errors import InputError
+
+from .runtime import Completion, SamplingParams, Session, load
+
+
+def answer(options: argparse.Namespace) -> int:
+    """Answer the given prompts; one is streamed, several are served together and printed in order."""
+    prompts = options.prompt or _read_prompts(options.prompts_file)
+    sampling = _sampling(options)
+    with load(options.artifact) as session:
+        if len(prompts) == 1:
+            for piece in session.stream(prompts[0], chat=options.chat, **sampling):
+                print(piece, end="", flush=True)
+            print()
+        else:
+            for prompt, completion in zip(prompts, session.generate(prompts, chat=options.chat, **sampling)):
+                _show(prompt, completion)
+        _summary(session)
+    return 0
+
+
+def _show(prompt: str, completion: Completion) -> None:
+    print(f"> {prompt}\n{completion.text.strip()}\n")
+
+
+def converse(options: argparse.Namespace) -> int:
+    """Chat on the terminal until the end of input; an interrupt ends the answer, not the chat."""
+    sampling = _sampling(options)
+    with load(options.artifact) as session:
+        print(
+            f"{options.artifact}: type a message; /new starts over, /exit or the end of input leaves",
+            file=sys.stderr,
+        )
+        messages: list[dict[str, Any]] = []
+        while True:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                break
+            if line in ("/exit", "/quit"):
+                break
+            if line == "/new":
+                messages.clear()
+            elif line:
+                _turn(session, messages, line, sampling)
+        _summary(session)
+    return 0
+
+
+def _turn(session: Session, messages: list[dict[str, Any]], line: str, sampling: dict[str, Any]) -> None:
+    messages.append({"role": "user", "content": line})
+    reply = ""
+    try:
+        for piece in session.stream(messages, **sampling):
+            reply += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    except InputError as error:  # most likely a conversation longer than the context
+        print(f"kvc: {error}; /new starts over", file=sys.stderr)
+        messages.pop()
+        return
+    print()
+    messages.append({"role": "assistant", "content": reply})
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: prompts cannot be read: {reason}") from None
+    if not lines:
+        raise InputError(f"{path}: holds no prompts; write one a line")
+    return lines
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    fields = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "stop": tuple(options.stop),
+    }
+    SamplingParams(**fields)  # refuse bad values before the model is loaded
+    return fields
+
+
+def _summary(session: Session) -> None:
+    stats = session.stats
+    print(
+        f"prefill {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tokens/s; "
+        f"decode {stats.decode_tokens} tokens, {stats.decode_rate:.1f} tokens/s",
+        file=sys.stderr,
+    )

@@ -1,0 +1,234 @@
+"""The `kvc` command. Exit status 0: done; 1: a check failed or kvc is at fault; 2: the input is at fault.
+
+Nothing heavy is imported at the top: a process that runs a model pays for what it imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from kvc_passes.errors import Error, InputError, PlanningError
+
+from . import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PlanningError as error:
+        return _fault(error, options.debug)
+    except Error as error:
+        if options.debug:
+            traceback.print_exc()
+        return _fail(str(error), 2)
+    except Exception as error:
+        return _fault(error, options.debug)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"kvc: {message}", file=sys.stderr)
+    return status
+
+
+def _fault(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    hint = "" if debug else "; run it again with --debug for a traceback"
+    return _fail(f"this is a fault of kvc, not of the input: {type(error).__name__}: {error}{hint}", 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvc", description="Compile decoder language models under a memory budget, and run them."
+    )
+    parser.add_argument("--version", action="version", version=f"kvc {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        added.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        return added
+
+    compile_ = command("compile", _compile, "compile an ONNX decoder into an artifact that keeps to a budget")
+    _add_model(compile_)
+    _add_budget(compile_)
+    compile_.add_argument("-o", "--output", type=Path, help="the artifact's folder (MODEL.kvc)")
+    compile_.add_argument("--force", action="store_true", help="replace an artifact that is there already")
+    compile_.add_argument("--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR")
+    compile_.add_argument("--time-passes", action="store_true", help="show the time of every pass")
+    plan = command("plan", _plan, "show how a budget would be spent, without compiling")
+    _add_model(plan)
+    _add_budget(plan)
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    inspect = command("inspect", _inspect, "show what can be proved about an ONNX model")
+    _add_model(inspect)
+    inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
+    verify = command("verify", _verify, "compare a compiled model with its ONNX file and its promise")
+    verify.add_argument("artifact", type=Path, metavar="MODEL.kvc")
+    verify.add_argument("--against", type=Path, required=True, metavar="MODEL.onnx")
+    verify.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit (1e-3)")
+    _add_run(command("run", _run, "generate text with a compiled model"))
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx")
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", required=True, help="most memory to use: 8GB, 512MiB, or bytes")
+    parser.add_argument(
+        "--workload", required=True, help="batch x context: 8x256, or alternatives 8x256,1x2048"
+    )
+    parser.add_argument("--target", default="cpu", help="cpu, or cpu:NAME of a CPU that LLVM knows (cpu)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, metavar="MODEL.kvc")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times"
+    )
+    prompts.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="one prompt a line, all served at once"
+    )
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-k", type=int, default=0, help="only the K likeliest tokens; 0: all (0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="only the likeliest tokens of this share (1)"
+    )
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that says what is being done; silent where there is none."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: None
+        return
+    with console.status("starting") as status:
+        yield status.update
+
+
+def _print(*tables: object) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        console.print(table)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    import time
+
+    from .api import compile
+    from .report import plan_table, timing_table
+
+    start = time.perf_counter()
+    with _progress() as report:
+        timings: list[tuple[str, float, int]] = []
+        artifact = compile(
+            options.model,
+            budget=options.budget,
+            workload=options.workload,
+            output=options.output,
+            target=options.target,
+            force=options.force,
+            dump=options.dump,
+            report=report,
+            timings=timings,
+        )
+    if options.time_passes:
+        _print(timing_table(timings))
+    _print(plan_table(artifact.plan, artifact.facts.name))
+    print(f"{artifact.path}: compiled in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from kvc_passes.facts import to_json
+
+    from .api import plan
+    from .report import plan_table
+
+    with _progress() as report:
+        result = plan(
+            options.model,
+            budget=options.budget,
+            workload=options.workload,
+            target=options.target,
+            report=report,
+        )
+    if options.json:
+        print(to_json(result), end="")
+    else:
+        _print(plan_table(result, options.model.stem))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from kvc_passes.facts import to_json
+
+    from .api import inspect
+    from .report import model_tables
+
+    with _progress() as report:
+        facts = inspect(options.model, report=report)
+    if options.json:
+        print(to_json(facts), end="")
+    else:
+        _print(*model_tables(facts))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .report import check_table
+    from .verify import verify
+
+    with _progress() as report:
+        report("comparing with ONNX Runtime, then measuring memory")
+        checks = verify(options.artifact, options.against, tolerance=options.tolerance)
+    _print(check_table(checks, f"{options.artifact} against {options.against}"))
+    broken = [check.name for check in checks if not check.passed]
+    if broken:
+        return _fail(f"{options.artifact}: {', '.join(broken)}: not as promised", 1)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .chat import answer, converse
+
+    if options.prompt or options.prompts_file:
+        return answer(options)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return converse(options)
+    raise InputError(
+        "nothing to run: give --prompt TEXT or --prompts-file FILE, or run it on a terminal to chat"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

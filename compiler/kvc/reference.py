@@ -1,0 +1,64 @@
+"""The ONNX file itself, run by ONNX Runtime: what compiled models are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from kvc_passes.errors import InputError
+
+from .frontend.reader import read
+from .frontend.roles import find_roles
+
+
+class Reference:
+    """Logits of whole sequences, batch 1, nothing cached.
+
+    Raises:
+        InputError: the file cannot be run, or ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise InputError(
+                "comparing needs ONNX Runtime; install it with: pip install 'kvc[verify]'"
+            ) from None
+        file = read(path)
+        self.roles = find_roles(file.graph, path)
+        self.types = {
+            value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            for value in file.graph.input
+        }
+        self.shapes = {
+            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in file.graph.input
+        }
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions have no common base
+            raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+        self.output = self.session.get_outputs()[0].name
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [length, V] for token ids [length]."""
+        length = len(tokens)
+        feeds = {self.roles.tokens: tokens[None].astype(self.types[self.roles.tokens])}
+        if self.roles.attention_mask:
+            name = self.roles.attention_mask
+            feeds[name] = np.ones((1, length), self.types[name])
+        if self.roles.positions:
+            name = self.roles.positions
+            feeds[name] = np.arange(length)[None].astype(self.types[name])
+        for name in self.roles.past:
+            _, heads, _, size = self.shapes[name]
+            feeds[name] = np.zeros((1, heads, 0, size), self.types[name])
+        result: np.ndarray = self.session.run([self.output], feeds)[0][0]
+        return result

@@ -1,0 +1,126 @@
+"""What a person looks at: tables of plans, models, checks and timings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from kvc_passes.facts import AttentionSite, ModelFacts, Plan
+
+from .options import format_size
+
+if TYPE_CHECKING:
+    from .verify import Check
+
+
+def plan_table(plan: Plan, facts_name: str) -> Table:
+    """Every byte of a plan, and what it is for."""
+    b = plan.bytes
+    tokens = plan.pages * plan.page_size
+    lines = [
+        ("weights", b.weights, "memory-mapped from the artifact"),
+        ("KV pages", b.pools, f"{plan.pages} pages of {plan.page_size} tokens: {tokens} tokens in flight"),
+        ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens"),
+        ("logits", b.outputs, f"{plan.max_batch} rows, and the sampler's scratch"),
+        ("tables", b.tables, f"block table {plan.max_batch} x {plan.table_width}, positions, slots"),
+        ("process", b.runtime, "interpreter, libraries, tokenizer, threads (measured on this machine)"),
+    ]
+    workloads = ",".join(map(str, plan.workload))
+    table = Table(title=f"{facts_name}: {workloads} in {format_size(plan.budget)}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    for name, size, meaning in lines:
+        table.add_row(name, f"{size:,}", f"{size / plan.budget:.1%}", meaning)
+    table.add_section()
+    table.add_row(
+        "promised", f"{b.total:,}", f"{b.total / plan.budget:.1%}", "the most this process will use"
+    )
+    table.add_row("budget", f"{plan.budget:,}", "", f"up to {plan.max_context} tokens a sequence")
+    return table
+
+
+def model_tables(facts: ModelFacts) -> list[Table]:
+    """What was proved about a model."""
+    summary = Table(title=facts.name, title_justify="left", show_header=False)
+    parameters = ", ".join(f"{format_size(size)} {dtype}" for dtype, size in facts.parameter_bytes.items())
+    context = "unbounded" if facts.context is None else f"{facts.context} positions"
+    summary.add_row("parameters", parameters)
+    summary.add_row("vocabulary", f"{facts.vocab} tokens, {facts.logits} logits")
+    summary.add_row("context", context)
+    summary.add_row("KV state", f"{facts.kv_token_bytes():,} bytes a token over {len(facts.sites)} layers")
+    summary.add_row(
+        "positions", f"proved from {', '.join(facts.positions) or 'nothing: the model uses none'}"
+    )
+    summary.add_row("token-wise", f"proved: of {facts.nodes} ONNX nodes, only attention mixes tokens")
+    sites = Table(title="attention", title_justify="left")
+    for name in (
+        "sites",
+        "first node",
+        "heads",
+        "KV heads",
+        "dim",
+        "scale",
+        "softcap",
+        "RoPE",
+        "mask",
+        "proof",
+    ):
+        sites.add_column(name, justify="right" if name in ("heads", "KV heads", "dim", "scale") else "left")
+    for _, group in groupby(facts.sites, key=_geometry):
+        sites.add_row(*_site_row(list(group)))
+    return [summary, sites]
+
+
+def _geometry(site: AttentionSite) -> tuple[object, ...]:
+    return (
+        site.heads,
+        site.kv_heads,
+        site.head_dim,
+        site.value_dim,
+        site.scale,
+        site.softcap,
+        site.mask,
+        site.rope,
+    )
+
+
+def _site_row(group: Sequence[AttentionSite]) -> list[str]:
+    site = group[0]
+    dim = str(site.head_dim) if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
+    mask = site.mask.kind if site.mask.window is None else f"window {site.mask.window}"
+    indices = str(site.index) if len(group) == 1 else f"{site.index}-{group[-1].index}"
+    cap = "" if site.softcap is None else f"{site.softcap:g}"
+    numbers = [str(site.heads), str(site.kv_heads), dim, f"{site.scale:.5g}"]
+    return [indices, site.node, *numbers, cap, site.rope or "none", mask, site.mask.proof]
+
+
+def check_table(checks: Sequence[Check], name: str) -> Table:
+    """Promises and whether they were kept."""
+    table = Table(title=name, title_justify="left")
+    for column in ("check", "of", "measured", "at most", ""):
+        table.add_column(column, justify="right" if column in ("measured", "at most") else "left")
+    for check in checks:
+        number = "{:,.0f}" if check.unit == "bytes" else "{:.2e}"
+        verdict = "[green]kept[/green]" if check.passed else "[red]BROKEN[/red]"
+        table.add_row(
+            check.name, check.detail, number.format(check.measured), number.format(check.limit), verdict
+        )
+    return table
+
+
+def timing_table(timings: Sequence[tuple[str, float, int]]) -> Table:
+    """Seconds and changed places of every pass, in order."""
+    table = Table(title="passes", title_justify="left")
+    table.add_column("pass")
+    table.add_column("seconds", justify="right")
+    table.add_column("places changed", justify="right")
+    for name, seconds, sites in timings:
+        table.add_row(name, f"{seconds:.3f}", str(sites) if sites else "(unchanged)")
+    table.add_section()
+    table.add_row("all", f"{sum(t[1] for t in timings):.3f}", "")
+    return table

@@ -1,0 +1,169 @@
+"""Does a compiled model keep its promises? Logits against ONNX Runtime, peak memory against the plan."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvc_passes.errors import Error
+
+from .artifact import Artifact
+from .reference import Reference
+from .runtime.executor import Executor, Segment
+
+TOLERANCE = 1e-3
+"""Largest difference of a float32 logit: rounding of sums in another order, over some tens of layers."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise: what was measured, and the most that it may be."""
+
+    name: str
+    detail: str
+    measured: float
+    limit: float
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.measured <= self.limit)  # False for NaN
+
+
+def verify(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str],
+    *,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> list[Check]:
+    """Compare the artifact `path` with the ONNX file it was compiled from.
+
+    Logits of random tokens are compared, as the largest absolute difference, for prefill at several lengths,
+    chunked prefill, decode after prefill and ragged batches; then the peak memory of a fresh process under
+    the worst planned workload is compared with the plan.
+
+    Raises:
+        InputError: the artifact or the ONNX file cannot be read, or ONNX Runtime is not installed.
+    """
+    artifact = Artifact.open(Path(path))
+    reference = Reference(Path(against))
+    executor = Executor(artifact)
+    try:
+        checks = list(_Logits(executor, reference, tolerance, seed).checks())
+    finally:
+        executor.close()
+    return [*checks, _memory(artifact)]
+
+
+class _Logits:
+    """Runs the same random sequences through both."""
+
+    def __init__(self, executor: Executor, reference: Reference, tolerance: float, seed: int) -> None:
+        self.executor, self.reference, self.tolerance = executor, reference, tolerance
+        self.plan, self.facts = executor.plan, executor.facts
+        self.random = np.random.default_rng(seed)
+        self.longest = min(200, self.plan.max_context, self.plan.pages * self.plan.page_size)
+
+    def checks(self) -> Iterator[Check]:
+        yield from self._prefill()
+        yield self._chunked()
+        yield self._decode()
+        yield self._ragged()
+
+    def _check(self, name: str, detail: str, differences: Sequence[float]) -> Check:
+        return Check(name, detail, float(np.max(differences)), self.tolerance)
+
+    def _sequence(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random tokens [length] and the reference's logits [length, V]."""
+        tokens = self.random.integers(0, self.facts.vocab, length)
+        return tokens, self.reference.logits(tokens)
+
+    def _pages(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Pages for sequences of these lengths, in no order."""
+        size = self.plan.page_size
+        free = iter(self.random.permutation(self.plan.pages).tolist())
+        return [[next(free) for _ in range(-(-length // size))] for length in lengths]
+
+    def _prefill(self) -> Iterator[Check]:
+        lengths = sorted({n for n in (1, 5, 17, 64, self.longest) if n <= min(self.longest, self.plan.chunk)})
+        for length in lengths:
+            tokens, expected = self._sequence(length)
+            (pages,) = self._pages([length])
+            got = self.executor.prefill([Segment(tokens.tolist(), 0, pages)])
+            yield self._check("prefill", f"{length} tokens", [_difference(got[0], expected[-1])])
+
+    def _chunked(self) -> Check:
+        tokens, expected = self._sequence(self.longest)
+        (pages,) = self._pages([len(tokens)])
+        differences, start, sizes = [], 0, [1, 3, 16, 17, 50, 31, 64]
+        while start < len(tokens):
+            stop = min(start + min(sizes[0], self.plan.chunk), len(tokens))
+            sizes = sizes[1:] + sizes[:1]
+            got = self.executor.prefill([Segment(tokens[start:stop].tolist(), start, pages)])
+            differences.append(_difference(got[0], expected[stop - 1]))
+            start = stop
+        return self._check("chunked prefill", f"{len(tokens)} tokens, {len(differences)} chunks", differences)
+
+    def _decode(self) -> Check:
+        tokens, expected = self._sequence(min(72, self.longest))
+        (pages,) = self._pages([len(tokens)])
+        first = min(max(1, len(tokens) // 2), self.plan.chunk)
+        self.executor.prefill([Segment(tokens[:first].tolist(), 0, pages)])
+        differences = []
+        for at in range(first, len(tokens)):
+            got = self.executor.decode([Segment([int(tokens[at])], at, pages)])
+            differences.append(_difference(got[0], expected[at]))
+        return self._check("decode", f"{len(differences)} steps after {first} tokens", differences or [0.0])
+
+    def _ragged(self) -> Check:
+        """Sequences at different points of their lives share calls: some begin, some go on."""
+        count = min(self.plan.max_batch, 6)
+        room = min(self.longest, self.plan.pages // count * self.plan.page_size, self.plan.chunk // count)
+        lengths = [max(2, int(n)) for n in self.random.integers(max(2, room // 3), max(3, room + 1), count)]
+        sequences = [self._sequence(length) for length in lengths]
+        pages = self._pages(lengths)
+        done, differences = [0] * count, []
+        while any(d < n for d, n in zip(done, lengths)):
+            steps = [min(int(self.random.integers(1, 24)), n - d) for d, n in zip(done, lengths)]
+            active = [i for i in range(count) if steps[i]]
+            decode = all(steps[i] == 1 for i in active)
+            parts = {i: sequences[i][0][done[i] : done[i] + steps[i]].tolist() for i in active}
+            segments = [Segment(parts[i], done[i], pages[i]) for i in active]
+            got = self.executor.decode(segments) if decode else self.executor.prefill(segments)
+            for row, i in zip(got, active):
+                done[i] += steps[i]
+                differences.append(_difference(row, sequences[i][1][done[i] - 1]))
+        return self._check("ragged batches", f"{count} sequences, {len(differences)} rows", differences)
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.max(np.abs(got.astype(np.float64) - expected)))
+
+
+def _memory(artifact: Artifact) -> Check:
+    plan = artifact.plan
+    measured = measure_peak(artifact.path)
+    workloads = ",".join(map(str, plan.workload))
+    return Check("peak memory", f"under {workloads}", measured, min(plan.bytes.total, plan.budget), "bytes")
+
+
+def measure_peak(path: Path) -> int:
+    """Peak resident bytes of a fresh process that runs the artifact's worst planned workload.
+
+    Raises:
+        Error: the process failed.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    command = [sys.executable, "-m", "kvc.runtime.peak", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise Error(f"{path}: running the worst planned workload failed: {reason}")
+    return int(done.stdout.split()[-1])
