@@ -17,12 +17,13 @@ def answer(options: argparse.Namespace) -> int:
     prompts = options.prompt or _read_prompts(options.prompts_file)
     sampling = _sampling(options)
     with load(options.artifact) as session:
+        chat = session.text.has_template if options.chat is None else options.chat
         if len(prompts) == 1:
-            for piece in session.stream(prompts[0], chat=options.chat, **sampling):
+            for piece in session.stream(prompts[0], chat=chat, **sampling):
                 print(piece, end="", flush=True)
             print()
         else:
-            for prompt, completion in zip(prompts, session.generate(prompts, chat=options.chat, **sampling)):
+            for prompt, completion in zip(prompts, session.generate(prompts, chat=chat, **sampling)):
                 _show(prompt, completion)
         _summary(session)
     return 0

@@ -109,7 +109,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help="one prompt a line, all served at once"
     )
-    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts into the model's chat template, or continue them as they are (chat if there is one)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     parser.add_argument("--top-k", type=int, default=0, help="only the K likeliest tokens; 0: all (0)")
