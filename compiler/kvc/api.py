@@ -83,7 +83,6 @@ def compile(
         plan = make_plan(price, size, alternatives)
         build_library(lowered, plan, writer.folder / "model.so", runner)
         writer.add("model.so")
-        runner.report("write weights")
         writer.weights(packed_weights(model, lowered, runner))
         writer.facts(plan, model.facts)
         writer.assets(assets_of(source))

@@ -112,7 +112,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="put prompts into the model's chat template, or continue them as they are (chat if there is one)",
+        help="put prompts into the model's chat template, or not (default: if it has one)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 from tvm.target import Target
 
 from kvc_passes.errors import PlanningError, UnsupportedModel
@@ -175,8 +175,9 @@ def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) ->
         phase: finish(mod, phase, _bounds(phase, plan.chunk, plan.max_batch), plan.bytes.arena, runner)
         for phase, mod in lowered.functions.items()
     }
-    runner.report("generate code")
     module = join(finished)
+    kernels = sum(isinstance(f, tirx.PrimFunc) for f in module.functions.values())
+    runner.report(f"generate code for {kernels} kernels")
     with lowered.target:
         executable = tvm.compile(
             module, lowered.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
@@ -199,5 +200,6 @@ def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[W
 
         return produce
 
-    for name, recipe in lowered.recipes.items():
+    for number, (name, recipe) in enumerate(lowered.recipes.items(), 1):
+        runner.report(f"write weight {number} of {len(lowered.recipes)}")
         yield name, lowered.shapes[name], "float32", producer(name, recipe)

@@ -99,12 +99,12 @@ class BlockKernel:
         """Attend with the rows of one KV head over `pages` pages from `page`; positions are first .. last."""
         e = self.e
         tiles = e.bind("tiles", tirx.floordiv(rows + (self.height - 1), i64(self.height)))
-        with self._blocks(page, pages, first, last) as (start, count, keys, masked):
-            with e.loop("rt", tiles) as rt:
-                row = e.bind("top", rt * self.height)
-                self._score(head, row, i64(0), start, count, i64(0))
-                self._softmax(row, i64(0), start, self._vectors(count), masked)
-                self._values(head, row, i64(0), start, count, keys, i64(0))
+        blocks = self._blocks(page, pages, first, last)
+        with blocks as (start, count, keys, masked), e.loop("rt", tiles) as rt:
+            row = e.bind("top", rt * self.height)
+            self._score(head, row, i64(0), start, count, i64(0))
+            self._softmax(row, i64(0), start, self._vectors(count), masked)
+            self._values(head, row, i64(0), start, count, keys, i64(0))
 
     def run_heads(self, page: Expr, pages: Expr, position: Expr) -> None:
         """Attend with one token of every head. Whole pages pass in order of their addresses: memory-bound."""

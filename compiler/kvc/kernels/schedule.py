@@ -120,7 +120,8 @@ class _Scheduler:
             if extent < 2 * self.traits.lanes:
                 continue
             _, lane = self.s.split(self.s.get_loops(block)[-1], [None, self.traits.lanes])
-            self._try(lambda lane=lane, at=len(variables) - 1: self.s.rfactor(lane, at))
+            axis = len(variables) - 1
+            self._try(lambda lane=lane, axis=axis: self.s.rfactor(lane, axis))
 
     def _rows(self, root: Any) -> Any:
         """The fused outer loops of an output block; None when it has but one loop."""
