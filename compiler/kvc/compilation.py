@@ -15,7 +15,7 @@ from tvm.target import Target
 
 from kvc_passes.errors import PlanningError, UnsupportedModel
 from kvc_passes.facts import ModelFacts, Plan
-from kvc_passes.graph import Graph, dims, op_name, static
+from kvc_passes.graph import Graph, dims, graph_of, op_name, static
 from kvc_passes.pack_matmuls import PackedWeight
 from kvc_passes.place_arena import Arena
 
@@ -67,7 +67,7 @@ def assets_of(path: Path) -> Path:
 
 def _facts(path: Path, imported: Imported, understood: Understood) -> ModelFacts:
     function = understood.module["main"]
-    graph = Graph(function)
+    graph = graph_of(function)
     vocab = _rows_read(graph, function.params[0])
     if vocab is None:
         raise UnsupportedModel(f"{path}: the token ids do not index an embedding table of known size")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,12 @@ class Graph:
                 found.add(value)
                 stack.extend(operands(self.definitions[value]) if value in self.definitions else ())
         return found
+
+
+@lru_cache(maxsize=2)
+def graph_of(function: relax.Function) -> Graph:
+    """The graph of a function; the last ones are kept, since passes and `rebuild` read the same function."""
+    return Graph(function)
 
 
 def operands(value: relax.Expr) -> list[relax.Expr]:

@@ -10,7 +10,7 @@ from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 
 from .base import Result
-from .graph import Graph, dims, op_name, static
+from .graph import Graph, dims, graph_of, op_name, static
 from .kernel_sets import MatmulKernels
 from .rebuild import drop_params, rebuild
 
@@ -49,7 +49,7 @@ class PackMatmuls:
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: dict of PackedWeight by the new function's weight parameter names."""
         function = mod["main"]
-        graph = Graph(function)
+        graph = graph_of(function)
         products = {m.result: m for v in graph.order if (m := _product(graph, v))}
         packed = {m.source.name: self._parameter(m) for m in products.values()}
         lookups = {v: s for v in graph.order if (s := self._lookup(graph, v, packed))}
@@ -67,7 +67,7 @@ class PackMatmuls:
             return None
 
         module = rebuild(mod, [*function.params, *(w for w, _ in packed.values())], place, values=values)
-        used = Graph(module["main"])
+        used = graph_of(module["main"])
         module = drop_params(
             module, {p.name for p in function.params if p.name in packed and not used.users[p]}
         )

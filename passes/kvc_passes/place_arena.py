@@ -11,7 +11,7 @@ from tvm import IRModule, relax, tirx
 
 from .base import Result
 from .errors import PlanningError
-from .graph import Graph, op_name, operands, static
+from .graph import graph_of, op_name, operands, static
 from .rebuild import substitute, with_main
 
 ALIGNMENT = 64  # bytes; generated code loads whole vectors
@@ -44,7 +44,7 @@ class Arena:
     @classmethod
     def of(cls, mod: IRModule) -> Arena:
         """The temporaries of `main`; values that alias one keep it alive."""
-        graph = Graph(mod["main"])
+        graph = graph_of(mod["main"])
         roots: dict[relax.Var, set[relax.Var]] = {}
         first: dict[relax.Var, int] = {}
         last: dict[relax.Var, int] = {}
@@ -103,7 +103,7 @@ class PlaceArena:
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: bytes of the arena."""
         function = mod["main"]
-        graph = Graph(function)
+        graph = graph_of(function)
         offsets, needed = Arena.of(mod).place(self.bounds)
         total = needed if self.bytes is None else self.bytes
         if needed > total:

@@ -14,7 +14,7 @@ from .conditions import Unprovable
 from .element import Elements
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import Graph, dims, op_name, static
+from .graph import Graph, dims, graph_of, op_name, static
 from .masks import bind_index
 from .nodes import NodeNames
 from .rebuild import drop_params, rebuild
@@ -40,7 +40,7 @@ class PositionsToInput:
         params = {p.name: p for p in function.params}
         sequence = dims(params[self.roles.tokens])[1]
         positions = relax.Var("positions", relax.TensorType((sequence,), "int64"))
-        sources = self._sources(Graph(function), params, sequence)
+        sources = self._sources(graph_of(function), params, sequence)
 
         def shaped(var: relax.Var) -> relax.Expr:
             extents = [sequence if d.same_as(sequence) else 1 for d in dims(var)]
@@ -57,7 +57,7 @@ class PositionsToInput:
         old = [function.params[0], positions, *function.params[1:]]
         module = rebuild(mod, old, place, values=values)
         gone = {self.roles.attention_mask, self.roles.positions, *self.roles.past}
-        self._check(Graph(module["main"]), gone)
+        self._check(graph_of(module["main"]), gone)
         names = tuple(self.names.name(v) for v in sources) + ((given.name,) if given is not None else ())
         return Result(drop_params(module, gone), len(names), names)
 

@@ -12,7 +12,7 @@ from tvm.sym import Analyzer
 from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import Graph, dims, op_name, operands, static
+from .graph import Graph, dims, graph_of, op_name, operands, static
 from .nodes import NodeNames
 from .recognize_attention import ATTENTION
 from .regroup import regroup
@@ -93,7 +93,7 @@ class ProveTokenwise:
 
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: the number of operations proved. Raises UnsupportedModel."""
-        graph = Graph(mod["main"])
+        graph = graph_of(mod["main"])
         tokens = next(p for p in graph.function.params if p.name == self.roles.tokens)
         axes = _TokenAxes([d for d in dims(tokens) if isinstance(d, tirx.Var)])
         for var in graph.order:

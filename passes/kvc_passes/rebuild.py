@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import IRModule, relax
 
-from .graph import Graph
+from .graph import graph_of
 
 Rule = Callable[[relax.BlockBuilder, relax.Var, relax.Expr], "relax.Expr | None"]
 
@@ -46,7 +46,7 @@ def rebuild(
         a normalized module without dead code.
     """
     function = mod["main"]
-    graph = Graph(function)
+    graph = graph_of(function)
     builder = relax.BlockBuilder(IRModule({v: f for v, f in mod.functions_items() if v.name_hint != "main"}))
     values = {} if values is None else values
     with builder.function("main", list(params)):

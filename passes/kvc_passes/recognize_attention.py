@@ -10,7 +10,7 @@ from .attention_sites import Match, SiteFinder
 from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import Graph
+from .graph import graph_of
 from .nodes import NodeNames
 from .rebuild import rebuild
 
@@ -36,14 +36,14 @@ class RecognizeAttention:
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: tuple[AttentionSite, ...]. Raises UnsupportedModel."""
         function = mod["main"]
-        finder = SiteFinder(Graph(function), self.roles, self.names)
+        finder = SiteFinder(graph_of(function), self.roles, self.names)
         matches = [finder.match(var, i) for i, var in enumerate(finder.softmaxes())]
         if not matches:
             raise UnsupportedModel(
                 "the model has no attention: no softmax over scores was found; it is no decoder"
             )
         by_output = {m.output: m for m in matches}
-        output = Graph(function).resolve(function.body.body)
+        output = graph_of(function).resolve(function.body.body)
         logits = output.fields[0] if isinstance(output, relax.Tuple) else function.body.body
         remap: dict[relax.Var, relax.Expr] = {}
 

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .graph import Graph, dims, op_name, operands
+from .graph import dims, graph_of, op_name, operands
 from .rebuild import insert_params, rebuild, substitute
 from .recognize_attention import ATTENTION
 
@@ -26,7 +26,7 @@ class SelectRows:
 
     def run(self, mod: IRModule) -> Result:
         function = mod["main"]
-        graph = Graph(function)
+        graph = graph_of(function)
         (n,) = dims(function.params[0])
         r = tirx.Var("r", "int64")
         rows = relax.Var("rows", relax.TensorType((r,), "int32"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm import IRModule, relax, te
 
 from .base import Result
-from .graph import Graph, dims, op_name
+from .graph import dims, graph_of, op_name
 from .kernel_sets import MatmulKernels
 from .pack_matmuls import MATMUL, PackedWeight
 from .rebuild import insert_params, rebuild
@@ -29,7 +29,7 @@ class WriteLogits:
 
     def run(self, mod: IRModule) -> Result:
         function = mod["main"]
-        graph = Graph(function)
+        graph = graph_of(function)
         last = graph.alias(function.body.body)
         _, r, columns = dims(last)
         logits = relax.Var("logits", relax.TensorType((r, columns), "float32"))
