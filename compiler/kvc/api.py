@@ -12,10 +12,11 @@ from kvc_passes.facts import ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
 from .options import parse_size, parse_workload
-from .runtime.library import import_ffi
+from .runtime.library import without_torch
 from .runtime.overhead import measure
 
-import_ffi()  # before TVM does, which would import torch with it: 180 MiB and 2 s
+with without_torch():
+    import tvm.relax  # noqa: F401  before anything else imports it
 
 # ruff: isort: split
 from tvm.target import Target

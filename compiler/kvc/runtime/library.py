@@ -6,12 +6,14 @@ A process that runs a model needs libtvm_runtime.so (5 MB), not the tvm package 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -124,18 +126,26 @@ def load_vm(library: Path, threads: int) -> Any:
     return vm
 
 
-def import_ffi() -> ModuleType:
-    """Import tvm_ffi without torch, which it would import where it is installed (180 MiB and 2 s)."""
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Hide torch from what is imported inside: tvm and tvm_ffi import it where it is (180 MiB, 2 s)."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        import tvm_ffi
-    except ImportError as error:
-        raise TargetError(f"TVM's runtime is not installed ({error}): pip install kvc") from None
+        yield
     finally:
         if hidden:
             del sys.modules["torch"]
+
+
+def import_ffi() -> ModuleType:
+    """Import tvm_ffi, without torch. Raises TargetError if TVM is not installed."""
+    with without_torch():
+        try:
+            import tvm_ffi
+        except ImportError as error:
+            raise TargetError(f"TVM's runtime is not installed ({error}): pip install kvc") from None
     module: ModuleType = tvm_ffi
     return module
 
