@@ -32,6 +32,7 @@ from .compilation import (
     read_model,
 )
 from .frontend.importer import import_onnx
+from .frontend.reader import require_file
 from .pipeline import Runner
 from .planner import Costs, make_plan
 from .targets import parse_target
@@ -74,6 +75,7 @@ def compile(
         TargetError: an unknown target, or no linker.
     """
     source = Path(path)
+    require_file(source)
     runner = _runner(dump, report, timings)
     destination = Path(output) if output is not None else source.with_suffix(".kvc")
     if destination.resolve() == source.resolve():

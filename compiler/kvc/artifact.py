@@ -352,8 +352,11 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 def _check_target(path: Path, force: bool) -> None:
     """Refuse an output path that would overwrite something (with `force`: something kvc did not write)."""
-    if not path.exists() and not path.is_symlink():
-        return
+    try:
+        if not path.exists() and not path.is_symlink():
+            return
+    except OSError as error:  # such as a name that is too long
+        raise _unwritable(path, error) from None
     if not force:
         raise InputError(f"{path} exists; give --force to replace it")
     if path.is_symlink() or not (path / "manifest.json").is_file():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from kvc_passes.errors import Error, InputError, PlanningError
 
@@ -21,7 +23,10 @@ from . import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -41,6 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fault(error, options.debug)
 
 
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Let `--budget -1GB` reach the check that explains it: argparse takes -1GB for an option."""
+    result: list[str] = []
+    for argument in arguments:
+        if (
+            result
+            and result[-1] in ("--budget", "--workload")
+            and argument[:1] == "-"
+            and argument[1:2].isdigit()
+        ):
+            result[-1] += f"={argument}"
+        else:
+            result.append(argument)
+    return result
+
+
 def _fail(message: str, status: int) -> int:
     print(f"kvc: {message}", file=sys.stderr)
     return status
@@ -53,8 +74,15 @@ def _fault(error: Exception, debug: bool) -> int:
     return _fail(f"this is a fault of kvc, not of the input: {type(error).__name__}: {error}{hint}", 1)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kvc: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvc", description="Compile decoder language models under a memory budget, and run them."
     )
     parser.add_argument("--version", action="version", version=f"kvc {__version__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 from kvc_passes.errors import InputError
 from kvc_passes.facts import Workload
@@ -11,6 +12,7 @@ from kvc_passes.facts import Workload
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+_MOST = 1 << 63
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _WORKLOAD = re.compile(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*")
 
@@ -26,9 +28,13 @@ def parse_size(text: str | int) -> int:
         raise InputError(
             f"'{text}' is not a size; write for example 8GB (8,000,000,000), 512MiB (536,870,912) or bytes"
         )
-    size = round(float(found[1]) * _UNITS[found[2].upper()])
+    size = round(Fraction(found[1]) * _UNITS[found[2].upper()])
     if size <= 0:
         raise InputError(f"a budget of {text} holds nothing; give a positive size")
+    if size >= _MOST:
+        raise InputError(
+            f"a budget of {str(text)[:40]} is beyond what a machine can address; give less than 8 EiB"
+        )
     return size
 
 

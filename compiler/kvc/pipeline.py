@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from tvm import IRModule, relax, transform
+from tvm_ffi import structural_equal
 
 from kvc_passes.base import Pass, Result, pass_name
-from kvc_passes.errors import PlanningError
+from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import AttentionSite
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
@@ -72,14 +73,17 @@ class Runner:
             ) from error
         self.timings.append((name, time.perf_counter() - start, result.sites))
         if self.dump is not None:
-            self.dump.mkdir(parents=True, exist_ok=True)
-            text = (
-                "(unchanged)\n"
-                if result.module.same_as(mod)
-                else result.module.script(show_meta=False) + "\n"
-            )
-            (self.dump / f"{len(self.timings):02d}-{name}.py").write_text(text)
+            self._write(name, result.module, structural_equal(result.module, mod))
         return result
+
+    def _write(self, name: str, mod: IRModule, unchanged: bool) -> None:
+        assert self.dump is not None
+        text = "(unchanged)" if unchanged else mod.script(show_meta=False)
+        try:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            (self.dump / f"{len(self.timings):02d}-{name}.py").write_text(f"{text}\n")
+        except OSError as error:
+            raise InputError(f"{self.dump}: the dump cannot be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ def find_linker() -> list[str]:
         TargetError: there is none; says what to install.
     """
     if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])
+        try:
+            return shlex.split(os.environ["CC"])
+        except ValueError as error:
+            raise TargetError(f"the environment variable CC is no command: {error}") from None
     for name in ("cc", "gcc", "clang"):
         found = shutil.which(name)
         if found:
@@ -40,7 +43,12 @@ def link(output: str, objects: Sequence[str], options: Sequence[str] = (), **ign
         TargetError: the linker failed; carries its last lines.
     """
     command = [*find_linker(), "-shared", "-fPIC", "-o", output, *objects, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise TargetError(
+            f"the linker '{command[0]}' cannot be run ({error.strerror}); is CC right?"
+        ) from None
     if result.returncode:
         lines = "\n".join((result.stderr or result.stdout).strip().splitlines()[-5:])
         raise TargetError(f"linking the compiled model failed ({' '.join(command[:2])} ...):\n{lines}")

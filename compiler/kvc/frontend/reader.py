@@ -66,10 +66,7 @@ def read(path: Path) -> OnnxFile:
         InputError: not a file, not ONNX, truncated, external data missing or short.
         UnsupportedModel: no ai.onnx operators, an opset that is too old, or control flow and functions.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the .onnx file in it")
+    require_file(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
@@ -79,6 +76,18 @@ def read(path: Path) -> OnnxFile:
     if not model.graph.node or not model.opset_import:
         raise InputError(f"{path}: not an ONNX model: it holds no graph (empty or truncated file?)")
     return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph))
+
+
+def require_file(path: Path) -> None:
+    """Raise InputError unless `path` is a file that can be opened."""
+    if not path.name or path.is_dir():
+        raise InputError(f"{path}: is a folder; give the .onnx file in it")
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _opset(path: Path, model: onnx.ModelProto) -> int:

@@ -59,7 +59,14 @@ class Text:
         return self._source is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text; with `special`, with the tokens that the tokenizer puts before and behind."""
+        """Token ids of a text; with `special`, with the tokens that the tokenizer puts before and behind.
+
+        Raises InputError for text that is not Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the text holds half of a UTF-16 pair or bytes that are not UTF-8") from None
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
