@@ -13,8 +13,8 @@ from .conditions import Unprovable
 from .element import Elements, Index
 from .errors import UnsupportedModel
 from .facts import AttentionSite, MaskFact, Roles
-from .graph import Graph, dims, op_name, operands, scalar, static
-from .masks import bind_index, prove_mask
+from .graph import Graph, dims, op_name, operands, same_shape, scalar, static
+from .masks import HIDDEN, bind_index, prove_mask
 from .nodes import NodeNames
 
 _LARGE = 1 << 31
@@ -84,6 +84,9 @@ class SiteFinder:
         if v_scale != 1.0:
             self.refuse(softmax, f"the values are scaled by {v_scale}")
         key, value = self._without_past(softmax, key, "k"), self._without_past(softmax, value, "v")
+        for name, operand in (("q", query), ("k", key), ("v", value)):
+            if not same_shape([dims(operand)[0], dims(operand)[2]], [self.batch, self.sequence]):
+                self.refuse(softmax, f"{name} does not have one row for each of the model's own tokens")
         output, transposed = self._output(output)
         site = AttentionSite(
             index=index,
@@ -94,7 +97,7 @@ class SiteFinder:
             value_dim=self._static(softmax, value, 3, "value dim"),
             scale=scale * q_scale * k_scale,
             softcap=softcap,
-            mask=self._mask(softmax, masks),
+            mask=self._mask(softmax, masks, heads),
             rope=self._rope(query),
         )
         if self._static(softmax, value, 1, "value heads") != site.kv_heads:
@@ -122,14 +125,21 @@ class SiteFinder:
             elif name == "add" and scalar(call.args[0], self.graph) is None and self._is_mask(call.args[0]):
                 masks.append((call.args[0], "add"))
                 value = call.args[1]
-            elif name == "where" and self._is_mask(call.args[0]):
-                keeps = not self._is_mask(call.args[1])
-                masks.append((call.args[0], "keep" if keeps else "drop"))
-                value = call.args[1] if keeps else call.args[2]
+            elif name == "where" and self._is_mask(call.args[0]) and self._hides(call.args[2]):
+                masks.append((call.args[0], "keep"))
+                value = call.args[1]
+            elif name == "where" and self._is_mask(call.args[0]) and self._hides(call.args[1]):
+                masks.append((call.args[0], "drop"))
+                value = call.args[2]
             elif name == "astype":
                 value = call.args[0]
             else:
                 return value, masks
+
+    def _hides(self, value: relax.Expr) -> bool:
+        """Whether a score is replaced by a constant that leaves it no weight."""
+        constant = scalar(value, self.graph)
+        return constant is not None and constant <= HIDDEN
 
     def _scaled(self, value: relax.Expr) -> tuple[relax.Expr, float]:
         """Peel multiplications and divisions by constants."""
@@ -216,16 +226,17 @@ class SiteFinder:
                 analyzer.bind(dim, Range(tirx.IntImm("int64", low), tirx.IntImm("int64", _LARGE)), True)
         return analyzer
 
-    def _mask(self, softmax: relax.Var, masks: list[tuple[relax.Expr, str]]) -> MaskFact:
+    def _mask(self, softmax: relax.Var, masks: list[tuple[relax.Expr, str]], heads: int) -> MaskFact:
         if not masks:
             self.refuse(
                 softmax, "it has no mask: every token sees every other; a decoder's attention is causal"
             )
-        key = tuple((self.graph.alias(m), use) for m, use in masks)
+        key = (heads, str(dims(softmax)), *((self.graph.alias(m), use) for m, use in masks))
         if key in self._proved:
             return self._proved[key]
         analyzer = self._analyzer()
-        b, h = bind_index(analyzer, "b", self.batch), tirx.IntImm("int64", 0)
+        b = bind_index(analyzer, "b", self.batch)
+        h = bind_index(analyzer, "h", tirx.IntImm("int64", heads))
         i = bind_index(analyzer, "query", self.sequence)
         j = bind_index(analyzer, "key", dims(softmax)[3])
         leaves: dict[relax.Var, Any] = {}
@@ -251,10 +262,19 @@ class SiteFinder:
             call = self.graph.definitions[users[0]]
             if op_name(call) == "matmul" and self.graph.alias(call.args[0]) == var:
                 return users[0], call
-            if op_name(call) not in ("where", "astype", "reshape", ""):
+            if not (op_name(call) in ("astype", "") or self._is_nan_guard(call, var)):
                 break
             var = users[0]
         raise self.refusal(softmax, "expected one product of the softmax with the values")
+
+    def _is_nan_guard(self, call: relax.Expr, var: relax.Var) -> bool:
+        """where(isnan(p), 0, p): rows that see no key; a causal row sees itself."""
+        if op_name(call) != "where":
+            return False
+        condition, zero, kept = call.args
+        test = self.graph.resolve(condition)
+        guards = op_name(test) == "isnan" and self.graph.alias(test.args[0]) == var
+        return guards and scalar(zero, self.graph) == 0 and self.graph.alias(kept) == var
 
     def _without_past(self, softmax: relax.Var, value: relax.Var, what: str) -> relax.Var:
         """The new tokens' part of concat(past, new)."""

@@ -188,25 +188,26 @@ def _gather_nd(elements: Elements, call: relax.Call, index: Index) -> Any:
 
 
 def _cumsum(elements: Elements, call: relax.Call, index: Index) -> Any:
+    if bool(call.attrs.exclusive):
+        raise Unprovable("takes an exclusive cumulative sum")
     axis = int(call.attrs.axis)
     any_index = tirx.Var("summand", "int64")
     elements.analyzer.bind(any_index, tvm.ir.Range(0, dims(call.args[0])[axis]), True)
-    summand = elements.at(call.args[0], [any_index if a == axis else i for a, i in enumerate(index)])
-    zero = as_condition(
-        lift(
-            lambda v: (
-                v == 0
-                if isinstance(v, (int, float))
-                else negate(v)
-                if is_condition(v)
-                else tirx.EQ(v, _integer(0))
-            ),
-            summand,
-        )
+    summand = elements.simplify(
+        elements.at(call.args[0], [any_index if a == axis else i for a, i in enumerate(index)])
     )
+    if isinstance(summand, int):  # a bool counts as 0 or 1
+        return elements.simplify(int(summand) * (_integer(index[axis]) + 1))
+    zero = as_condition(lift(_is_zero, summand))
     if not elements.prove(zero):
-        raise Unprovable("takes a cumulative sum of values that are not all zero")
+        raise Unprovable("takes a cumulative sum of values that are not all equal")
     return 0
+
+
+def _is_zero(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        return value == 0
+    return negate(value) if is_condition(value) else tirx.EQ(value, _integer(0))
 
 
 def _triangle(lower: bool) -> Callable[..., Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
+from tvm_ffi import structural_equal
 
 
 class Graph:
@@ -127,6 +128,11 @@ def dims(value: relax.Expr) -> list[tvm.ir.PrimExpr]:
     """Dimensions of a tensor, [] for scalars and values of unknown shape."""
     shape = getattr(value.ty, "shape", None)
     return [] if shape is None else list(shape.values)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists of dimensions are written alike."""
+    return len(a) == len(b) and all(structural_equal(x, y) for x, y in zip(a, b))
 
 
 def static(dim: object) -> int | None:

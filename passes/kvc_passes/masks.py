@@ -11,7 +11,8 @@ from .conditions import Unprovable, as_condition, both, either, lift, negate
 from .element import Elements
 from .facts import MaskFact
 
-_HIDDEN = -1e4  # an additive mask at or below this leaves exp(score) at zero in float32
+HIDDEN = -1e9
+"""Scores at or below this have no weight: products of activations do not come near it."""
 
 
 def _visible(value: Any) -> bool:
@@ -20,7 +21,7 @@ def _visible(value: Any) -> bool:
         return value
     if value == 0:
         return True
-    if value <= _HIDDEN:
+    if value <= HIDDEN:
         return False
     raise Unprovable(f"adds {value} to some scores, which neither shows nor hides a key")
 

@@ -10,7 +10,7 @@ from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 
 from .base import Result
-from .graph import Graph, dims, graph_of, op_name, static
+from .graph import Graph, dims, graph_of, op_name, same_shape, static
 from .kernel_sets import MatmulKernels
 from .rebuild import drop_params, rebuild
 
@@ -176,7 +176,11 @@ def _product(graph: Graph, var: relax.Var) -> _Product | None:
 def _bias(graph: Graph, product: relax.Var, columns: int) -> tuple[relax.Var | None, relax.Var]:
     """The parameter [columns] that is the only thing added to the product."""
     users = graph.users[product]
-    if len(users) == 1 and op_name(graph.definitions[users[0]]) == "add" and dims(users[0]) == dims(product):
+    if (
+        len(users) == 1
+        and op_name(graph.definitions[users[0]]) == "add"
+        and same_shape(dims(users[0]), dims(product))
+    ):
         add = graph.definitions[users[0]]
         for operand in map(graph.alias, add.args):
             if operand in graph.function.params and [static(d) for d in dims(operand)] == [columns]:

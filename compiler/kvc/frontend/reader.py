@@ -80,12 +80,12 @@ def read(path: Path) -> OnnxFile:
 
 def require_file(path: Path) -> None:
     """Raise InputError unless `path` is a file that can be opened."""
-    if not path.name or path.is_dir():
-        raise InputError(f"{path}: is a folder; give the .onnx file in it")
     try:
         path.open("rb").close()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give the .onnx file in it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
