@@ -1,0 +1,58 @@
+"""The environment that TVM reads when it is imported, and the tiny models, exported and compiled once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+sys.path.insert(0, str(Path(__file__).parent))
+
+ModelFile = Callable[..., Path]
+
+
+def _exporter_version() -> str:
+    """Names what the exported files depend on."""
+    models = Path(__file__).parents[1] / "models" / "kvc_models"
+    digest = hashlib.sha256()
+    for name in ("tiny.py", "export.py"):
+        digest.update((models / name).read_bytes())
+    for package in ("torch", "transformers", "onnxscript"):
+        digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def model_file(pytestconfig: pytest.Config) -> ModelFile:
+    """`model_file(family, with_past=False)` exports a tiny model, "cnn" and "encoder" among them.
+
+    An export takes 5 to 10 s and always gives the same file, so that pytest's cache keeps it between runs.
+    """
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir(f"models-{_exporter_version()}")
+
+    @functools.cache
+    def export(family: str, with_past: bool = False) -> Path:
+        out = folder / f"{family}{'-past' if with_past else ''}.onnx"
+        if not out.exists():
+            from kvc_models import export_cnn, export_encoder, export_tiny
+
+            part = out.with_suffix(f".{os.getpid()}.onnx")
+            others = {"cnn": export_cnn, "encoder": export_encoder}
+            if family in others:
+                others[family](part)
+            else:
+                export_tiny(family, part, with_past=with_past)
+                part.with_suffix(".assets").replace(out.with_suffix(".assets"))
+            part.replace(out)
+        return out
+
+    return export

@@ -1,0 +1,254 @@
+"""RecognizeAttention: spellings of attention that must become one marker, and near misses that must not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from attention_graphs import DIM, HEADS, KV_HEADS, MIN, Attention, Context, arrays, causal, f32, i64
+from tvm import relax
+from tvm.relax import op
+
+from kvc_passes.errors import UnsupportedModel
+from kvc_passes.graph import Graph, op_name
+from kvc_passes.recognize_attention import ATTENTION, RecognizeAttention
+from support import attend, module_of, ops, param, run, run_markers, symbol
+
+TOLERANCE = 2e-6  # float32 against float64 sums of 8 products and a softmax over 11 keys, values of order 1
+
+
+def scores_scaled_before(emit: Any, c: Context, q: Any, k: Any) -> Any:
+    root = f32(0.5)
+    q = emit(op.multiply(q, root))
+    k = emit(op.multiply(root, emit(op.permute_dims(k, [0, 1, 3, 2]))))
+    return emit(op.matmul(q, k))
+
+
+def scores_divided(emit: Any, c: Context, q: Any, k: Any) -> Any:
+    return emit(op.divide(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), f32(4.0)))
+
+
+def scores_softcapped(emit: Any, c: Context, q: Any, k: Any) -> Any:
+    scores = emit(op.multiply(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), f32(0.25)))
+    return emit(op.multiply(emit(op.tanh(emit(op.divide(scores, f32(2.0))))), f32(2.0)))
+
+
+def nan_guard(emit: Any, c: Context, weights: Any, v: Any) -> Any:
+    guarded = emit(op.where(emit(op.isnan(weights)), f32(0.0), weights))
+    return emit(op.matmul(guarded, v))
+
+
+def choose_scores(emit: Any, c: Context, scores: Any, mask: Any) -> Any:
+    return emit(op.where(mask, scores, f32(-np.inf)))
+
+
+def choose_hidden(emit: Any, c: Context, scores: Any, mask: Any) -> Any:
+    return emit(op.where(emit(op.logical_not(mask)), f32(-np.inf), scores))
+
+
+SPELLINGS = {
+    "plain": Attention(),
+    "every head of its own": Attention(kv_heads=HEADS),
+    "one KV head": Attention(kv_heads=1),
+    "past": Attention(past=True),
+    "scale on q and k": Attention(scores=scores_scaled_before),
+    "scale as a divisor": Attention(scores=scores_divided),
+    "softcap": Attention(scores=scores_softcapped),
+    "guarded against NaN": Attention(weigh=nan_guard),
+    "scores chosen by the mask": Attention(apply=choose_scores),
+    "scores chosen against the mask": Attention(apply=choose_hidden),
+    "heads stay in front": Attention(finish=lambda emit, c, x: emit(op.add(x, f32(0.0)))),
+}
+
+
+@pytest.mark.parametrize("attention", SPELLINGS.values(), ids=SPELLINGS)
+def test_a_spelling_becomes_one_marker_that_computes_the_same(attention: Attention) -> None:
+    module, *_ = attention.build()
+    result = attention.recognize()
+    counted = ops(result.module)
+    assert counted[ATTENTION] == 1
+    assert counted["softmax"] == counted["matmul"] == 0
+    assert result.sites == 1
+    (site,) = result.facts
+    assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (HEADS, attention.kv_heads, DIM, DIM)
+    assert site.scale == pytest.approx(0.25)
+    assert site.softcap == (2.0 if attention is SPELLINGS["softcap"] else None)
+    assert (site.node, site.index, site.mask.kind, site.rope) == ("/layers.0/Softmax", 0, "causal", None)
+    inputs = arrays(attention)
+    expected, got = run(module, *inputs), run_markers(result.module, result.facts, *inputs)
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=TOLERANCE)
+
+
+def test_the_marker_takes_new_keys_and_values_only() -> None:
+    attention = Attention(past=True)
+    module, *_ = attention.build()
+    result = attention.recognize()
+    graph = Graph(result.module["main"])
+    (marker,) = (v for v in graph.order if op_name(graph.definitions[v]) == ATTENTION)
+    assert [a.name for a in graph.definitions[marker].args[1:4]] == ["q", "k", "v"]
+    inputs = arrays(attention, length=5, past=6)
+    past_k, past_v, q, k, v = inputs[3:]
+    k, v = (np.concatenate(pair, axis=2) for pair in ((past_k, k), (past_v, v)))
+    expected = run(module, *inputs)[0]
+    np.testing.assert_allclose(attend(q, k, v, result.facts[0]), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_layers_are_numbered_in_order_and_only_the_logits_are_returned() -> None:
+    c = Context(past=True)
+    attention = Attention(past=True)
+
+    def body(emit: Any, *_: Any) -> Any:
+        first, second = attention.layer(emit, c), attention.layer(emit, c)
+        present = emit(op.concat([c.past[0], c.k], axis=2))
+        return [emit(op.add(first, second)), present]
+
+    module, names = module_of(c.params, body)
+    result = RecognizeAttention(c.roles, names).run(module)
+    assert [s.index for s in result.facts] == [0, 1]
+    assert ops(result.module)[ATTENTION] == 2
+    assert ops(result.module)["concat"] == 0
+    assert not isinstance(result.module["main"].ret_ty, relax.TupleType)
+
+
+def test_queries_rotated_by_halves_are_reported() -> None:
+    def scores(emit: Any, c: Context, q: Any, k: Any) -> Any:
+        low = emit(op.strided_slice(q, [3], [0], [DIM // 2]))
+        high = emit(op.strided_slice(q, [3], [DIM // 2], [DIM]))
+        turned = emit(op.concat([emit(op.negative(high)), low], axis=-1))
+        q = emit(op.add(emit(op.multiply(q, f32(0.8))), emit(op.multiply(turned, f32(0.6)))))
+        return scores_divided(emit, c, q, k)
+
+    attention = Attention(scores=scores)
+    result = attention.recognize()
+    assert result.facts[0].rope == "rotate_half"
+    inputs = arrays(attention)
+    expected = run(attention.build()[0], *inputs)[0]
+    got = run_markers(result.module, result.facts, *inputs)[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_keys_may_come_as_tokens_before_heads() -> None:
+    """[b, s, g * d] split and transposed, as every exporter writes it."""
+    c = Context(past=False, kv_heads=HEADS)
+    flat = param("flat", [c.batch, c.sequence, HEADS * DIM])
+    attention = Attention(kv_heads=HEADS)
+
+    def body(emit: Any, *_: Any) -> Any:
+        split = emit(op.permute_dims(emit(op.reshape(flat, [c.batch, c.sequence, HEADS, DIM])), [0, 2, 1, 3]))
+        scores = emit(op.matmul(c.q, emit(op.permute_dims(split, [0, 1, 3, 2]))))
+        scores = attention.apply(emit, c, scores, causal(emit, c))
+        return attention.finish(emit, c, emit(op.matmul(attention.softmax(emit, c, scores), c.v)))
+
+    module, names = module_of([*c.params, flat], body)
+    assert ops(RecognizeAttention(c.roles, names).run(module).module)[ATTENTION] == 1
+
+
+def heads_in_turn(emit: Any, c: Context, x: Any) -> Any:
+    """The KV heads as a whole, twice: head h reads h % 2 and not h // 2."""
+    tokens = x.ty.shape.values[2]
+    wide = [c.batch, HEADS // KV_HEADS, KV_HEADS, tokens, DIM]
+    return emit(
+        op.reshape(emit(op.broadcast_to(emit(op.expand_dims(x, 1)), wide)), [c.batch, HEADS, tokens, DIM])
+    )
+
+
+def past_behind(emit: Any, c: Context, which: int, new: Any) -> Any:
+    return emit(op.concat([new, c.past[which]], axis=2))
+
+
+def scaled_values(emit: Any, c: Context, weights: Any, v: Any) -> Any:
+    return emit(op.matmul(weights, emit(op.multiply(v, f32(2.0)))))
+
+
+def used_twice(emit: Any, c: Context, weights: Any, v: Any) -> Any:
+    return emit(op.add(emit(op.matmul(weights, v)), emit(op.matmul(emit(op.exp(weights)), v))))
+
+
+def no_product(emit: Any, c: Context, q: Any, k: Any) -> Any:
+    return emit(op.exp(scores_divided(emit, c, q, k)))
+
+
+def over_queries(emit: Any, c: Context, x: Any) -> Any:
+    return emit(op.nn.softmax(x, axis=2), "/layers.0/Softmax")
+
+
+def three_dimensions(emit: Any, c: Context, x: Any) -> Any:
+    flat = emit(op.reshape(x, [c.batch * HEADS, c.sequence, c.total]))
+    return emit(
+        op.reshape(
+            emit(op.nn.softmax(flat, axis=-1), "/layers.0/Softmax"), [c.batch, HEADS, c.sequence, c.total]
+        )
+    )
+
+
+def dropped_afterwards(emit: Any, c: Context, weights: Any, v: Any) -> Any:
+    far = emit(op.less(c.key(emit), emit(op.subtract(c.query(emit), i64(3)))))
+    return emit(op.matmul(emit(op.where(far, f32(0.0), weights)), v))
+
+
+def data_instead_of_hidden(emit: Any, c: Context, scores: Any, mask: Any) -> Any:
+    return emit(op.where(mask, scores, emit(op.negative(scores))))
+
+
+def zero_instead_of_hidden(emit: Any, c: Context, scores: Any, mask: Any) -> Any:
+    return emit(op.where(mask, scores, f32(0.0)))
+
+
+def shifted_after_masking(emit: Any, c: Context, scores: Any, mask: Any) -> Any:
+    hidden = emit(op.add(scores, emit(op.where(mask, f32(0.0), f32(MIN)))))
+    return emit(op.multiply(hidden, emit(op.exp(scores))))
+
+
+def past_of_keys(emit: Any, c: Context, which: int, new: Any) -> Any:
+    return emit(op.concat([c.past[0], new], axis=2))
+
+
+def test_heads_repeated_in_turn_are_heads_of_their_own() -> None:
+    """Head h reads KV head h % 2, which no group of neighbours shares: the repeated keys are what is kept."""
+    attention = Attention(repeat=heads_in_turn)
+    result = attention.recognize()
+    assert result.facts[0].kv_heads == HEADS
+    inputs = arrays(attention)
+    expected = run(attention.build()[0], *inputs)[0]
+    got = run_markers(result.module, result.facts, *inputs)[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+REFUSALS = {
+    "no mask": (Attention(mask=None), "it has no mask: every token sees every other"),
+    "GQA heads in turn": (Attention(past=True, repeat=heads_in_turn), r"k is not concat\(past, new\)"),
+    "softmax over queries": (Attention(softmax=over_queries), "expected a softmax over the last axis"),
+    "no head axis": (Attention(softmax=three_dimensions), "expected a softmax over the last axis"),
+    "scores are no product": (
+        Attention(scores=no_product),
+        "expected scores from a matrix product of q and k",
+    ),
+    "values are scaled": (Attention(weigh=scaled_values), "the values are scaled by 2.0"),
+    "two products": (Attention(weigh=used_twice), "expected one product of the softmax with the values"),
+    "past behind the new": (
+        Attention(past=True, extend=past_behind),
+        r"k is not concat\(past, new\) along the token axis",
+    ),
+    "one past for keys and values": (Attention(past=True, extend=past_of_keys), ""),
+    "scores chosen for hidden keys": (Attention(apply=data_instead_of_hidden), ""),
+    "zero as the score of hidden keys": (Attention(apply=zero_instead_of_hidden), ""),
+    "scores changed after the mask": (Attention(apply=shifted_after_masking), "found multiply"),
+    "weights changed after the softmax": (Attention(weigh=dropped_afterwards), ""),
+}
+
+
+@pytest.mark.parametrize(("attention", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_names_the_node_and_the_rule(attention: Attention, reason: str) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=rf"attention at node '/layers.0/Softmax' \(softmax\): .*{reason}"
+    ):
+        attention.recognize()
+
+
+def test_a_graph_without_softmax_is_no_decoder() -> None:
+    tokens = param("input_ids", [symbol("batch"), symbol("sequence")], "int64")
+    module, names = module_of([tokens], lambda emit, t: emit(op.add(t, t)))
+    roles = Context(past=False).roles
+    with pytest.raises(UnsupportedModel, match="the model has no attention"):
+        RecognizeAttention(roles, names).run(module)
