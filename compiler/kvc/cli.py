@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    with contextlib.suppress(ValueError):  # only the main thread can; elsewhere the caller handles signals
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: nothing half-made stays
     try:
         status: int = options.run(options)
         sys.stdout.flush()

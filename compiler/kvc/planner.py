@@ -16,6 +16,9 @@ from .runtime.sampler import scratch_bytes
 CHUNKS = (512, 256, 128, 64, 32)
 """Prefill chunks that are tried, in tokens: beyond 512 a CPU gains nothing."""
 
+_VARIATION = 1 << 20
+"""Bytes by which the process measures differently from run to run: a budget named in a refusal must work."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -59,7 +62,8 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
         if plans[-1].bytes.total <= budget:
             return _fill(costs, plans[-1])
     least = min(plans, key=lambda p: p.bytes.total)
-    raise BudgetError(_refusal(least, workload), needed=least.bytes.total, given=budget)
+    needed = least.bytes.total + _VARIATION
+    raise BudgetError(_refusal(least, needed, workload), needed=needed, given=budget)
 
 
 def _chunks(workload: tuple[Workload, ...]) -> list[int]:
@@ -120,7 +124,7 @@ def _fill(costs: Costs, plan: Plan) -> Plan:
         pages = max(plan.pages, pages - max(1, over // plan.page_bytes))
 
 
-def _refusal(least: Plan, workload: tuple[Workload, ...]) -> str:
+def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:
     b = least.bytes
     parts = [
         f"weights {format_size(b.weights)}",
@@ -131,6 +135,6 @@ def _refusal(least: Plan, workload: tuple[Workload, ...]) -> str:
     ]
     return (
         f"the budget of {least.budget} bytes ({format_size(least.budget)}) cannot hold the workload "
-        f"{','.join(map(str, workload))}: it needs {b.total} bytes ({format_size(b.total)}), "
+        f"{','.join(map(str, workload))}: it needs {needed} bytes ({format_size(needed)}), "
         f"the smallest budget that works: {', '.join(parts)}"
     )

@@ -48,6 +48,7 @@ class SiteFinder:
         self.data = graph.reachable_from(p for p in graph.function.params if p not in positions_and_mask)
         """Everything that depends on token ids, weights or the past: never a mask."""
         self._proved: dict[Any, MaskFact] = {}
+        self._owners: dict[relax.Var, tuple[relax.Var, str]] = {}
 
     def softmaxes(self) -> list[relax.Var]:
         """Bindings of softmax over scores that depend on data."""
@@ -283,9 +284,13 @@ class SiteFinder:
             return value
         parts = operands(call) if op_name(call) == "concat" else []
         past = {self.params[name] for name in self.roles.past}
-        if len(parts) == 2 and self.graph.alias(parts[0]) in past and int(call.attrs.axis) % 4 == 2:
-            return parts[1]
-        raise self.refusal(softmax, f"{what} is not concat(past, new) along the token axis")
+        if len(parts) != 2 or self.graph.alias(parts[0]) not in past or int(call.attrs.axis) % 4 != 2:
+            raise self.refusal(softmax, f"{what} is not concat(past, new) along the token axis")
+        owner = self._owners.setdefault(self.graph.alias(parts[0]), (softmax, what))
+        if owner != (softmax, what):
+            other = f"{owner[1]} at {self.names.describe(owner[0])}"
+            raise self.refusal(softmax, f"{what} and {other} read the same past; pages keep each one's own")
+        return parts[1]
 
     def _output(self, output: relax.Var) -> tuple[relax.Var, bool]:
         users = self.graph.users[output]

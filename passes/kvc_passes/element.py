@@ -53,12 +53,16 @@ class Elements:
             return self._memo[key]
         if isinstance(value, tvm.ir.GenericConst):
             return self._constant(value.value.numpy(), index)
-        rule = RULES.get(op_name(value))
-        if rule is None:
-            raise Unprovable(
-                f"uses the operation {op_name(value) or type(value).__name__}, which has no element rule"
-            )
-        return rule(self, value, index)
+        name = op_name(value) or type(value).__name__
+        if name not in RULES:
+            raise Unprovable(f"uses the operation {name}, which has no element rule")
+        try:
+            return RULES[name](self, value, index)
+        except Unprovable:
+            raise
+        except Exception as error:  # expressions of types that TVM's operators do not combine
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise Unprovable(f"uses {name} in a form that has no element rule ({reason})") from error
 
     def simplify(self, value: Any) -> Any:
         if isinstance(value, (bool, int, float, Choice)):
@@ -87,7 +91,7 @@ class Elements:
             return part.reshape(-1)[0].item()
         if len(free) == 2:
             rows, columns = np.indices(part.shape)
-            if np.array_equal(part.astype(bool), columns <= rows) and np.unique(part).size == 2:
+            if np.array_equal(part == part[0, 0], columns <= rows) and np.unique(part).size == 2:
                 return choose(index[free[1]] <= index[free[0]], part[0, 0].item(), part[0, -1].item())
         if len(free) == 1 and np.array_equal(part, np.arange(part.size)):
             return index[free[0]]

@@ -90,7 +90,11 @@ def _full(elements: Elements, call: relax.Call, index: Index) -> Any:
 
 
 def _fill(value: int) -> Callable[..., Any]:
-    return lambda elements, call, index: float(value) if "float" in str(call.attrs.dtype) else value
+    def rule(elements: Elements, call: relax.Call, index: Index) -> Any:
+        dtype = str(call.attrs.dtype)
+        return float(value) if "float" in dtype else bool(value) if dtype == "bool" else value
+
+    return rule
 
 
 def _expand_dims(elements: Elements, call: relax.Call, index: Index) -> Any:

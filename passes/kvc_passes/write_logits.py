@@ -67,4 +67,5 @@ class WriteLogits:
 def _copy(rows: object, columns: object) -> object:
     source = te.placeholder((1, rows, columns), "float32", name="source")
     target = te.compute((rows, columns), lambda i, j: source[0, i, j], name="target")
-    return te.create_prim_func([source, target])
+    opaque = 8  # fused with what comes before, the logits would be written to a tensor that is then copied
+    return te.create_prim_func([source, target]).with_attr("op_pattern", opaque)
