@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import tvm_ffi
 from onnx import TensorProto, helper, numpy_helper
 from tvm import IRModule, relax, tirx
 
+from kvc_passes.conditions import Choice
 from kvc_passes.facts import AttentionSite, MaskFact
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.nodes import NodeNames
@@ -145,6 +147,39 @@ def run_markers(mod: IRModule, sites: Sequence[AttentionSite], *arrays: np.ndarr
     _define_marker()
     _SITES[:] = sites
     return run(mod, *arrays)
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "FloorMod": operator.mod,
+    "Max": max,
+    "Min": min,
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+    "And": lambda a, b: a and b,
+    "Or": lambda a, b: a or b,
+}
+
+
+def evaluate(value: Any, known: dict[str, int]) -> Any:
+    """An integer or boolean expression (or a Choice of such), its variables replaced by their numbers."""
+    if isinstance(value, Choice):
+        return evaluate(value.then if evaluate(value.when, known) else value.other, known)
+    if isinstance(value, (bool, int, float, np.bool_)):
+        return value
+    if isinstance(value, (tirx.Var, tirx.IntImm)):
+        return known[value.name] if isinstance(value, tirx.Var) else int(value.value)
+    kind = type(value).__name__
+    if kind in ("Not", "Cast"):
+        return not evaluate(value.a, known) if kind == "Not" else evaluate(value.value, known)
+    return _OPERATORS[kind](evaluate(value.a, known), evaluate(value.b, known))
 
 
 def floats(*shape: int, seed: int = 0) -> np.ndarray:

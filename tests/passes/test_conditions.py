@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tvm import tirx
-from tvm.sym import Analyzer
 
 from kvc_passes.conditions import Choice, as_condition, both, choose, either, is_condition, lift, negate
-from support import symbol
+from support import evaluate, symbol
 
 X, Y = symbol("x"), symbol("y")
 ATOMS: list[tuple[Any, Any]] = [
@@ -26,12 +25,7 @@ POINTS = list(itertools.product(range(4), repeat=2))
 
 
 def at(value: Any, x: int, y: int) -> Any:
-    if isinstance(value, Choice):
-        return at(value.then if at(value.when, x, y) else value.other, x, y)
-    if isinstance(value, (bool, int, float)):
-        return value
-    known = {X: tirx.IntImm("int64", x), Y: tirx.IntImm("int64", y)}
-    return int(Analyzer().simplify(tirx.stmt_functor.substitute(value, known)).value)
+    return evaluate(value, {"x": x, "y": y})
 
 
 def _conditions(depth: int) -> st.SearchStrategy[tuple[Any, Any]]:

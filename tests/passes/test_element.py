@@ -15,11 +15,11 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.sym import Analyzer
 
-from kvc_passes.conditions import Choice, Unprovable
+from kvc_passes.conditions import Unprovable
 from kvc_passes.element import Elements
 from kvc_passes.graph import Graph, dims
 from kvc_passes.masks import bind_index
-from support import Draft, module_of, param, symbol
+from support import Draft, evaluate, module_of, param, symbol
 
 SEQUENCE = 5
 """The value of the symbol in the tests' shapes."""
@@ -27,22 +27,13 @@ S = symbol("sequence")
 
 
 def number(dim: Any) -> int:
-    """An extent or index with the symbol replaced by its value."""
-    if isinstance(dim, int):
-        return dim
-    return int(Analyzer().simplify(tirx.stmt_functor.substitute(dim, {S: tirx.IntImm("int64", SEQUENCE)})))
+    """An extent with the symbol replaced by its value."""
+    return int(evaluate(dim, {"sequence": SEQUENCE}))
 
 
-def value_of(element: Any, index: dict[tirx.Var, int]) -> float:
+def value_of(element: Any, index: dict[tirx.Var, int]) -> Any:
     """An element at one index."""
-    if isinstance(element, Choice):
-        return value_of(element.then if value_of(element.when, index) else element.other, index)
-    if isinstance(element, (bool, int, float, np.bool_)):
-        return element
-    known = {var: tirx.IntImm("int64", i) for var, i in {**index, S: SEQUENCE}.items()}
-    result = Analyzer().simplify(tirx.stmt_functor.substitute(element, known))
-    assert isinstance(result, tirx.IntImm), f"{element} is {result}"
-    return int(result.value)
+    return evaluate(element, {"sequence": SEQUENCE, **{var.name: i for var, i in index.items()}})
 
 
 @dataclass(frozen=True)
@@ -385,19 +376,25 @@ def test_tables_with_a_rule_are_read(array: np.ndarray, at: tuple[int, ...]) -> 
     assert value_of(fixed, {}) == array[at]
 
 
-def test_a_cumulative_sum_of_zeros_is_zero_and_any_other_is_refused() -> None:
-    """The packed-sequence detection of transformers 5: differences of neighbouring positions, compared with 1."""
+def test_cumulative_sums_of_equal_values_are_known() -> None:
+    """The packed-sequence detection of transformers 5: neighbouring positions that do not differ by one."""
 
-    def detection(emit: Draft, tokens: relax.Var, step: int = 1) -> relax.Expr:
-        count = emit(op.arange(0, S, step, "int64")) if step == 1 else emit(op.arange(0, 2 * S, 2, "int64"))
+    def detection(emit: Draft, tokens: relax.Var) -> relax.Expr:
+        count = emit(op.arange(0, S, 1, "int64"))
         later = emit(op.strided_slice(count, [0], [1], [S], assume_inbound=True))
         earlier = emit(op.strided_slice(count, [0], [0], [S - 1], assume_inbound=True))
         jump = emit(op.not_equal(emit(op.subtract(later, earlier)), relax.const(1, "int64")))
         return emit(op.cumsum(emit(op.astype(jump, "int64")), axis=0))
 
-    assert element(detection, symbol("i")) == 0
-    with pytest.raises(Unprovable, match="cumulative sum of values that are not all zero"):
-        element(lambda emit, t: detection(emit, t, step=2), symbol("i"))
+    i = symbol("i")
+    assert element(detection, i) == 0
+    ones = element(lambda emit, t: emit(op.cumsum(emit(op.ones([S], "int64")), axis=0)), i)
+    assert [value_of(ones, {i: n}) for n in range(3)] == [1, 2, 3]
+
+
+def test_a_cumulative_sum_of_other_values_is_refused() -> None:
+    with pytest.raises(Unprovable, match="takes a cumulative sum of values that are not all"):
+        element(lambda emit, t: emit(op.cumsum(emit(op.arange(0, S, 1, "int64")), axis=0)), symbol("i"))
 
 
 def test_gathering_by_coordinates() -> None:

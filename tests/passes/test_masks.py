@@ -376,7 +376,7 @@ REFUSED = {
         "adds -1.0 to some scores",
     ),
     "a bias by distance": (Attention(alibi, apply=add), "adds an expression of the position"),
-    "the attention mask's sum": (Attention(counted), "cumulative sum of values that are not all zero"),
+    "the attention mask's sum": (Attention(counted), "neither causal nor a causal window"),
     "the tokens": (Attention(from_data), "found add"),
     "another mask for every head": (Attention(by_head), "mask cannot be proved"),
     "another mask for every request": (Attention(by_request), "mask cannot be proved"),
