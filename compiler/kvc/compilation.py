@@ -191,15 +191,20 @@ def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[W
     traits: CpuTraits = lowered.attention.traits
     sources = model.imported.weights
 
-    def producer(name: str, recipe: PackedWeight) -> Callable[[], np.ndarray]:
+    def producer(weight: PackedWeight, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
         def produce() -> np.ndarray:
-            source = sources[recipe.source]
-            if not recipe.columns:
-                return np.ascontiguousarray(source)
-            return pack(source.T if recipe.transposed else source, traits.lanes)
+            if not weight.depth:
+                return np.ascontiguousarray(sources[weight.sources[0].name])
+            result, at = np.empty(shape, np.float32), 0
+            for source in weight.sources:
+                array = sources[source.name]
+                panels = -(-source.columns // shape[2])
+                pack(array.T if source.transposed else array, traits.lanes, result[at : at + panels])
+                at += panels
+            return result
 
         return produce
 
     for number, (name, recipe) in enumerate(lowered.recipes.items(), 1):
         runner.report(f"write weight {number} of {len(lowered.recipes)}")
-        yield name, lowered.shapes[name], "float32", producer(name, recipe)
+        yield name, lowered.shapes[name], "float32", producer(recipe, lowered.shapes[name])

@@ -20,6 +20,7 @@ from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import AttentionSite
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
+from kvc_passes.merge_products import MergeProducts
 from kvc_passes.pack_matmuls import PackedWeight, PackMatmuls
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.positions_to_input import PositionsToInput
@@ -133,6 +134,7 @@ def serve(
     if phase == "prefill":
         mod = runner.apply(mod, SelectRows(), label).module
     mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module
+    mod = runner.apply(mod, MergeProducts(products.panel), label).module
     packed = runner.apply(mod, PackMatmuls(products), label)
     mod = runner.apply(packed.module, WriteLogits(products, packed.facts), label).module
     return Served(mod, _recipes(mod, len(model.sites), packed.facts))
@@ -142,5 +144,6 @@ def _recipes(mod: IRModule, sites: int, packed: dict[str, PackedWeight]) -> dict
     """Weights in parameter order: they stand behind the logits and the sites' pools."""
     names = [p.name for p in mod["main"].params]
     return {
-        name: packed.get(name, PackedWeight(name)) for name in names[names.index("logits") + 1 + 2 * sites :]
+        name: packed.get(name, PackedWeight.kept(name))
+        for name in names[names.index("logits") + 1 + 2 * sites :]
     }

@@ -38,6 +38,10 @@ class AttentionKernels(Protocol):
 class MatmulKernels(Protocol):
     """Products with constant matrices, which may be stored in a layout of the kernels' own."""
 
+    @property
+    def panel(self) -> int:
+        """Columns of a weight that stand together; weights may be joined at multiples of it."""
+
     def packed_shape(self, columns: int, depth: int) -> tuple[int, ...]:
         """Shape of the packed form of a weight [columns, depth]."""
 

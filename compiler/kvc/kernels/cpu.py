@@ -66,6 +66,10 @@ class CpuProducts:
 
     traits: CpuTraits
 
+    @property
+    def panel(self) -> int:
+        return matmul.panel(self.traits)
+
     def packed_shape(self, columns: int, depth: int) -> tuple[int, ...]:
         return matmul.packed_shape(columns, depth, self.traits)
 
