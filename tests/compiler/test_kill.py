@@ -1,0 +1,254 @@
+"""A compile that is killed, interrupted or runs out of disk leaves no artifact, and the next one works."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvc.artifact import Artifact
+
+from .cli_fixtures import BUDGET, COMMAND, ROOT, environment, files_in, kvc, start
+from .conftest import Run
+
+
+def _wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    """Wait until a path below `folder` appears, or the process ends."""
+    end = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < end
+        if process.poll() is not None:
+            return
+        time.sleep(0.005)
+
+
+def _stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:
+    """Send a signal to the process and its children, and wait for it."""
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+MOMENTS = [".*.partial", ".*.partial/model.so", ".*.partial/weights.safetensors", ".*.partial/manifest.json"]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """A folder for temporary files of the command."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    return path
+
+
+def test_kill(llama: Path, tmp_path: Path, temporary: Path) -> None:
+    """Killed at moments that are seen from outside; the last run cleans up after all of them."""
+    output = tmp_path / "out" / "model.kvc"
+    output.parent.mkdir()
+    for pattern in MOMENTS[:3]:
+        process = start("compile", llama, *BUDGET, "-o", output, TMPDIR=str(temporary))
+        _wait_for(output.parent, pattern, process)
+        status, out, _ = _stop(process, signal.SIGKILL)
+        assert (status, out) == (-signal.SIGKILL, "")
+        assert not output.exists()
+        (leftover,) = output.parent.iterdir()  # those of earlier runs are gone
+        assert leftover.name == f".model.kvc.{process.pid}.partial"
+    assert "does not exist" in kvc("run", output, "--prompt", "hi").refusal()
+    assert kvc("compile", llama, *BUDGET, "-o", output).status == 0
+    assert list(output.parent.iterdir()) == [output]
+    assert kvc("run", output, "--prompt", "hi", "--max-new-tokens", "2").status == 0
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment(llama: Path, artifact: Path, tmp_path: Path) -> None:
+    """With --force: what is there is always the old artifact or the new one, whole."""
+    output = Path(shutil.copytree(artifact, tmp_path / "model.kvc"))
+    start_ = time.monotonic()
+    assert kvc("compile", llama, "--budget", "1GB", "--workload", "2x32", "-o", output, "--force").status == 0
+    whole = time.monotonic() - start_
+    moments = random.Random(0)
+    seen = set()
+    for turn in range(12):
+        workload = ("4x64", "2x32")[turn % 2]
+        process = start("compile", llama, "--budget", "1GB", "--workload", workload, "-o", output, "--force")
+        time.sleep(moments.uniform(0.3, 1.15) * whole)
+        _stop(process, signal.SIGKILL)
+        seen.add(str(Artifact.open(output).plan.workload[0]))
+        assert len([p for p in tmp_path.iterdir() if p != output]) <= 1
+    assert seen <= {"4x64", "2x32"}
+    assert kvc("compile", llama, *BUDGET, "-o", output, "--force").status == 0
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("pattern", MOMENTS[:2])
+def test_interrupt(llama: Path, tmp_path: Path, temporary: Path, pattern: str) -> None:
+    output = tmp_path / "out" / "model.kvc"
+    output.parent.mkdir()
+    process = start("compile", llama, *BUDGET, "-o", output, TMPDIR=str(temporary))
+    _wait_for(output.parent, pattern, process)
+    assert _stop(process, signal.SIGINT) == (130, "", "kvc: interrupted\n")
+    assert files_in(output.parent) == {}
+    assert files_in(temporary) == {}
+
+
+@pytest.mark.slow
+def test_interrupt_at_any_moment(llama: Path, tmp_path: Path, temporary: Path) -> None:
+    output = tmp_path / "out" / "model.kvc"
+    output.parent.mkdir()
+    start_ = time.monotonic()
+    assert kvc("compile", llama, *BUDGET, "-o", output, TMPDIR=str(temporary)).status == 0
+    whole = time.monotonic() - start_
+    shutil.rmtree(output)
+    moments = random.Random(1)
+    for _ in range(10):
+        process = start("compile", llama, *BUDGET, "-o", output, TMPDIR=str(temporary))
+        time.sleep(moments.uniform(0.1, 0.9) * whole)
+        status, out, err = _stop(process, signal.SIGINT)
+        assert files_in(temporary) == {}
+        if status:
+            assert (status, out, err) == (130, "", "kvc: interrupted\n")
+            assert files_in(output.parent) == {}
+        else:
+            shutil.rmtree(output)
+
+
+def test_a_running_compile_is_not_a_leftover(llama: Path, tmp_path: Path) -> None:
+    """Two compiles to the same place: the second does not remove what the first is writing."""
+    output = tmp_path / "model.kvc"
+    first = start("compile", llama, *BUDGET, "-o", output)
+    _wait_for(tmp_path, MOMENTS[0], first)
+    (mine,) = tmp_path.iterdir()
+    message = kvc("compile", llama, "--budget", "1MB", "--workload", "4x64", "-o", output).refusal()
+    assert "budget" in message
+    assert mine.exists() or output.exists()
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, err) == (0, "")
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def _limited(size: int) -> None:
+    """No file may grow beyond `size` bytes: what a full disk looks like to a program."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("size", [400_000, 1_000_000], ids=["while linking", "while writing weights"])
+def test_disk_full(llama: Path, artifact: Path, tmp_path: Path, temporary: Path, size: int) -> None:
+    library = (artifact / "model.so").stat().st_size
+    assert (size < library) == (size < 500_000)
+    output = tmp_path / "out" / "model.kvc"
+    output.parent.mkdir()
+    done = subprocess.run(
+        [*COMMAND, "compile", str(llama), *BUDGET, "-o", str(output)],
+        capture_output=True,
+        text=True,
+        env=environment(TMPDIR=str(temporary), PYTHONDONTWRITEBYTECODE="1"),
+        preexec_fn=lambda: _limited(size),
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("kvc: ")
+    assert "fault of kvc" not in done.stderr
+    assert "Traceback" not in done.stderr
+    if size > library:
+        assert len(done.stderr.splitlines()) == 1
+        assert str(output) in done.stderr
+    assert files_in(output.parent) == {}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB. Where none may be mounted, /dev/full has to do: it is always full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "kvc-test", str(disk)]
+    mounted = (
+        shutil.which("mount") and not subprocess.run(command, capture_output=True, check=False).returncode
+    )
+    if mounted:
+        yield disk
+        subprocess.run(["umount", str(disk)], check=True)
+    else:
+        (disk / "full").symlink_to("/dev/full")
+        yield disk / "full"
+
+
+def test_small_disk(run: Run, llama: Path, small_disk: Path) -> None:
+    message = run("compile", llama, *BUDGET, "-o", small_disk / "model.kvc").refusal()
+    assert str(small_disk / "model.kvc") in message
+    assert not (small_disk / "model.kvc").exists()
+    if small_disk.name == "disk":
+        assert list(small_disk.iterdir()) == []
+        assert "No space left" in message
+
+
+def _without_linkers(tmp_path: Path, **more: str) -> dict[str, str | None]:
+    """An environment whose path has Python and no C compiler."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python3").symlink_to(sys.executable)
+    return {"PATH": str(folder), "CC": None, **more}
+
+
+def test_no_linker(llama: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    # The import system is told that there is no such package, as where it is not installed.
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules['ziglang'] = None\n")
+    code = "import sys; sys.modules.pop('ziglang', None); sys.path_hooks.clear; "
+    code += "import importlib.util as u; find = u.find_spec; "
+    code += "u.find_spec = lambda n, *a: None if n == 'ziglang' else find(n, *a); "
+    code += "from kvc.cli import main; sys.exit(main())"
+    output = tmp_path / "out" / "model.kvc"
+    output.parent.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compile", str(llama), *BUDGET, "-o", str(output)],
+        capture_output=True,
+        text=True,
+        env=environment(**_without_linkers(tmp_path)),
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for text in ("gcc", "clang", "pip install 'kvc[linker]'"):
+        assert text in done.stderr
+    assert files_in(output.parent) == {}
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/cc", "false", "'unclosed"])
+def test_a_linker_that_does_not_work(llama: Path, tmp_path: Path, compiler: str) -> None:
+    output = tmp_path / "model.kvc"
+    result = kvc("compile", llama, *BUDGET, "-o", output, CC=compiler)
+    assert result.status == 2, result.err
+    assert "fault of kvc" not in result.err
+    assert compiler in result.err
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_linking_with_ziglang(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model.kvc"
+    cache = str(tmp_path / "zig-cache")
+    variables = _without_linkers(tmp_path, ZIG_GLOBAL_CACHE_DIR=cache, ZIG_LOCAL_CACHE_DIR=cache)
+    result = kvc("compile", llama, *BUDGET, "-o", output, timeout=300, **variables)
+    assert result.status == 0, result.err
+    checked = kvc("verify", output, "--against", llama)
+    assert checked.status == 0, checked.out + checked.err
+
+
+def test_sources_are_where_the_tests_look() -> None:
+    """The processes above run this checkout."""
+    code = "import kvc; print(kvc.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(ROOT / "compiler")
