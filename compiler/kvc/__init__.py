@@ -19,8 +19,8 @@ from kvc_passes.facts import ModelFacts, Plan, Workload
 if TYPE_CHECKING:
     from .api import compile, inspect, plan
     from .artifact import Artifact
+    from .checks import verify
     from .runtime import Completion, SamplingParams, Session, load
-    from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ _HOMES = {
     **dict.fromkeys(("compile", "inspect", "plan"), ".api"),
     **dict.fromkeys(("Completion", "SamplingParams", "Session", "load"), ".runtime"),
     "Artifact": ".artifact",
-    "verify": ".verify",
+    "verify": ".checks",
 }
 
 

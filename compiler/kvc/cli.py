@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "compare a compiled model with its ONNX file and its promise")
     verify.add_argument("artifact", type=Path, metavar="MODEL.kvc")
     verify.add_argument("--against", type=Path, required=True, metavar="MODEL.onnx")
-    verify.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit (1e-3)")
+    verify.add_argument("--tolerance", type=float, help="largest difference of a logit (1e-3)")
     _add_run(command("run", _run, "generate text with a compiled model"))
     return parser
 
@@ -240,12 +240,16 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from .checks import TOLERANCE, verify
     from .report import check_table
-    from .verify import verify
 
     with _progress() as report:
         report("comparing with ONNX Runtime, then measuring memory")
-        checks = verify(options.artifact, options.against, tolerance=options.tolerance)
+        checks = verify(
+            options.artifact,
+            options.against,
+            tolerance=TOLERANCE if options.tolerance is None else options.tolerance,
+        )
     _print(check_table(checks, f"{options.artifact} against {options.against}"))
     broken = [check.name for check in checks if not check.passed]
     if broken:

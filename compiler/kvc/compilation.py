@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import IRModule, relax, tirx
+from tvm.ir import GenericConst
 from tvm.target import Target
 
 from kvc_passes.errors import PlanningError, UnsupportedModel
 from kvc_passes.facts import ModelFacts, Plan
-from kvc_passes.graph import Graph, dims, graph_of, op_name, static
+from kvc_passes.graph import Graph, dims, graph_of, op_name, operands, static
 from kvc_passes.pack_matmuls import PackedWeight
 from kvc_passes.place_arena import Arena
 
@@ -30,6 +32,7 @@ from .planner import Costs
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
+_LARGEST_CONSTANT = 1 << 16  # bytes; what is larger would be memory that no plan counts
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -56,7 +59,7 @@ class Lowered:
 def read_model(imported: Imported, runner: Runner) -> Model:
     """Prove what serving needs. Raises UnsupportedModel."""
     understood = understand(imported, runner)
-    return Model(imported, understood, _facts(imported.file.path, imported, understood))
+    return Model(imported, understood, _facts(imported, understood))
 
 
 def assets_of(path: Path) -> Path:
@@ -65,7 +68,8 @@ def assets_of(path: Path) -> Path:
     return own if own.is_dir() else path.parent
 
 
-def _facts(path: Path, imported: Imported, understood: Understood) -> ModelFacts:
+def _facts(imported: Imported, understood: Understood) -> ModelFacts:
+    path = imported.file.path
     function = understood.module["main"]
     graph = graph_of(function)
     vocab = _rows_read(graph, function.params[0])
@@ -74,7 +78,7 @@ def _facts(path: Path, imported: Imported, understood: Understood) -> ModelFacts
     columns = static(dims(function.body.body)[-1])
     if columns is None or len(dims(function.body.body)) != 3:
         raise UnsupportedModel(f"{path}: the first output is not logits [batch, sequence, vocabulary]")
-    _check_types(path, imported)
+    _check_types(path, imported, graph)
     limits = [n for n in (_rows_read(graph, function.params[1]), _configured_context(path)) if n]
     return ModelFacts(
         name=path.stem,
@@ -88,7 +92,16 @@ def _facts(path: Path, imported: Imported, understood: Understood) -> ModelFacts
     )
 
 
-def _check_types(path: Path, imported: Imported) -> None:
+def _check_types(path: Path, imported: Imported, graph: Graph) -> None:
+    """Refuse weights that are not float32, also those that stand in the graph as integer constants."""
+    for var in graph.order:
+        for constant in operands(graph.definitions[var]):
+            if isinstance(constant, GenericConst) and constant.value.numpy().nbytes > _LARGEST_CONSTANT:
+                what = f"{constant.value.dtype} {list(constant.value.shape)}"
+                raise UnsupportedModel(
+                    f"{path}: {imported.names.describe(var)} reads a constant of type {what}; "
+                    "this version compiles float32 models, weights included"
+                )
     for name, array in imported.weights.items():
         if array.dtype != np.float32:
             raise UnsupportedModel(
@@ -133,7 +146,7 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
         recipes.append(served.recipes)
         functions[phase] = lower(served.module, phase, target, runner)
     if list(recipes[0].items()) != list(recipes[1].items()):
-        raise PlanningError("prefill and decode use different weights; this is a bug in kvc")
+        raise PlanningError("prefill and decode use different weights")
     params = {p.name: p for p in functions["decode"]["main"].params}
     shapes = {name: tuple(int(d.value) for d in dims(params[name])) for name in recipes[0]}
     return Lowered(functions, recipes[0], shapes, attention, target)
@@ -142,13 +155,18 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
     """What the planner weighs."""
     arenas = {phase: Arena.of(mod) for phase, mod in lowered.functions.items()}
+
+    @cache
+    def arena(chunk: int, batch: int) -> int:
+        return max(a.size(_bounds(phase, chunk, batch)) for phase, a in arenas.items())
+
     sizes = [int(np.prod(shape)) * 4 for shape in lowered.shapes.values()]
     return Costs(
         facts=model.facts,
         target=_plain(lowered.target),
         weights=sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes),
         runtime=runtime,
-        arena=lambda chunk, batch: max(a.size(_bounds(p, chunk, batch)) for p, a in arenas.items()),
+        arena=arena,
         page_size=lowered.attention.page_size,
         tile=lowered.attention.tile,
     )

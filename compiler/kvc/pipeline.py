@@ -69,9 +69,7 @@ class Runner:
         try:
             relax.analysis.well_formed(result.module)
         except Exception as error:
-            raise PlanningError(
-                f"the pass {name} left an ill-formed module; this is a bug in kvc: {error}"
-            ) from error
+            raise PlanningError(f"the pass {name} left an ill-formed module: {error}") from error
         self.timings.append((name, time.perf_counter() - start, result.sites))
         if self.dump is not None:
             self._write(name, result.module, structural_equal(result.module, mod))
@@ -116,9 +114,9 @@ def understand(imported: Imported, runner: Runner) -> Understood:
         relax.transform.DeadCodeElimination(),
     )
     found = runner.apply(mod, RecognizeAttention(roles, names))
-    mod = runner.apply(found.module, ProveTokenwise(roles, names)).module
-    positions = runner.apply(mod, PositionsToInput(roles, names))
-    mod = runner.apply(positions.module, FlattenTokens(roles)).module
+    positions = runner.apply(found.module, PositionsToInput(roles, names))
+    mod = runner.apply(positions.module, ProveTokenwise(roles, names)).module
+    mod = runner.apply(mod, FlattenTokens(roles)).module
     return Understood(mod, found.facts, positions.facts)
 
 
@@ -130,11 +128,12 @@ def serve(
     runner: Runner,
 ) -> Served:
     """Rewrite the graph into the function `phase`."""
-    mod, label = model.module, f"{phase}-"
+    label = f"{phase}-"
+    # Before rows are selected: which products share a value must not depend on the phase.
+    mod = runner.apply(model.module, MergeProducts(products.panel), label).module
     if phase == "prefill":
         mod = runner.apply(mod, SelectRows(), label).module
     mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module
-    mod = runner.apply(mod, MergeProducts(products.panel), label).module
     packed = runner.apply(mod, PackMatmuls(products), label)
     mod = runner.apply(packed.module, WriteLogits(products, packed.facts), label).module
     return Served(mod, _recipes(mod, len(model.sites), packed.facts))

@@ -13,7 +13,7 @@ from kvc_passes.facts import AttentionSite, ModelFacts, Plan
 from .options import format_size
 
 if TYPE_CHECKING:
-    from .verify import Check
+    from .checks import Check
 
 
 def plan_table(plan: Plan, facts_name: str) -> Table:

@@ -16,7 +16,7 @@ def parse_target(text: str) -> Target:
         TargetError: anything else.
     """
     kind, _, cpu = text.partition(":")
-    if kind not in ("cpu", "llvm"):
+    if kind != "cpu":
         raise TargetError(
             f"unknown target '{text}'; this version generates code for: cpu, cpu:NAME (such as cpu:x86-64-v3)"
         )

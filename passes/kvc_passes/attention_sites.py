@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tvm import relax, tirx
-from tvm.ir import Range
 from tvm.sym import Analyzer
 
 from .conditions import Unprovable
@@ -14,10 +13,9 @@ from .element import Elements, Index
 from .errors import UnsupportedModel
 from .facts import AttentionSite, MaskFact, Roles
 from .graph import Graph, dims, op_name, operands, same_shape, scalar, static
-from .masks import HIDDEN, bind_index, prove_mask
+from .indices import bind_extent, bind_index, int64
+from .masks import HIDDEN, prove_mask
 from .nodes import NodeNames
-
-_LARGE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class SiteFinder:
                 scale, value = scale * right if name == "multiply" else scale / right, call.args[0]
             elif left is not None:
                 scale, value = scale * left, call.args[1]
-            elif name == "astype":
+            elif name == "astype" and "float" in str(call.attrs.dtype):
                 value = call.args[0]
             else:
                 return value, scale
@@ -216,15 +214,14 @@ class SiteFinder:
             return str(error)
         wanted = [b, tirx.floordiv(h, tirx.IntImm("int64", heads // kv_heads)), t, d]
         axes = zip(seen[0], wanted, dims(source)) if seen else []
-        if seen and all(static(dim) == 1 or elements.prove(tirx.EQ(_expr(x), y)) for x, y, dim in axes):
+        if seen and all(static(dim) == 1 or elements.prove(tirx.EQ(int64(x), y)) for x, y, dim in axes):
             return None
         return f"its heads are not the {kv_heads} KV heads each repeated {heads // kv_heads} times in order"
 
     def _analyzer(self) -> Analyzer:
         analyzer = Analyzer()
-        for dim, low in ((self.batch, 1), (self.sequence, 1), (self.past, 0)):
-            if isinstance(dim, tirx.Var):
-                analyzer.bind(dim, Range(tirx.IntImm("int64", low), tirx.IntImm("int64", _LARGE)), True)
+        for extent, least in ((self.batch, 1), (self.sequence, 1), (self.past, 0)):
+            bind_extent(analyzer, extent, least)
         return analyzer
 
     def _mask(self, softmax: relax.Var, masks: list[tuple[relax.Expr, str]], heads: int) -> MaskFact:
@@ -311,7 +308,3 @@ class SiteFinder:
                 if first is not None and op_name(self.graph.resolve(first)) == "negative":
                     return "rotate_half"
         return None
-
-
-def _expr(value: Any) -> Any:
-    return tirx.IntImm("int64", value) if isinstance(value, int) else value

@@ -20,7 +20,7 @@ class Result:
 
     Attributes:
         module: the rewritten module.
-        sites: places that changed; 0 means that the module is as it was.
+        sites: places that changed; 0 means that the module says what it said before.
         facts: what the pass learned, None when it only rewrites.
     """
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import tvm
 from tvm import relax, tirx
 
 from .conditions import Unprovable, as_condition, both, choose, either, is_condition, lift, negate
 from .graph import dims, operands, static
+from .indices import bind_index, int64
 from .regroup import regroup
 
 if TYPE_CHECKING:
     from .element import Elements
 
 Index = Sequence[Any]
-
-
-def _integer(value: Any) -> Any:
-    return tirx.IntImm("int64", value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _align(value: relax.Expr, index: Index) -> list[Any]:
@@ -46,7 +42,7 @@ def _compare(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         lambda x, y: (
             function(x, y)
             if isinstance(x, (int, float)) and isinstance(y, (int, float))
-            else function(_integer(x), _integer(y))
+            else function(int64(x), int64(y))
         )
     )
 
@@ -57,7 +53,7 @@ def _equal(x: Any, y: Any) -> Any:
     for value, constant in ((x, y), (y, x)):
         if isinstance(constant, bool):
             return value if constant else negate(value)
-    return tirx.EQ(_integer(x), _integer(y))
+    return tirx.EQ(int64(x), int64(y))
 
 
 def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
@@ -66,7 +62,7 @@ def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
     if target == "bool":
         return lift(
             lambda v: (
-                bool(v) if isinstance(v, (int, float)) else v if is_condition(v) else tirx.NE(v, _integer(0))
+                bool(v) if isinstance(v, (int, float)) else v if is_condition(v) else tirx.NE(v, int64(0))
             ),
             value,
         )
@@ -82,7 +78,7 @@ def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
 
 def _arange(elements: Elements, call: relax.Call, index: Index) -> Any:
     start, _, step = call.args[:3]
-    return elements.simplify(start + _integer(index[0]) * step)
+    return elements.simplify(start + int64(index[0]) * step)
 
 
 def _full(elements: Elements, call: relax.Call, index: Index) -> Any:
@@ -124,7 +120,7 @@ def _reshape(elements: Elements, call: relax.Call, index: Index) -> Any:
     for low, high, first, last in regroup(elements.analyzer, source, target):
         position: Any = tirx.IntImm("int64", 0)
         for dim, i in zip(target[first:last], index[first:last]):
-            position = elements.simplify(position * dim + _integer(i))
+            position = elements.simplify(position * dim + int64(i))
         group: list[Any] = []
         for axis in reversed(range(low, high)):
             group.append(
@@ -151,7 +147,7 @@ def _strided_slice(elements: Elements, call: relax.Call, index: Index) -> Any:
     for position, axis in enumerate(axes):
         stride = strides[0][position] if strides else 1
         at = int(static(axis) or 0)
-        result[at] = elements.simplify(_integer(index[at]) * stride + begins[position])
+        result[at] = elements.simplify(int64(index[at]) * stride + begins[position])
     return elements.at(call.args[0], result)
 
 
@@ -162,8 +158,8 @@ def _concat(elements: Elements, call: relax.Call, index: Index) -> Any:
     cases = []
     for part in parts:
         end = elements.simplify(offset + dims(part)[axis])
-        here = [elements.simplify(_integer(i) - offset) if a == axis else i for a, i in enumerate(index)]
-        cases.append((_integer(index[axis]) < end, part, here))
+        here = [elements.simplify(int64(i) - offset) if a == axis else i for a, i in enumerate(index)]
+        cases.append((int64(index[axis]) < end, part, here))
         offset = end
     result = elements.at(cases[-1][1], cases[-1][2])
     for condition, part, here in reversed(cases[:-1]):
@@ -195,13 +191,12 @@ def _cumsum(elements: Elements, call: relax.Call, index: Index) -> Any:
     if bool(call.attrs.exclusive):
         raise Unprovable("takes an exclusive cumulative sum")
     axis = int(call.attrs.axis)
-    any_index = tirx.Var("summand", "int64")
-    elements.analyzer.bind(any_index, tvm.ir.Range(0, dims(call.args[0])[axis]), True)
+    any_index = bind_index(elements.analyzer, "summand", dims(call.args[0])[axis])
     summand = elements.simplify(
         elements.at(call.args[0], [any_index if a == axis else i for a, i in enumerate(index)])
     )
     if isinstance(summand, int):  # a bool counts as 0 or 1
-        return elements.simplify(int(summand) * (_integer(index[axis]) + 1))
+        return elements.simplify(int(summand) * (int64(index[axis]) + 1))
     zero = as_condition(lift(_is_zero, summand))
     if not elements.prove(zero):
         raise Unprovable("takes a cumulative sum of values that are not all equal")
@@ -211,13 +206,13 @@ def _cumsum(elements: Elements, call: relax.Call, index: Index) -> Any:
 def _is_zero(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return value == 0
-    return negate(value) if is_condition(value) else tirx.EQ(value, _integer(0))
+    return negate(value) if is_condition(value) else tirx.EQ(value, int64(0))
 
 
 def _triangle(lower: bool) -> Callable[..., Any]:
     def rule(elements: Elements, call: relax.Call, index: Index) -> Any:
         k = call.args[1]
-        row, column = _integer(index[-2]), _integer(index[-1])
+        row, column = int64(index[-2]), int64(index[-1])
         condition = column <= row + k if lower else column >= row + k
         zero: Any = (
             False if str(call.ty.dtype.dtype) == "bool" else 0.0 if "float" in str(call.ty.dtype.dtype) else 0
@@ -260,7 +255,7 @@ def _number(value: Any) -> Any:
         if not value.is_integer():
             raise Unprovable(f"mixes the number {value} with an index")
         return tirx.IntImm("int64", int(value))
-    return _integer(value)
+    return int64(value)
 
 
 RULES: dict[str, Callable[[Elements, Any, Index], Any]] = {

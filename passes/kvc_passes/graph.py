@@ -116,7 +116,9 @@ def scalar(value: relax.Expr, graph: Graph | None = None) -> float | None:
         array = value.value.numpy()
         return float(array.reshape(-1)[0]) if array.size == 1 else None
     name = op_name(value)
-    if graph is not None and name in ("reshape", "squeeze", "expand_dims", "astype"):
+    if graph is not None and name in ("reshape", "squeeze", "expand_dims"):
+        return scalar(value.args[0], graph)
+    if graph is not None and name == "astype" and "float" in str(value.attrs.dtype):
         return scalar(value.args[0], graph)
     if graph is not None and name in _FOLDED:
         known = [scalar(a, graph) for a in value.args]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import relax, tirx
-from tvm.ir import Range
 
 from .conditions import Unprovable, as_condition, both, either, lift, negate
 from .element import Elements
@@ -97,10 +96,3 @@ def _windows(predicate: Any) -> list[int]:
             found.update(abs(int(node.value)) + d for d in (-1, 0, 1))
         stack.extend(getattr(node, name) for name in ("a", "b") if hasattr(node, name))
     return sorted(w for w in found if w > 0)
-
-
-def bind_index(analyzer: Any, name: str, extent: Any) -> tirx.Var:
-    """A fresh index 0 <= name < extent."""
-    var = tirx.Var(name, "int64")
-    analyzer.bind(var, Range(tirx.IntImm("int64", 0), extent), True)
-    return var

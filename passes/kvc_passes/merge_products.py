@@ -19,8 +19,8 @@ class MergeProducts:
     Before: `matmul(x, a)`, `matmul(x, b)` with weights a [depth, m] and b [depth, n], parameters or their
         transposes, used nowhere else.
     After: `y = matmul(x, concat((a, b), axis=1))`, and slices of y along its last axis.
-    Needs: PackMatmuls after it, which stores the concatenated weight; `multiple` is the number of columns
-        that its kernels handle at once, so that no weight begins in the middle.
+    Needs: FlattenTokens before it, and PackMatmuls after it, which stores the concatenated weight.
+        `multiple` is the number of columns that its kernels handle at once: no weight begins in the middle.
     Refuses: nothing; weights whose columns are no multiple stay on their own.
     """
 
@@ -68,9 +68,10 @@ class MergeProducts:
             uses = uses + graph.users[weight]
         once = len(uses) == (2 if op_name(swap) == "permute_dims" else 1)
         columns = static(dims(call.args[1])[-1]) if len(dims(call.args[1])) == 2 else None
-        return (
-            once and weight in graph.function.params and columns is not None and columns % self.multiple == 0
-        )
+        rows = dims(call.args[0])
+        flat = len(rows) == 2 or (len(rows) == 3 and static(rows[0]) == 1)
+        fits = columns is not None and columns % self.multiple == 0
+        return once and flat and fits and weight in graph.function.params
 
 
 def _weight(graph: Graph, product: relax.Var) -> relax.Expr:

@@ -59,7 +59,7 @@ class Arena:
             if not isinstance(value, relax.Call) or op_name(value) == "reshape":
                 roots[var] = set(used)
         for root in roots.get(graph.function.body.body, ()):
-            raise PlanningError(f"the temporary {root.name} leaves the function; this is a bug in kvc")
+            raise PlanningError(f"the temporary {root.name} leaves the function")
         return cls(tuple(Temporary(v, graph.definitions[v], first[v], last[v]) for v in first))
 
     def size(self, bounds: Mapping[str, int]) -> int:
@@ -107,9 +107,7 @@ class PlaceArena:
         offsets, needed = Arena.of(mod).place(self.bounds)
         total = needed if self.bytes is None else self.bytes
         if needed > total:
-            raise PlanningError(
-                f"temporaries take {needed} bytes, {total} were planned; this is a bug in kvc"
-            )
+            raise PlanningError(f"temporaries take {needed} bytes, {total} were planned")
         builder = relax.BlockBuilder()
         with builder.function(
             "main", list(function.params), attrs=dict(function.attrs) if function.attrs else None
@@ -151,12 +149,12 @@ def evaluate(dim: Any, bounds: Mapping[str, int]) -> int:
         return value
     if isinstance(dim, tirx.Var):
         if dim.name not in bounds:
-            raise PlanningError(f"no bound is known for the symbol {dim.name}; this is a bug in kvc")
+            raise PlanningError(f"no bound is known for the symbol {dim.name}")
         return bounds[dim.name]
     a, b = evaluate(dim.a, bounds), evaluate(dim.b, bounds)
     rules = {tirx.Add: a + b, tirx.Sub: a - b, tirx.Mul: a * b, tirx.Max: max(a, b), tirx.Min: min(a, b)}
     if isinstance(dim, tirx.FloorDiv):
         return a // b
     if type(dim) not in rules:
-        raise PlanningError(f"the extent {dim} has no bound; this is a bug in kvc")
+        raise PlanningError(f"the extent {dim} has no bound")
     return rules[type(dim)]

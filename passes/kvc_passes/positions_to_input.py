@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import IRModule, relax, tirx
-from tvm.ir import Range
 from tvm.sym import Analyzer
 
 from .base import Result
@@ -15,7 +14,7 @@ from .element import Elements
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, graph_of, op_name, static
-from .masks import bind_index
+from .indices import bind_extent, bind_index, int64
 from .nodes import NodeNames
 from .rebuild import drop_params, rebuild
 
@@ -44,7 +43,7 @@ class PositionsToInput:
 
         def shaped(var: relax.Var) -> relax.Expr:
             extents = [sequence if d.same_as(sequence) else 1 for d in dims(var)]
-            value = relax.op.reshape(positions, relax.ShapeExpr([_dim(d) for d in extents]))
+            value = relax.op.reshape(positions, relax.ShapeExpr([int64(d) for d in extents]))
             dtype = var.ty.dtype.dtype
             value = value if dtype == "int64" else relax.op.astype(value, dtype)
             return relax.op.broadcast_to(value, relax.ShapeExpr(dims(var)))
@@ -78,9 +77,8 @@ class PositionsToInput:
             if var in data or len(axes) != 1 or "int" not in str(getattr(var.ty.dtype, "dtype", "")):
                 continue
             analyzer = Analyzer()
-            for dim, low in ((dims(var)[axes[0]], 1), (past, 0)):
-                if isinstance(dim, tirx.Var):
-                    analyzer.bind(dim, Range(tirx.IntImm("int64", low), tirx.IntImm("int64", 1 << 31)), True)
+            bind_extent(analyzer, dims(var)[axes[0]], 1)
+            bind_extent(analyzer, past, 0)
             index = [
                 0 if static(d) == 1 else bind_index(analyzer, f"i{axis}", d)
                 for axis, d in enumerate(dims(var))
@@ -111,7 +109,3 @@ class PositionsToInput:
                 raise UnsupportedModel(
                     f"{self.names.describe(var)} counts over tokens, but is not proved to be their positions"
                 )
-
-
-def _dim(value: Any) -> Any:
-    return tirx.IntImm("int64", value) if isinstance(value, int) else value

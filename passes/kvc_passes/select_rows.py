@@ -34,7 +34,7 @@ class SelectRows:
         needed = graph.ancestors(o for v in markers for o in operands(graph.definitions[v])) | set(markers)
         output = function.body.body
         values: dict[relax.Var, relax.Expr] = {}
-        moved = [v for v in graph.order if v not in needed]
+        moved = {v for v in graph.order if v not in needed}
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if var not in moved:

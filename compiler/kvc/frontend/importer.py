@@ -122,6 +122,11 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         missing: dict[str, str] = {}
         for node in graph.node:
             key = _key(node)
+            if key == "Attention":
+                raise UnsupportedModel(
+                    f"{self.file.path}: node '{node.name}' is the operator Attention of opset 23, which "
+                    "this version does not import; export with opset 22 or older, which spells it out"
+                )
             if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape"):
                 missing.setdefault(key, node.name)
         if missing:

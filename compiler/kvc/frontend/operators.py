@@ -95,6 +95,15 @@ def _slice(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> 
             kept.append((axis, begin, stop, step))
     if not kept:
         return data
+    for axis, begin, stop, step in kept:
+        proved = importer.folder.prove(expr(begin) >= 0) and importer.folder.prove(
+            expr(stop) <= expr(shape[axis])
+        )
+        if not isinstance(step, int) or step < 1 or not proved:
+            raise UnsupportedModel(
+                f"{importer.file.path}: {importer.hint}: slices [{begin}:{stop}:{step}] of {shape[axis]}: "
+                "only forward slices that are proved to lie inside are supported"
+            )
     axes_, begins, stops, strides = zip(*kept)
     return op.strided_slice(
         data,

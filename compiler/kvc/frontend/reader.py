@@ -64,7 +64,7 @@ def read(path: Path) -> OnnxFile:
 
     Raises:
         InputError: not a file, not ONNX, truncated, external data missing or short.
-        UnsupportedModel: no ai.onnx operators, an opset that is too old, or control flow and functions.
+        UnsupportedModel: no ai.onnx operators, an opset that is too old, or model-local functions.
     """
     require_file(path)
     try:

@@ -72,12 +72,12 @@ def _token_input(graph: onnx.GraphProto, inputs: list[onnx.ValueInfoProto]) -> s
 
 
 def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None:
-    """Give the inputs' dimensions the symbols batch, sequence and past, in place.
+    """Give the inputs' dimensions the symbols batch, sequence and past, token ids first, in place.
 
     Exporters name them anew for every input, which hides that they are equal.
 
     Raises:
-        UnsupportedModel: the sequence length is fixed.
+        UnsupportedModel: the sequence length is fixed, or a batch other than 1.
     """
     dims = {v.name: v.type.tensor_type.shape.dim for v in graph.input}
     if dims[roles.tokens][1].dim_value:
@@ -85,6 +85,15 @@ def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None
             f"{path}: input '{roles.tokens}' has a fixed sequence length, {dims[roles.tokens][1].dim_value}; "
             "export the model with a dynamic sequence axis"
         )
+    if dims[roles.tokens][0].dim_value > 1:
+        raise UnsupportedModel(
+            f"{path}: input '{roles.tokens}' has a fixed batch of {dims[roles.tokens][0].dim_value}; "
+            "export the model with a dynamic batch, or a batch of 1"
+        )
+    inputs = sorted(graph.input, key=lambda value: value.name != roles.tokens)  # token ids come first
+    del graph.input[:]
+    graph.input.extend(inputs)
+    dims = {v.name: v.type.tensor_type.shape.dim for v in graph.input}
     total = f"{PAST}+{SEQUENCE}" if roles.past else SEQUENCE
     wanted: dict[str | None, list[str | None]] = {
         roles.tokens: [BATCH, SEQUENCE],

@@ -1,4 +1,4 @@
-"""A loaded model with requests: what `kvc run`, `kvc serve` and Python programs use."""
+"""A loaded model with requests: what `kvc run` and Python programs use."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvc_passes.errors import Error
+from kvc_passes.errors import PlanningError
 
 from .artifact import Artifact
 from .reference import Reference
@@ -158,12 +158,12 @@ def measure_peak(path: Path) -> int:
     """Peak resident bytes of a fresh process that runs the artifact's worst planned workload.
 
     Raises:
-        Error: the process failed.
+        PlanningError: the process failed.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
     command = [sys.executable, "-m", "kvc.runtime.peak", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise Error(f"{path}: running the worst planned workload failed: {reason}")
+        raise PlanningError(f"{path}: running the worst planned workload failed: {reason}")
     return int(done.stdout.split()[-1])
