@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tvm import relax, tirx
+from tvm.ir import Range
 from tvm.relax import op
 from tvm.sym import Analyzer
 
 from kvc_passes.conditions import Unprovable
 from kvc_passes.element import Elements
 from kvc_passes.graph import Graph, dims
-from kvc_passes.masks import bind_index
 from support import Draft, evaluate, module_of, param, symbol
 
 SEQUENCE = 5
@@ -318,7 +318,9 @@ def test_an_element_is_what_numpy_computes(data: st.DataObject) -> None:
     value = programs[0].made[-1]
     assume(value.array.size)
     graph, analyzer = Graph(module["main"]), Analyzer()
-    index = [bind_index(analyzer, f"i{axis}", d) for axis, d in enumerate(value.shape)]
+    index = [symbol(f"i{axis}") for axis in range(len(value.shape))]
+    for var, extent in zip(index, value.shape):
+        analyzer.bind(var, Range(tirx.IntImm("int64", 0), extent), True)
     element = Elements(graph, {}, analyzer).at(value.var, index)
     for _ in range(4):
         at = tuple(data.draw(st.integers(0, extent - 1)) for extent in value.array.shape)
