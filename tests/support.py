@@ -80,7 +80,7 @@ def params_of(mod: IRModule, name: str = "main") -> list[str]:
 
 def shape_of(value: relax.Expr) -> list[str]:
     """Dimensions as text, such as ["1", "n", "64"]."""
-    return [str(d) for d in value.ty.shape.values]
+    return [str(d.value if isinstance(d, tirx.IntImm) else d) for d in value.ty.shape.values]
 
 
 class Compiled:

@@ -211,19 +211,17 @@ def test_the_passes_are_dumped_in_the_order_of_the_list(
     assert not (tmp_path / "x.kvc").exists()
     names = [re.fullmatch(r"\d+-(.*)\.py", f.name) for f in sorted((tmp_path / "dump").iterdir())]
     found = [n[1] for n in names if n is not None]
-    assert found[:6] == [
-        "canonicalize",
-        "recognize-attention",
-        "prove-tokenwise",
-        "positions-to-input",
-        "flatten-tokens",
-        "simplify-powers",
-    ]
+    assert in_order(found, ["recognize-attention", "prove-tokenwise", "positions-to-input", "flatten-tokens"])
     for phase in ("prefill", "decode"):
         own = [n.removeprefix(f"{phase}-") for n in found if n.startswith(phase)]
-        selected = ["select-rows"] if phase == "prefill" else []
-        assert own[: len(selected) + 3] == [*selected, "page-attention", "pack-matmuls", "write-logits"]
+        assert ("select-rows" in own) == (phase == "prefill")
+        assert in_order(own, ["page-attention", "pack-matmuls", "write-logits", "fuse", "allocate"])
     assert reported[0] == "import"
+
+
+def in_order(values: list[str], wanted: list[str]) -> bool:
+    rest = iter(values)
+    return all(w in rest for w in wanted)
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,12 @@ def test_the_marker_takes_new_keys_and_values_only() -> None:
 
 
 def test_layers_are_numbered_in_order_and_only_the_logits_are_returned() -> None:
-    c = Context(past=True)
-    attention = Attention(past=True)
+    c = Context(past=False)
+    attention = Attention()
 
     def body(emit: Any, *_: Any) -> Any:
         first, second = attention.layer(emit, c), attention.layer(emit, c)
-        present = emit(op.concat([c.past[0], c.k], axis=2))
+        present = emit(op.concat([c.k, c.v], axis=2))
         return [emit(op.add(first, second)), present]
 
     module, names = module_of(c.params, body)
@@ -109,6 +109,18 @@ def test_layers_are_numbered_in_order_and_only_the_logits_are_returned() -> None
     assert ops(result.module)[ATTENTION] == 2
     assert ops(result.module)["concat"] == 0
     assert not isinstance(result.module["main"].ret_ty, relax.TupleType)
+
+
+def test_layers_have_a_past_each() -> None:
+    c = Context(past=True)
+    attention = Attention(past=True)
+
+    def body(emit: Any, *_: Any) -> Any:
+        return emit(op.add(attention.layer(emit, c), attention.layer(emit, c)))
+
+    module, names = module_of(c.params, body)
+    with pytest.raises(UnsupportedModel, match="read the same past; pages keep each one's own"):
+        RecognizeAttention(c.roles, names).run(module)
 
 
 def test_queries_rotated_by_halves_are_reported() -> None:
