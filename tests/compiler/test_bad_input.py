@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kvc.artifact import Artifact
-from kvc.verify import measure_peak
+from kvc.checks import measure_peak
 
 from .cli_fixtures import BUDGET, files_in
 from .conftest import Run

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kvc.artifact import Artifact
-from kvc.verify import Check, measure_peak, verify
+from kvc.checks import Check, measure_peak, verify
 from kvc_passes.errors import Error, InputError
 
 from .cli_fixtures import Result, copy_artifact, edit_json, kvc, scale_weights, seal
