@@ -195,7 +195,7 @@ def _cumsum(elements: Elements, call: relax.Call, index: Index) -> Any:
     summand = elements.simplify(
         elements.at(call.args[0], [any_index if a == axis else i for a, i in enumerate(index)])
     )
-    if isinstance(summand, int):  # a bool counts as 0 or 1
+    if isinstance(summand, (int, float)) and float(summand).is_integer():  # a bool counts as 0 or 1
         return elements.simplify(int(summand) * (int64(index[axis]) + 1))
     zero = as_condition(lift(_is_zero, summand))
     if not elements.prove(zero):

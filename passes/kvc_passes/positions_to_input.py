@@ -21,10 +21,10 @@ from .rebuild import drop_params, rebuild
 
 @dataclass(frozen=True)
 class PositionsToInput:
-    """Every value that is proved to be the tokens' positions becomes one input.
+    """Every value that is proved to be the tokens' positions, or a constant more, is computed from one input.
 
     Before: positions come from arange(0, sequence), arange(past, past + sequence), a position_ids input,
-        or a cumulative sum over the attention mask.
+        or a cumulative sum over the attention mask; a constant may be added.
     After: `main(tokens [batch, sequence], positions [sequence], weights...)`, no attention mask, no past.
     Needs: RecognizeAttention (masks count over keys; they are gone after it).
     Refuses: a count over tokens that is not the position; other uses of the attention mask or the past.
@@ -41,15 +41,16 @@ class PositionsToInput:
         positions = relax.Var("positions", relax.TensorType((sequence,), "int64"))
         sources = self._sources(graph_of(function), params, sequence)
 
-        def shaped(var: relax.Var) -> relax.Expr:
+        def shaped(var: relax.Var, offset: int = 0) -> relax.Expr:
             extents = [sequence if d.same_as(sequence) else 1 for d in dims(var)]
             value = relax.op.reshape(positions, relax.ShapeExpr([int64(d) for d in extents]))
+            value = relax.op.add(value, relax.const(offset, "int64")) if offset else value
             dtype = var.ty.dtype.dtype
             value = value if dtype == "int64" else relax.op.astype(value, dtype)
             return relax.op.broadcast_to(value, relax.ShapeExpr(dims(var)))
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
-            return shaped(var) if var in sources else None
+            return shaped(var, sources[var]) if var in sources else None
 
         given = params.get(self.roles.positions or "")
         values = {} if given is None else {given: shaped(given)}
@@ -60,8 +61,8 @@ class PositionsToInput:
         names = tuple(self.names.name(v) for v in sources) + ((given.name,) if given is not None else ())
         return Result(drop_params(module, gone), len(names), names)
 
-    def _sources(self, graph: Graph, params: dict[str, relax.Var], sequence: Any) -> list[relax.Var]:
-        """Integer values proved to hold, for token i, the number past + i."""
+    def _sources(self, graph: Graph, params: dict[str, relax.Var], sequence: Any) -> dict[relax.Var, int]:
+        """Integer values proved to hold, for token i, past + i + a constant; with the constant."""
         past = dims(params[self.roles.past[0]])[2] if self.roles.past else tirx.IntImm("int64", 0)
         data = graph.reachable_from(
             p for name, p in params.items() if name not in (self.roles.attention_mask, self.roles.positions)
@@ -71,7 +72,7 @@ class PositionsToInput:
             leaves[params[self.roles.attention_mask]] = lambda index: 1
         if self.roles.positions:
             leaves[params[self.roles.positions]] = lambda index: index[-1] + past
-        found = []
+        found = {}
         for var in graph.order:
             axes = [axis for axis, d in enumerate(dims(var)) if d.same_as(sequence)]
             if var in data or len(axes) != 1 or "int" not in str(getattr(var.ty.dtype, "dtype", "")):
@@ -88,12 +89,10 @@ class PositionsToInput:
                 element = elements.at(var, index)
             except Unprovable:
                 continue
-            if (
-                not isinstance(element, int)
-                and hasattr(element, "ty")
-                and elements.prove(tirx.EQ(element, index[axes[0]] + past))
-            ):
-                found.append(var)
+            if isinstance(element, tirx.Expr):
+                offset = elements.simplify(element - (index[axes[0]] + past))
+                if isinstance(offset, int):
+                    found[var] = offset
         return found
 
     def _check(self, graph: Graph, gone: set[str | None]) -> None:
