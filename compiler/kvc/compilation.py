@@ -17,7 +17,7 @@ from tvm.target import Target
 
 from kvc_passes.errors import PlanningError, UnsupportedModel
 from kvc_passes.facts import ModelFacts, Plan
-from kvc_passes.graph import Graph, dims, graph_of, op_name, operands, static
+from kvc_passes.graph import Graph, dims, graph_of, op_name, operands, scalar, static
 from kvc_passes.pack_matmuls import PackedWeight
 from kvc_passes.place_arena import Arena
 
@@ -110,16 +110,32 @@ def _check_types(path: Path, imported: Imported, graph: Graph) -> None:
 
 
 def _rows_read(graph: Graph, index: relax.Var) -> int | None:
-    """Rows of the smallest table that is read at `index` (reshaped, broadcast or cast)."""
-    same = {index}
-    sizes = []
+    """How large `index` can be: rows of the smallest table that is read at it, or at it plus a constant.
+
+    Raises:
+        UnsupportedModel: a table is read at something else that depends on `index`.
+    """
+    offsets = {index: 0}
+    dependent = graph.reachable_from([index])
+    limits = []
     for var in graph.order:
         call = graph.definitions[var]
-        if op_name(call) in ("reshape", "broadcast_to", "astype") and call.args[0] in same:
-            same.add(var)
-        elif op_name(call) == "take" and call.args[1] in same:
-            sizes.append(static(dims(call.args[0])[int(call.attrs.axis or 0)]))
-    return min((s for s in sizes if s is not None), default=None)
+        if op_name(call) in ("reshape", "broadcast_to", "astype") and call.args[0] in offsets:
+            offsets[var] = offsets[call.args[0]]
+        elif op_name(call) == "add" and call.args[0] in offsets and scalar(call.args[1], graph) is not None:
+            offsets[var] = offsets[call.args[0]] + int(scalar(call.args[1], graph) or 0)
+        elif op_name(call) == "take" and call.args[1] in dependent and _is_index(call.args[1]):
+            rows = static(dims(call.args[0])[int(call.attrs.axis or 0)])
+            if call.args[1] not in offsets or rows is None:
+                raise UnsupportedModel(
+                    f"value '{var.name}' reads a table at an index that has no known bound"
+                )
+            limits.append(rows - offsets[call.args[1]])
+    return min(limits, default=None)
+
+
+def _is_index(value: relax.Expr) -> bool:
+    return "int" in str(value.ty.dtype.dtype)
 
 
 def _configured_context(path: Path) -> int | None:
