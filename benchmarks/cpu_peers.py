@@ -138,8 +138,7 @@ class Worker:
             text=True,
             env=environment,
         )
-        settings = {"plan": "", **peer.options}
-        self.about = self.ask("prepare", model=str(model), threads=threads, **settings)
+        self.about = self.ask("prepare", model=str(model), threads=threads, **peer.options)
 
     def ask(self, action: str, **request: Any) -> dict[str, Any]:
         """The answer to one request of engines/protocol.py."""
@@ -284,7 +283,9 @@ def main() -> int:
         benchmark.start()
         if not benchmark.workers:
             raise SystemExit("no engine runs: " + "; ".join(benchmark.missing.values()))
-        for case in CASES[:: 4 if options.quick else 1]:
+        for case in CASES[:: 4 if options.quick and not options.cases else 1]:
+            if options.cases not in case.name:
+                continue
             benchmark.measure(case)
             _show(benchmark, benchmark.cases()[-1])
     finally:
@@ -320,6 +321,7 @@ def _options() -> argparse.Namespace:
     result.add_argument("--rounds", type=int, default=7, help="measured rounds of a case (%(default)s)")
     result.add_argument("--steps", type=int, default=16, help="decode steps of a round (%(default)s)")
     result.add_argument("--engines", nargs="*", choices=[p.name for p in PEERS], help="only these")
+    result.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name holds this")
     result.add_argument("--budget", default="2GB", help="kvc's budget (%(default)s)")
     result.add_argument("--workload", default="8x2304", help="kvc's workload (%(default)s)")
     result.add_argument("--reuse", action="store_true", help="do not compile again for kvc")

@@ -17,12 +17,13 @@ from benchmarks.common import WORK, destination, parser, require_model, run_pyth
 
 TOLERANCE = 1e-3
 PROMPTS = [
-    "What is the capital of France?",
+    "What is the capital of France? Tell me about its history.",
     "Write a short story about a lighthouse keeper and a storm.",
-    "Explain how a bicycle stays upright, in simple words.",
-    "List five things that are needed to bake bread.",
-    "def fibonacci(n):",
+    "Explain how photosynthesis works, step by step.",
+    "Write a Python program that sorts a list of numbers, and explain it.",
+    "Give detailed instructions for baking bread at home.",
 ]
+"""Questions whose answers are longer than what is compared."""
 
 
 class Phases:

@@ -15,7 +15,12 @@ class Kvc:
         self.session = kvc.load(Path(model), verify=False, threads=threads)
         self.params = kvc.SamplingParams
         self.live: list[int] = []
-        return {"version": kvc.__version__, "configuration": f"{options['plan']}; weights, KV float32"}
+        plan = kvc.Artifact.open(model, verify=False).plan
+        return {
+            "version": kvc.__version__,
+            "configuration": f"Session, promised {plan.bytes.total / 1e6:.0f} MB, chunks of {plan.chunk}, pages "
+            f"of {plan.page_size} tokens; weights, KV float32",
+        }
 
     def reset(self, batch: int, length: int) -> None:
         for id in self.live:
