@@ -1,0 +1,120 @@
+"""PackMatmuls: products with weights become kernels on packed weights, others stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flat_graphs import PRODUCTS, QUICK, SITES, WEIGHTS, flat, tokens_and_positions
+from packing import packed
+from tvm import IRModule, relax
+from tvm.relax import op
+
+from kvc_passes.pack_matmuls import PackedWeight, PackMatmuls
+from support import Compiled, floats, module_of, ops, param, params_of, run_markers, symbol
+
+TOLERANCE = 2e-6  # float32 sums of 16 products in another order
+N = symbol("n")
+X = param("x", [1, N, 16])
+
+
+def check(module: IRModule, weights: dict[str, np.ndarray], x: np.ndarray) -> dict[str, PackedWeight]:
+    """Pack, run both, compare; the recipes."""
+    result = PackMatmuls(PRODUCTS).run(module)
+    known = packed(result.facts, weights)
+    (expected,) = Compiled(module)(x, *weights.values())
+    (got,) = Compiled(result.module, QUICK)(x, *(known[name] for name in params_of(result.module)[1:]))
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    recipes: dict[str, PackedWeight] = result.facts
+    return recipes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_product_with_a_weight(bias: bool, transposed: bool, rank: int) -> None:
+    columns = 40  # no multiple of a panel
+    x = X if rank == 3 else param("x", [N, 16])
+    w = param("w", [columns, 16] if transposed else [16, columns])
+    b = param("b", [columns])
+
+    def body(emit: Any, *_: Any) -> Any:
+        right = emit(op.permute_dims(w)) if transposed else w
+        y = emit(op.matmul(x, right))
+        return emit(op.add(b, y)) if bias else y
+
+    params = [x, w, b] if bias else [x, w]
+    module, _ = module_of(params, body)
+    result = PackMatmuls(PRODUCTS).run(module)
+    assert ops(result.module)["matmul"] == ops(result.module)["add"] == 0
+    assert ops(result.module)["call_tir"] == result.sites == 1
+    weights = {p.name: floats(*(int(d) for d in p.ty.shape.values)) for p in params[1:]}
+    check(module, weights, floats(1, 7, 16)[0] if rank == 2 else floats(1, 7, 16))
+
+
+def test_a_tied_embedding_is_stored_once() -> None:
+    result = PackMatmuls(PRODUCTS).run(flat())
+    names = params_of(result.module)
+    assert "embedding" not in names
+    assert sum(name.startswith("embedding") for name in names) == 1
+    assert ops(result.module)["take"] == 1  # the positions' table, which is in no product
+    known = packed(result.facts, WEIGHTS)
+    tokens, positions = tokens_and_positions(9)
+    (expected,) = run_markers(flat(), SITES, tokens, positions, *WEIGHTS.values())
+    arguments = [known[name] for name in names[2:]]
+    (got,) = run_markers(result.module, SITES, tokens, positions, *arguments, target=QUICK)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_bias_is_added_by_the_kernel_only_where_nothing_else_reads_the_product() -> None:
+    w, b = param("w", [16, 32]), param("b", [32])
+
+    def body(emit: Any, *_: Any) -> Any:
+        y = emit(op.matmul(X, w))
+        return emit(op.tanh(emit(op.multiply(emit(op.add(y, b)), y))))
+
+    module, _ = module_of([X, w, b], body)
+    assert ops(PackMatmuls(PRODUCTS).run(module).module)["add"] == 1
+    check(module, {"w": floats(16, 32), "b": floats(32, seed=1)}, floats(1, 3, 16))
+
+
+def test_one_weight_from_both_sides_is_packed_twice() -> None:
+    w = param("w", [16, 16])
+
+    def body(emit: Any, *_: Any) -> Any:
+        up = emit(op.matmul(X, w))
+        return emit(op.add(up, emit(op.matmul(X, emit(op.permute_dims(w))))))
+
+    module, _ = module_of([X, w], body)
+    recipes = check(module, {"w": floats(16, 16)}, floats(1, 5, 16))
+    assert sorted(r.sources[0].transposed for r in recipes.values()) == [False, True]
+
+
+def test_a_weight_that_is_also_read_plainly_stays() -> None:
+    w = param("w", [16, 16])
+
+    def body(emit: Any, *_: Any) -> Any:
+        return emit(op.add(emit(op.matmul(X, w)), emit(op.sum(w))))
+
+    module, _ = module_of([X, w], body)
+    assert "w" in params_of(PackMatmuls(PRODUCTS).run(module).module)
+    check(module, {"w": floats(16, 16)}, floats(1, 5, 16))
+
+
+def test_products_of_other_kinds_stay() -> None:
+    y, half = param("y", [1, 16, N]), param("half", [16, 8], "float16")
+    batch = param("batch", [symbol("b"), N, 16])
+    w = param("w", [16, 8])
+
+    def body(emit: Any, *_: Any) -> Any:
+        data = emit(op.matmul(X, y))
+        low = emit(op.matmul(emit(op.astype(X, "float16")), half))
+        many = emit(op.matmul(batch, w))
+        constant = emit(op.matmul(relax.const(np.ones((3, 16), np.float32)), w))
+        return [data, low, many, constant]
+
+    module, _ = module_of([X, y, half, batch, w], body)
+    result = PackMatmuls(PRODUCTS).run(module)
+    assert ops(result.module)["matmul"] == 4
+    assert (result.sites, result.facts) == (0, {})
