@@ -216,7 +216,8 @@ def test_huge_numbers(run: Run, llama: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["budget"] == 7 * 10**18
     for budget in ("9" * 400, "1" + "0" * 30 + "TB"):
         message = _refused(run, tmp_path, "plan", llama, "--budget", budget, "--workload", "1x8")
-        assert budget in message or str(10**42) in message
+        assert budget[:30] in message
+        assert "8 EiB" in message
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu:pentium9000", "", "CPU", "x86-64-v3"])

@@ -93,17 +93,13 @@ def _python(code: str, path: Sequence[Path | str], *arguments: object) -> str:
 MAIN = "import sys, kvc; print(kvc.__file__); from kvc.cli import main; sys.exit(main())"
 
 
-def test_the_installed_wheel_works(installed: Path, llama: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_works(installed: Path, llama: Path) -> None:
     assert _python(MAIN, [installed], "--version").splitlines() == [
         str(installed / "kvc" / "__init__.py"),
         f"kvc {kvc.__version__}",
     ]
     assert "promised" in _python(MAIN, [installed], "plan", llama, *BUDGET)
-    out = _python(MAIN, [installed], "compile", llama, *BUDGET, "-o", tmp_path / "m.kvc")
-    assert "compiled in" in out
-    assert _python(MAIN, [installed], "run", tmp_path / "m.kvc", "--prompt", "hi", "--max-new-tokens", "2")
-    script = installed / "bin" / "kvc"
-    assert "kvc.cli" in script.read_text()
+    assert "kvc.cli" in (installed / "bin" / "kvc").read_text()
 
 
 def test_a_bare_checkout_works(llama: Path) -> None:

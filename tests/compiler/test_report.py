@@ -8,10 +8,10 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvc.checks import Check
 from rich.console import Console
 from rich.table import Table
 
+from kvc.checks import Check
 from kvc.options import format_size, parse_size, parse_workload
 from kvc.report import check_table, model_tables, plan_table, timing_table
 from kvc_passes.errors import InputError
