@@ -221,7 +221,9 @@ class Benchmark:
         else:
             if number < 0:
                 room = self.steps * (self.rounds + 1)
-                worker.ask("fill", batch=case.batch, context=case.length, seed=case.length, room=room)
+                sizes = {"batch": case.batch, "context": case.length, "seed": case.length, "room": room}
+                (seconds,) = worker.ask("fill", **sizes)["seconds"]
+                print(f"{case.name}: {name} computed the contexts in {seconds:.1f} s", file=sys.stderr)
             answer = worker.ask("decode", steps=self.steps)
         return [float(second) for second in answer["seconds"]]
 

@@ -18,8 +18,8 @@ class Kvc:
         plan = kvc.Artifact.open(model, verify=False).plan
         return {
             "version": kvc.__version__,
-            "configuration": f"Session, promised {plan.bytes.total / 1e6:.0f} MB, chunks of {plan.chunk}, pages "
-            f"of {plan.page_size} tokens; weights, KV float32",
+            "configuration": f"Session, promised {plan.bytes.total / 1e6:.0f} MB, chunks of {plan.chunk}, "
+            f"pages of {plan.page_size} tokens; weights, KV float32",
         }
 
     def reset(self, batch: int, length: int) -> None:
