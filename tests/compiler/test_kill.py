@@ -18,7 +18,7 @@ import pytest
 
 from kvc.artifact import Artifact
 from kvc.codegen.link import link
-from kvc_passes.errors import TargetError
+from kvc_passes.errors import TargetError, UnsupportedModel
 
 from .cli_fixtures import BUDGET, COMMAND, ROOT, Result, environment, files_in, kvc, start
 from .conftest import Run
@@ -100,6 +100,26 @@ def test_interrupt(llama: Path, tmp_path: Path, temporary: Path, pattern: str) -
     assert _stop(process, signal.SIGINT) == (130, "", "kvc: interrupted\n")
     assert files_in(output.parent) == {}
     assert files_in(temporary) == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, UnsupportedModel])
+def test_interrupt_inside_tvm(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Callbacks of TVM turn an interrupt into an error without a message; it is an interrupt all the same."""
+
+    def callback(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise error("") from None
+
+    monkeypatch.setattr("kvc.api.import_onnx", callback)
+    handler = signal.getsignal(signal.SIGINT)
+    assert run("compile", llama, *BUDGET, "-o", tmp_path / "m.kvc") == Result(130, "", "kvc: interrupted\n")
+    assert files_in(tmp_path) == {}
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.slow
