@@ -14,6 +14,7 @@ from .artifact import Artifact, ArtifactWriter
 from .options import parse_size, parse_workload
 from .runtime.library import without_torch
 from .runtime.overhead import measure
+from .runtime.text import Text
 
 with without_torch():
     import tvm.relax  # noqa: F401  before anything else imports it
@@ -44,7 +45,7 @@ def compile(
     path: str | os.PathLike[str],
     *,
     budget: str | int,
-    workload: str | Iterable[str | Workload],
+    workload: str | Workload | Iterable[str | Workload],
     output: str | os.PathLike[str] | None = None,
     target: str = "cpu",
     force: bool = False,
@@ -97,7 +98,7 @@ def plan(
     path: str | os.PathLike[str],
     *,
     budget: str | int,
-    workload: str | Iterable[str | Workload],
+    workload: str | Workload | Iterable[str | Workload],
     target: str = "cpu",
     report: Report | None = None,
 ) -> Plan:
@@ -112,6 +113,7 @@ def _weigh(source: Path, target: Target, runner: Runner) -> tuple[Model, Lowered
     """Import, prove and lower a model; meanwhile measure what a process takes here."""
     runner.report("import")
     imported = import_onnx(source)
+    Text.check(assets_of(source))
     weights = sum(imported.file.parameter_bytes().values())
     with ThreadPoolExecutor(1) as pool:
         runtime = pool.submit(measure, assets_of(source), others=weights)

@@ -149,6 +149,11 @@ def read_layout(file: Path) -> tuple[TensorSpec, ...]:
         for name in order:
             entry = header[name]
             first, end = entry["data_offsets"]
+            width = numpy_dtype(_DTYPE_OF[entry["dtype"]]).itemsize
+            if not 0 <= first <= start + end <= file.stat().st_size:
+                raise ValueError(f"{name} lies outside the file")
+            if end - first != math.prod(entry["shape"]) * width:
+                raise ValueError(f"{name} has other bytes than its shape")
             specs.append(
                 TensorSpec(name, _DTYPE_OF[entry["dtype"]], tuple(entry["shape"]), start + first, end - first)
             )

@@ -37,6 +37,8 @@ def converse(options: argparse.Namespace) -> int:
     """Chat on the terminal until the end of input; an interrupt ends the answer, not the chat."""
     sampling = _sampling(options)
     with load(options.artifact) as session:
+        if options.chat is False or not session.text.has_template:
+            raise InputError(f"{options.artifact}: a conversation needs a chat template; give --prompt TEXT")
         print(
             f"{options.artifact}: type a message; /new starts over, /exit or the end of input leaves",
             file=sys.stderr,

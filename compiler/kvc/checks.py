@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvc_passes.errors import PlanningError
+from kvc_passes.errors import InputError, PlanningError
 
 from .artifact import Artifact
 from .reference import Reference
@@ -50,10 +51,18 @@ def verify(
     the worst planned workload is compared with the plan.
 
     Raises:
-        InputError: the artifact or the ONNX file cannot be read, or ONNX Runtime is not installed.
+        InputError: the artifact or the ONNX file cannot be read, ONNX Runtime is not installed, or the
+            tolerance is not a number >= 0.
     """
+    if not tolerance >= 0:
+        raise InputError(f"a tolerance of {tolerance} is not a distance; give a number such as {TOLERANCE:g}")
     artifact = Artifact.open(Path(path))
     reference = Reference(Path(against))
+    columns = reference.columns
+    if columns is not None and columns != artifact.facts.logits:
+        raise InputError(
+            f"{against}: has {columns} logits, {path} has {artifact.facts.logits}: another model"
+        )
     executor = Executor(artifact)
     try:
         checks = list(_Logits(executor, reference, tolerance, seed).checks())
@@ -149,9 +158,12 @@ def _difference(got: np.ndarray, expected: np.ndarray) -> float:
 
 def _memory(artifact: Artifact) -> Check:
     plan = artifact.plan
-    measured = measure_peak(artifact.path)
-    workloads = ",".join(map(str, plan.workload))
-    return Check("peak memory", f"under {workloads}", measured, min(plan.bytes.total, plan.budget), "bytes")
+    detail = f"under {','.join(map(str, plan.workload))}"
+    try:
+        measured: float = measure_peak(artifact.path)
+    except PlanningError as error:
+        measured, detail = math.nan, str(error)
+    return Check("peak memory", detail, measured, min(plan.bytes.total, plan.budget), "bytes")
 
 
 def measure_peak(path: Path) -> int:

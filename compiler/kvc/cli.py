@@ -251,7 +251,7 @@ def _verify(options: argparse.Namespace) -> int:
             tolerance=TOLERANCE if options.tolerance is None else options.tolerance,
         )
     _print(check_table(checks, f"{options.artifact} against {options.against}"))
-    broken = [check.name for check in checks if not check.passed]
+    broken = dict.fromkeys(check.name for check in checks if not check.passed)
     if broken:
         return _fail(f"{options.artifact}: {', '.join(broken)}: not as promised", 1)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -217,7 +218,8 @@ def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) ->
             module, lowered.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
         )
     runner.report("link")
-    executable.export_library(str(output), fcompile=link)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:  # not where temporary files may be few
+        executable.export_library(str(output), fcompile=link, workspace_dir=folder)
 
 
 def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[Weight]:

@@ -38,14 +38,16 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-def parse_workload(text: str | Iterable[str | Workload]) -> tuple[Workload, ...]:
+def parse_workload(text: str | Workload | Iterable[str | Workload]) -> tuple[Workload, ...]:
     """Alternatives such as "8x256,1x2048": each, batch x context in tokens, must fit on its own.
 
     Raises:
         InputError: not of this form, or a zero.
     """
+    if isinstance(text, Workload):
+        text = [text]
     parts = text.split(",") if isinstance(text, str) else list(text)
-    result = tuple(part if isinstance(part, Workload) else _workload(part) for part in parts)
+    result = tuple(_workload(str(part)) for part in parts)
     if not result:
         raise InputError("the workload is empty; write BATCHxCONTEXT, for example 8x256,1x2048")
     return result

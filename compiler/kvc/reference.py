@@ -45,7 +45,10 @@ class Reference:
             )
         except Exception as error:  # its exceptions have no common base
             raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
-        self.output = self.session.get_outputs()[0].name
+        output = self.session.get_outputs()[0]
+        self.output = output.name
+        self.columns = output.shape[-1] if output.shape and isinstance(output.shape[-1], int) else None
+        """Columns of the logits, None if the file does not say."""
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [length, V] for token ids [length]."""

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from kvc_passes.facts import AttentionSite, ModelFacts, Plan
 
@@ -14,6 +15,11 @@ from .options import format_size
 
 if TYPE_CHECKING:
     from .checks import Check
+
+
+def _row(table: Table, *cells: str | Text) -> None:
+    """Add a row of texts as they are: names of files and nodes may look like markup."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def plan_table(plan: Plan, facts_name: str) -> Table:
@@ -29,34 +35,32 @@ def plan_table(plan: Plan, facts_name: str) -> Table:
         ("process", b.runtime, "interpreter, libraries, tokenizer, threads (measured on this machine)"),
     ]
     workloads = ",".join(map(str, plan.workload))
-    table = Table(title=f"{facts_name}: {workloads} in {format_size(plan.budget)}", title_justify="left")
+    table = Table(
+        title=Text(f"{facts_name}: {workloads} in {format_size(plan.budget)}"), title_justify="left"
+    )
     table.add_column("", no_wrap=True)
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")
     table.add_column("")
     for name, size, meaning in lines:
-        table.add_row(name, f"{size:,}", f"{size / plan.budget:.1%}", meaning)
+        _row(table, name, f"{size:,}", f"{size / plan.budget:.1%}", meaning)
     table.add_section()
-    table.add_row(
-        "promised", f"{b.total:,}", f"{b.total / plan.budget:.1%}", "the most this process will use"
-    )
-    table.add_row("budget", f"{plan.budget:,}", "", f"up to {plan.max_context} tokens a sequence")
+    _row(table, "promised", f"{b.total:,}", f"{b.total / plan.budget:.1%}", "the most this process will use")
+    _row(table, "budget", f"{plan.budget:,}", "", f"up to {plan.max_context} tokens a sequence")
     return table
 
 
 def model_tables(facts: ModelFacts) -> list[Table]:
     """What was proved about a model."""
-    summary = Table(title=facts.name, title_justify="left", show_header=False)
+    summary = Table(title=Text(facts.name), title_justify="left", show_header=False)
     parameters = ", ".join(f"{format_size(size)} {dtype}" for dtype, size in facts.parameter_bytes.items())
     context = "unbounded" if facts.context is None else f"{facts.context} positions"
-    summary.add_row("parameters", parameters)
-    summary.add_row("vocabulary", f"{facts.vocab} tokens, {facts.logits} logits")
-    summary.add_row("context", context)
-    summary.add_row("KV state", f"{facts.kv_token_bytes():,} bytes a token over {len(facts.sites)} layers")
-    summary.add_row(
-        "positions", f"proved from {', '.join(facts.positions) or 'nothing: the model uses none'}"
-    )
-    summary.add_row("token-wise", f"proved: of {facts.nodes} ONNX nodes, only attention mixes tokens")
+    _row(summary, "parameters", parameters)
+    _row(summary, "vocabulary", f"{facts.vocab} tokens, {facts.logits} logits")
+    _row(summary, "context", context)
+    _row(summary, "KV state", f"{facts.kv_token_bytes():,} bytes a token over {len(facts.sites)} layers")
+    _row(summary, "positions", f"proved from {', '.join(facts.positions) or 'nothing: the model uses none'}")
+    _row(summary, "token-wise", f"proved: of {facts.nodes} ONNX nodes, only attention mixes tokens")
     sites = Table(title="attention", title_justify="left")
     for name in (
         "sites",
@@ -72,7 +76,7 @@ def model_tables(facts: ModelFacts) -> list[Table]:
     ):
         sites.add_column(name, justify="right" if name in ("heads", "KV heads", "dim", "scale") else "left")
     for _, group in groupby(facts.sites, key=_geometry):
-        sites.add_row(*_site_row(list(group)))
+        _row(sites, *_site_row(list(group)))
     return [summary, sites]
 
 
@@ -101,14 +105,19 @@ def _site_row(group: Sequence[AttentionSite]) -> list[str]:
 
 def check_table(checks: Sequence[Check], name: str) -> Table:
     """Promises and whether they were kept."""
-    table = Table(title=name, title_justify="left")
+    table = Table(title=Text(name), title_justify="left")
     for column in ("check", "of", "measured", "at most", ""):
         table.add_column(column, justify="right" if column in ("measured", "at most") else "left")
     for check in checks:
         number = "{:,.0f}" if check.unit == "bytes" else "{:.2e}"
-        verdict = "[green]kept[/green]" if check.passed else "[red]BROKEN[/red]"
-        table.add_row(
-            check.name, check.detail, number.format(check.measured), number.format(check.limit), verdict
+        verdict = Text("kept", "green") if check.passed else Text("BROKEN", "red")
+        _row(
+            table,
+            check.name,
+            check.detail,
+            number.format(check.measured),
+            number.format(check.limit),
+            verdict,
         )
     return table
 
@@ -120,7 +129,7 @@ def timing_table(timings: Sequence[tuple[str, float, int]]) -> Table:
     table.add_column("seconds", justify="right")
     table.add_column("places changed", justify="right")
     for name, seconds, sites in timings:
-        table.add_row(name, f"{seconds:.3f}", str(sites) if sites else "(unchanged)")
+        _row(table, name, f"{seconds:.3f}", str(sites) if sites else "(unchanged)")
     table.add_section()
-    table.add_row("all", f"{sum(t[1] for t in timings):.3f}", "")
+    _row(table, "all", f"{sum(t[1] for t in timings):.3f}", "")
     return table

@@ -70,6 +70,8 @@ _ELEMENTWISE = frozenset(
     ]
 )
 _REDUCTIONS = frozenset(["max", "mean", "min", "prod", "std", "sum", "variance", "argmax", "argmin"])
+_UNIFORM = frozenset(["broadcast_to", "full", "ones", "zeros"])
+"""Operations that may make a token axis: all of its entries are equal."""
 _NORMS = frozenset(["softmax", "log_softmax", "layer_norm", "rms_norm"])
 
 
@@ -85,7 +87,8 @@ class ProveTokenwise:
     Needs: RecognizeAttention, since a plain attention mixes tokens.
     Refuses: an operation that reduces, slices, concatenates, reorders or contracts the batch or the token
         axis, pairs tokens with tokens, reads the sequence length as a number, or is not known to keep
-        tokens apart.
+        tokens apart; values for every token that come from neither tokens nor positions, such as the first
+        rows of a table.
     """
 
     roles: Roles
@@ -133,6 +136,8 @@ class _TokenAxes:
         if name == "shape_to_tensor" and any(self.depends(d) for d in graph.resolve(call.args[0]).values):
             raise _Mixes("reads the number of tokens as a value")
         if not inputs:
+            if self.of(var) and name not in _UNIFORM:
+                raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
             return
         rule = _RULES.get(name)
         if rule is None:

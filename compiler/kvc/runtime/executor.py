@@ -95,7 +95,13 @@ class Executor:
         weights = self._map(artifact.path / "weights.safetensors", artifact.layout())
         self._state = (*pages, *weights)
         if warm:
-            self._run_largest()
+            try:
+                self._run_largest()
+            except ValueError as error:  # the library checks the shapes that it is given
+                reason = str(error).strip().splitlines()[0]
+                raise InputError(
+                    f"{artifact.path}: library and weights do not fit ({reason}); compile it again"
+                ) from None
 
     def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Compute segments of one or more sequences, each with its pages.

@@ -53,6 +53,15 @@ class Text:
         self._source = _template_source(folder, self._config)
         self._template: jinja2.Template | None = None
 
+    @classmethod
+    def check(cls, folder: Path) -> None:
+        """Raise InputError if a tokenizer's file in `folder` cannot be used; a folder without one is fine."""
+        end_tokens(folder)
+        if (folder / "tokenizer.json").is_file():
+            text = cls(folder)
+            if text._source is not None:
+                _compile(text._source)
+
     @property
     def has_template(self) -> bool:
         """Whether the model has a chat template."""
@@ -242,4 +251,6 @@ def _read(file: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: cannot be read (it holds no object)")
     return data
