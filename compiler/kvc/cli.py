@@ -28,8 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupts.append(number)  # raised inside a callback of TVM, it arrives here as something else
+        raise KeyboardInterrupt
+
     with contextlib.suppress(ValueError):  # only the main thread can; elsewhere the caller handles signals
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: nothing half-made stays
+        if options.run is not _run:
+            signal.signal(signal.SIGINT, interrupt)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -46,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _fail(str(error), 2)
     except Exception as error:
-        return _fault(error, options.debug)
+        return _fail("interrupted", 130) if interrupts else _fault(error, options.debug)
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import ml_dtypes
 import numpy as np
@@ -139,9 +139,8 @@ def _tensor(path: Path, tensor: onnx.TensorProto, maps: dict[Path, np.memmap]) -
 
 
 def _data_file(path: Path, tensor: str, location: str) -> Path:
-    folder = path.parent.resolve()
-    file = (folder / location).resolve()
-    if not location or not file.is_relative_to(folder):
+    file = path.parent / location  # it may be a link, as in caches of downloaded models
+    if not location or PurePath(location).is_absolute() or ".." in PurePath(location).parts:
         raise InputError(
             f"{path}: initializer '{tensor}' names external data outside the model's folder: '{location}'"
         )
