@@ -138,8 +138,6 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
             self.hint = NodeNames.hint(node.name or node.op_type, index)
             try:
                 results = self._convert(node)
-            except UnsupportedModel:
-                raise
             except Exception as error:  # the stock converters raise anything
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
                 raise UnsupportedModel(
@@ -196,11 +194,11 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         return self.bb.emit(value, name_hint=self.hint)
 
     def shape(self, value: Any) -> list[Any]:
-        """Dimensions of a value: ints where known, else expressions. Raises UnsupportedModel without rank."""
+        """Dimensions of a value: ints where known, else expressions. Raises ValueError without a shape."""
         if isinstance(value, Integers):
             return list(value.values.shape)
         if value.ty.shape is None:
-            raise UnsupportedModel(f"{self.file.path}: a value has no known shape before {self.hint}")
+            raise ValueError("an input has no known shape")
         return [self.folder.simplify(dim) for dim in value.ty.shape.values]
 
     def tensor(self, value: Any) -> Any:
@@ -242,4 +240,4 @@ def _constant(node: onnx.NodeProto, attrs: dict[str, Any]) -> np.ndarray:
     ):
         if name in attrs:
             return np.array(attrs[name], dtype)
-    raise UnsupportedModel(f"node '{node.name}' (Constant) has no numeric value")
+    raise ValueError("it has no numeric value")

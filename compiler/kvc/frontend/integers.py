@@ -192,6 +192,8 @@ def _concat(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> In
 
 
 def _product(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:
+    if inputs[0].values.ndim != 1:
+        raise NotFolded
     result: Scalar = 1
     for value in inputs[0].flat():
         result = folder.simplify(result * value)

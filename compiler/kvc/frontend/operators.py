@@ -1,7 +1,7 @@
 """Converters of ONNX operators that the stock importer lacks or handles without symbolic shapes.
 
 Each takes the importer, the node's inputs (Relax expressions, `Integers`, or None) and its attributes,
-and returns the output expression, or a list of them.
+and returns the output expression, or a list of them; a ValueError says what is not supported.
 """
 
 from __future__ import annotations
@@ -15,19 +15,15 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
-from kvc_passes.errors import UnsupportedModel
-
 from .integers import OPEN_END, Integers, expr
 
 if TYPE_CHECKING:
     from .importer import Importer
 
-_DATA_DEPENDENT = "its {} depends on the data, not only on shapes"
-
 
 def _known(importer: Importer, value: Any, what: str) -> Integers:
     if not isinstance(value, Integers):
-        raise UnsupportedModel(f"{importer.file.path}: {importer.hint}: {_DATA_DEPENDENT.format(what)}")
+        raise ValueError(f"its {what} depends on the data, not only on shapes")
     return value
 
 
@@ -100,9 +96,9 @@ def _slice(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> 
             expr(stop) <= expr(shape[axis])
         )
         if not isinstance(step, int) or step < 1 or not proved:
-            raise UnsupportedModel(
-                f"{importer.file.path}: {importer.hint}: slices [{begin}:{stop}:{step}] of {shape[axis]}: "
-                "only forward slices that are proved to lie inside are supported"
+            raise ValueError(
+                f"it slices [{begin}:{stop}:{step}] of {shape[axis]}; only forward slices that are proved "
+                "to lie inside are supported"
             )
     axes_, begins, stops, strides = zip(*kept)
     return op.strided_slice(
