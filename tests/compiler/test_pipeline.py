@@ -188,9 +188,7 @@ def test_the_runner_times_reports_and_dumps(tmp_path: Path) -> None:
 
 
 def test_a_pass_that_breaks_the_module_is_a_bug_of_kvc() -> None:
-    with pytest.raises(
-        PlanningError, match="the pass break-it left an ill-formed module; this is a bug in kvc"
-    ):
+    with pytest.raises(PlanningError, match="the pass break-it left an ill-formed module"):
         Runner().apply(_double(), BreakIt())
 
 
@@ -211,7 +209,8 @@ def test_the_passes_are_dumped_in_the_order_of_the_list(
     assert not (tmp_path / "x.kvc").exists()
     names = [re.fullmatch(r"\d+-(.*)\.py", f.name) for f in sorted((tmp_path / "dump").iterdir())]
     found = [n[1] for n in names if n is not None]
-    assert in_order(found, ["recognize-attention", "prove-tokenwise", "positions-to-input", "flatten-tokens"])
+    assert in_order(found, ["recognize-attention", "positions-to-input", "flatten-tokens"])
+    assert in_order(found, ["recognize-attention", "prove-tokenwise", "flatten-tokens"])
     for phase in ("prefill", "decode"):
         own = [n.removeprefix(f"{phase}-") for n in found if n.startswith(phase)]
         assert ("select-rows" in own) == (phase == "prefill")

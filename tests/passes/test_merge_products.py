@@ -13,7 +13,7 @@ from tvm.relax import op
 
 from kvc_passes.merge_products import MergeProducts
 from kvc_passes.pack_matmuls import PackMatmuls
-from support import floats, module_of, ops, param, params_of, run, run_markers, symbol
+from support import Compiled, floats, module_of, ops, param, params_of, run, run_markers, symbol
 
 X = param("x", [1, symbol("n"), 16])
 TOLERANCE = 2e-6  # float32 sums of 16 products in another order
@@ -86,16 +86,28 @@ def test_products_of_different_values_stay_apart() -> None:
     assert MergeProducts(32).run(module_of([X, a, b], body)[0]).sites == 0
 
 
-def test_merged_and_packed_the_decoder_computes_the_same() -> None:
-    merged = MergeProducts(16).run(flat())  # k and v have 16 columns; a packed panel may be wider
+def test_merged_products_are_packed_as_one_weight() -> None:
+    before = products([PRODUCTS.panel, 2 * PRODUCTS.panel], (1,))
+    merged = MergeProducts(PRODUCTS.panel).run(before).module
+    result = PackMatmuls(PRODUCTS).run(merged)
+    (recipe,) = result.facts.values()
+    assert [(s.name, s.columns, s.transposed) for s in recipe.sources] == [
+        ("w0", PRODUCTS.panel, True),
+        ("w1", 2 * PRODUCTS.panel, False),
+    ]
+    names = [p.name for p in before["main"].params[1:]]
+    weights = dict(zip(names, inputs(before)))
+    known = packed(result.facts, weights)
+    x = floats(1, 5, 16)
+    (expected,) = run(before, x, *weights.values())
+    (got,) = Compiled(result.module, QUICK)(x, *(known[n] for n in params_of(result.module)[1:]))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_query_key_and_value_of_a_decoder_are_merged() -> None:
+    merged = MergeProducts(16).run(flat())
     assert merged.sites == 2
     tokens, positions = tokens_and_positions(9)
     (expected,) = run_markers(flat(), SITES, tokens, positions, *WEIGHTS.values())
     (got,) = run_markers(merged.module, SITES, tokens, positions, *WEIGHTS.values())
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
-    result = PackMatmuls(PRODUCTS).run(merged.module)
-    assert {len(r.sources) for r in result.facts.values()} == {1, 3}
-    known = packed(result.facts, WEIGHTS)
-    arguments = [known[name] for name in params_of(result.module)[2:]]
-    (got,) = run_markers(result.module, SITES, tokens, positions, *arguments, target=QUICK)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)

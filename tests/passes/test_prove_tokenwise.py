@@ -66,7 +66,7 @@ ACCEPTED = {
     "features split": lambda e, *_: e(op.split(X, 2, axis=-1)),
     "embedding": lambda e, *_: e(op.take(TABLE, TOKENS, axis=0)),
     "chosen features": lambda e, *_: e(op.take(X, relax.const(np.array([1, 0]), "int64"), axis=2)),
-    "counted positions": lambda e, *_: e(op.arange(0, S, 1, "int64")),
+    "constants broadcast to every token": lambda e, *_: e(op.broadcast_to(SCALE, [B, S, D])),
     "constants for every token": lambda e, *_: e(op.full([B, S], ONE, "float32")),
     "anything without tokens": lambda e, *_: e(op.cumsum(TABLE, axis=0)),
 }
@@ -181,7 +181,12 @@ REFUSED = {
     "rows of a table by count": (
         lambda e, *_: e(op.strided_slice(TABLE, [0], [0], [S], assume_inbound=True)),
         "strided_slice",
-        "",
+        "makes a value for every token out of neither the tokens nor their positions",
+    ),
+    "a count that is no position": (
+        lambda e, *_: e(op.arange(0, S, 1, "int64")),
+        "arange",
+        "makes a value for every token out of neither the tokens nor their positions",
     ),
     "sorted tokens": (lambda e, *_: e(op.sort(X, axis=1)), "sort", "is not known to keep tokens apart"),
     "triangle": (lambda e, *_: e(op.tril(X)), "tril", "is not known to keep tokens apart"),

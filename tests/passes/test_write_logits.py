@@ -7,24 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from flat_graphs import (
-    ATTENTION_KERNELS,
-    PRODUCTS,
-    QUICK,
-    SITES,
-    VOCAB,
-    WEIGHTS,
-    flat,
-    tokens_and_positions,
-)
+from flat_graphs import ATTENTION_KERNELS, PRODUCTS, QUICK, SITES, VOCAB, flat
 from packing import packed
-from tvm import IRModule
+from tvm import IRModule, relax
+from tvm.relax import op
 
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.write_logits import WriteLogits
-from support import Compiled, ops, params_of, run_markers, shape_of
+from support import Compiled, floats, module_of, ops, param, params_of, run, shape_of, symbol
 
 
 def written(phase: Any, cap: float | None) -> tuple[IRModule, Any]:
@@ -51,19 +43,24 @@ def test_the_logits_are_a_parameter_before_the_pools(phase: str, behind: str, ca
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_they_are_written_there(cap: float | None) -> None:
-    module, recipes = written("decode", cap)
-    known = packed(recipes, WEIGHTS)
-    compiled = Compiled(module, QUICK)
-    tokens, positions = tokens_and_positions(1)
-    (expected,) = run_markers(flat(cap), SITES, tokens, positions, *WEIGHTS.values())
-    page = ATTENTION_KERNELS.page_size
-    keys, values = (np.zeros(s, np.float32) for s in ((1, 2, 8, page), (1, 2, page, 8)))
-    logits = tvm.runtime.tensor(np.full((1, VOCAB), 7, np.float32))
-    names = params_of(module)
-    weights = [known[n] for n in names[names.index("v_1") + 1 :]]
-    integers = [tokens, positions, np.zeros(1, np.int32), np.zeros((1, 1), np.int32)]
-    before = [tvm.runtime.tensor(a) for a in integers]
-    after = [tvm.runtime.tensor(a) for a in (keys, keys.copy(), values, values.copy(), *weights)]
-    returned = compiled.machine["main"](*before, logits, *after)
-    np.testing.assert_allclose(logits.numpy(), expected[0], rtol=0, atol=1e-5)
+    x, w = param("x", [1, symbol("n"), 16]), param("w", [16, VOCAB])
+    table = param("block_table", [symbol("n"), symbol("m")], "int32")
+
+    def body(emit: Any, *_: Any) -> Any:
+        y = emit(op.matmul(x, w))
+        return y if cap is None else emit(op.multiply(emit(op.tanh(y)), relax.const(cap, "float32")))
+
+    before, _ = module_of([x, table, w], body)
+    packing = PackMatmuls(PRODUCTS).run(before)
+    result = WriteLogits(PRODUCTS, packing.facts).run(packing.module)
+    assert params_of(result.module)[:3] == ["x", "block_table", "logits"]
+    values, pages, weight = floats(1, 5, 16), np.zeros((5, 1), np.int32), floats(16, VOCAB, seed=1) / 2
+    (expected,) = run(before, values, pages, weight)
+    (known,) = (packed(packing.facts, {"w": weight})[n] for n in packing.facts)
+    logits = tvm.runtime.tensor(np.full((5, VOCAB), 7, np.float32))
+    compiled = Compiled(result.module, QUICK)
+    returned = compiled.machine["main"](
+        *map(tvm.runtime.tensor, (values, pages)), logits, tvm.runtime.tensor(known)
+    )
+    np.testing.assert_allclose(logits.numpy(), expected[0], rtol=0, atol=2e-6)
     np.testing.assert_array_equal(returned.numpy(), logits.numpy())
