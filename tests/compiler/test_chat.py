@@ -114,6 +114,7 @@ def test_conversation(artifact: Path) -> None:
 def test_end_of_input_and_interrupt_leave(artifact: Path, key: str) -> None:
     with _terminal(str(artifact)) as terminal:
         terminal.until("> ")
+        time.sleep(0.3)  # Python waits for a line only some time after it has written the prompt
         terminal.type(key)
         status, rest = terminal.leave()
     assert status == 0
