@@ -28,33 +28,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    with _signals() as interrupts:
+        try:
+            status: int = options.run(options)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            return _failed(error, bool(interrupts), options.debug)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Unwind at SIGTERM and SIGINT, so that nothing half-made stays. Yields the interrupts that came.
+
+    An interrupt inside a callback of TVM arrives as another exception.
+    """
     interrupts: list[int] = []
 
     def interrupt(number: int, _: object) -> None:
-        interrupts.append(number)  # raised inside a callback of TVM, it arrives here as something else
+        interrupts.append(number)
         raise KeyboardInterrupt
 
-    with contextlib.suppress(ValueError):  # only the main thread can; elsewhere the caller handles signals
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: nothing half-made stays
-        if options.run is not _run:
-            signal.signal(signal.SIGINT, interrupt)
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
+        before = (
+            signal.signal(signal.SIGINT, interrupt),
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)),
+        )
+    except ValueError:  # only the main thread can; elsewhere the caller handles signals
+        yield interrupts
+        return
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def _failed(error: BaseException, interrupted: bool, debug: bool) -> int:
+    """Say what went wrong; returns the exit status."""
+    if debug:
+        traceback.print_exc()
+    if interrupted or isinstance(error, KeyboardInterrupt):
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except PlanningError as error:
-        return _fault(error, options.debug)
-    except Error as error:
-        if options.debug:
-            traceback.print_exc()
+    if isinstance(error, Error) and not isinstance(error, PlanningError):
         return _fail(str(error), 2)
-    except Exception as error:
-        return _fail("interrupted", 130) if interrupts else _fault(error, options.debug)
+    hint = "" if debug else "; run it again with --debug for a traceback"
+    return _fail(f"this is a fault of kvc, not of the input: {type(error).__name__}: {error}{hint}", 1)
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -76,13 +98,6 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 def _fail(message: str, status: int) -> int:
     print(f"kvc: {message}", file=sys.stderr)
     return status
-
-
-def _fault(error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    hint = "" if debug else "; run it again with --debug for a traceback"
-    return _fail(f"this is a fault of kvc, not of the input: {type(error).__name__}: {error}{hint}", 1)
 
 
 class _Parser(argparse.ArgumentParser):
