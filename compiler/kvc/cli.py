@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (Exception, KeyboardInterrupt) as error:
-            return _failed(error, bool(interrupts), options.debug)
+            return _failed(error, interrupts, options.debug)
 
 
 @contextlib.contextmanager
@@ -53,10 +53,7 @@ def _signals() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     try:
-        before = (
-            signal.signal(signal.SIGINT, interrupt),
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)),
-        )
+        before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # only the main thread can; elsewhere the caller handles signals
         yield interrupts
         return
@@ -67,12 +64,12 @@ def _signals() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before[1])
 
 
-def _failed(error: BaseException, interrupted: bool, debug: bool) -> int:
+def _failed(error: BaseException, interrupts: Sequence[int], debug: bool) -> int:
     """Say what went wrong; returns the exit status."""
     if debug:
         traceback.print_exc()
-    if interrupted or isinstance(error, KeyboardInterrupt):
-        return _fail("interrupted", 130)
+    if interrupts or isinstance(error, KeyboardInterrupt):
+        return _fail("interrupted", 128 + (interrupts[-1] if interrupts else signal.SIGINT))
     if isinstance(error, Error) and not isinstance(error, PlanningError):
         return _fail(str(error), 2)
     hint = "" if debug else "; run it again with --debug for a traceback"
