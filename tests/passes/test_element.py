@@ -19,7 +19,7 @@ from tvm.sym import Analyzer
 
 from kvc_passes.conditions import Unprovable
 from kvc_passes.element import Elements
-from kvc_passes.graph import Graph, dims
+from kvc_passes.graph import Graph, dims, static
 from support import Draft, evaluate, module_of, param, symbol
 
 SEQUENCE = 5
@@ -85,7 +85,7 @@ class Program:
             for v in self.made
             if v.array.dtype == a.array.dtype
             and all(
-                str(x) == str(y) or 1 in (number(x), number(y)) for x, y in zip(a.shape[::-1], v.shape[::-1])
+                str(x) == str(y) or 1 in (static(x), static(y)) for x, y in zip(a.shape[::-1], v.shape[::-1])
             )
         ]
         return a, self.draw(st.sampled_from(others))
@@ -178,7 +178,7 @@ class Program:
         for other in (a, b):
             need(
                 all(
-                    str(x) == str(y) or 1 in (number(x), number(y))
+                    str(x) == str(y) or 1 in (static(x), static(y))
                     for x, y in zip(condition.shape[::-1], other.shape[::-1])
                 )
             )
@@ -203,7 +203,7 @@ class Program:
 
     def squeeze(self) -> Value:
         a = self.pick("bif")
-        axes = [i for i, d in enumerate(a.shape) if number(d) == 1]
+        axes = [i for i, d in enumerate(a.shape) if static(d) == 1]
         need(axes and a.array.ndim > 1)
         axis = self.draw(st.sampled_from(axes))
         return self.add(op.squeeze(a.var, [axis]), np.squeeze(a.array, axis))
@@ -212,7 +212,7 @@ class Program:
         a = self.pick("bif")
         need(a.array.ndim < 4)
         lead: list[Any] = self.draw(st.lists(st.sampled_from([1, 2, S]), max_size=1))
-        shape = [*lead, *(self.draw(st.sampled_from([1, 3, S])) if number(d) == 1 else d for d in a.shape)]
+        shape = [*lead, *(self.draw(st.sampled_from([1, 3, S])) if static(d) == 1 else d for d in a.shape)]
         array = np.broadcast_to(a.array, [number(d) for d in shape])
         need(array.size < 2000)
         return self.add(op.broadcast_to(a.var, shape), array)

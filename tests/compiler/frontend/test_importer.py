@@ -19,7 +19,7 @@ from kvc_passes.errors import UnsupportedModel
 from kvc_passes.graph import Graph, dims, op_name
 from support import Compiled, OnnxRuntime, onnx_model, ops
 
-ATOL = 1e-4  # float32 sums of at most 256 products in another order; logits have a spread of about 5
+ATOL = 2e-5  # float32 sums of at most 256 products in another order, on logits of up to 6
 MODELS = list(itertools.product(("llama", "gpt2", "qwen2", "mistral"), (False, True)))
 SHAPES = [(1, 1, 0), (2, 13, 0), (3, 5, 9)]
 """(batch, sequence, past); the past is left out for models without."""
