@@ -72,6 +72,17 @@ def test_external_data_of_every_type(tmp_path: Path, dtype: type) -> None:
     np.testing.assert_array_equal(found, array)
 
 
+def test_the_data_file_may_be_a_link_as_in_caches_of_downloads(tmp_path: Path) -> None:
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs").mkdir()
+    path = external(tmp_path / "snapshot")
+    for name in ("model.onnx", "model.onnx.data"):
+        link, blob = tmp_path / "snapshot" / name, tmp_path / "blobs" / f"{len(name)}"
+        link.rename(blob)
+        link.symlink_to(f"../blobs/{blob.name}")
+    np.testing.assert_array_equal(read(path).tensors["table"], TABLE)
+
+
 def test_a_tensor_without_elements(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     proto = model(empty=np.zeros((0, 4), np.float32))
@@ -116,16 +127,29 @@ def _short_data(folder: Path) -> Path:
     return path
 
 
-def _outside(folder: Path) -> Path:
-    (folder / "inner").mkdir()
-    path = external(folder / "inner")
-    (folder / "inner" / "model.onnx.data").rename(folder / "stolen.data")
+def _moved(folder: Path, location: str) -> Path:
+    """The model, its table said to be in `location`."""
+    path = external(folder)
     proto = onnx.load(path, load_external_data=False)
     for entry in proto.graph.initializer[0].external_data:
         if entry.key == "location":
-            entry.value = "../stolen.data"
+            entry.value = location
     path.write_bytes(proto.SerializeToString())
     return path
+
+
+def _outside(folder: Path) -> Path:
+    (folder / "inner").mkdir()
+    external(folder)
+    return _moved(folder / "inner", "../model.onnx.data")
+
+
+def _absolute(folder: Path) -> Path:
+    return _moved(folder, str(external(folder).with_suffix(".onnx.data")))
+
+
+def _nameless(folder: Path) -> Path:
+    return _moved(folder, "")
 
 
 def _damaged(folder: Path) -> Path:
@@ -146,7 +170,9 @@ BROKEN = {
         "external data missing: initializer 'table' is in 'model.onnx.data'",
     ),
     "data file short": (_short_data, r"external data is short: initializer 'table' ends at byte 512 of"),
-    "data outside": (_outside, r"names external data outside the model's folder: '\.\./stolen\.data'"),
+    "data outside": (_outside, r"names external data outside the model's folder: '\.\./model"),
+    "data at an absolute place": (_absolute, "names external data outside the model's folder: '/"),
+    "data nowhere": (_nameless, "names external data outside the model's folder: ''"),
     "initializer damaged": (_damaged, "initializer 'table' is damaged"),
 }
 
