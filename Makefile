@@ -1,5 +1,6 @@
 # make demo   set up, export SmolLM2-135M-Instruct to ONNX, compile it under 1 GB, ask it a question
-# make test   set up, run the suite
+# make test   set up, run the linters and the tests
+# make test-all  also the slow tests: the real model, kills at random moments, other Pythons
 # make check  ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 BUDGET ?= 1GB
 WORKLOAD ?= 8x256,1x2048
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-all check setup clean
 
 setup: $(VENV)/.ready
 
@@ -25,7 +26,10 @@ demo: build/smollm2-135m.onnx
 	$(BIN)/kvc run build/smollm2-135m.kvc --prompt "What is the capital of France?"
 
 test: setup check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: setup check
+	$(BIN)/python -m pytest -q -m "not gpu"
 
 check: setup
 	$(BIN)/ruff check .

@@ -120,6 +120,7 @@ def texts(artifact: Path, new: int) -> list[dict[str, Any]]:
         chats = [session.tokens(prompt, chat=True) for prompt in PROMPTS]
         alone = [session.generate([chat], max_new_tokens=new)[0] for chat in chats]
         together = session.generate(chats, max_new_tokens=new)
+    print("kvc has generated; now transformers", file=sys.stderr)
     expected = transformers_greedy("smollm2-135m", chats, new)
     return [
         {
@@ -150,7 +151,9 @@ def main() -> int:
     phases = Phases(artifact, model)
     for phase, what, worst in phases.all(options.quick):
         rows.append({"phase": phase, "run": what, "largest_difference": worst})
+        print(f"{phase}, {what}: {worst:.2e}", file=sys.stderr)
     phases.executor.close()
+    del phases  # ONNX Runtime's threads would compete with those of PyTorch
     continuations = texts(artifact, 32 if options.quick else options.new_tokens)
     identical = [c["identical_alone"] and c["identical_in_a_batch"] for c in continuations]
     by_phase: dict[str, float] = {}
