@@ -28,7 +28,7 @@ from .frontend.importer import Imported
 from .kernels.cpu import CpuAttention, CpuProducts
 from .kernels.matmul import pack
 from .kernels.traits import CpuTraits
-from .pipeline import Phase, Runner, Understood, serve, understand
+from .pipeline import Phase, Runner, Understood, merge, serve, understand
 from .planner import Costs
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
@@ -156,10 +156,11 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
     """Rewrite and lower both functions for `target`, without generating code."""
     attention = CpuAttention.for_sites(target, model.understood.sites)
     products = CpuProducts(attention.traits)
+    merged = merge(model.understood, products, runner)
     functions: dict[Phase, IRModule] = {}
     recipes: list[dict[str, PackedWeight]] = []
     for phase in _PHASES:
-        served = serve(model.understood, phase, attention, products, runner)
+        served = serve(merged, phase, attention, products, runner)
         recipes.append(served.recipes)
         functions[phase] = lower(served.module, phase, target, runner)
     if list(recipes[0].items()) != list(recipes[1].items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -120,6 +120,11 @@ def understand(imported: Imported, runner: Runner) -> Understood:
     return Understood(mod, found.facts, positions.facts)
 
 
+def merge(model: Understood, products: MatmulKernels, runner: Runner) -> Understood:
+    """Once for both phases, before rows are selected: which products share a value must not depend on it."""
+    return replace(model, module=runner.apply(model.module, MergeProducts(products.panel)).module)
+
+
 def serve(
     model: Understood,
     phase: Phase,
@@ -128,9 +133,7 @@ def serve(
     runner: Runner,
 ) -> Served:
     """Rewrite the graph into the function `phase`."""
-    label = f"{phase}-"
-    # Before rows are selected: which products share a value must not depend on the phase.
-    mod = runner.apply(model.module, MergeProducts(products.panel), label).module
+    mod, label = model.module, f"{phase}-"
     if phase == "prefill":
         mod = runner.apply(mod, SelectRows(), label).module
     mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module

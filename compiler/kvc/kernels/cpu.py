@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tvm.target import Target
 from tvm.tirx import PrimFunc
@@ -11,6 +12,11 @@ from kvc_passes.facts import AttentionSite
 
 from . import attention, matmul
 from .traits import CpuTraits
+
+# Prefill and decode ask for the same kernels; building one takes tens of milliseconds.
+_append_kv = lru_cache(maxsize=64)(attention.append_kv)
+_packed_matmul = lru_cache(maxsize=64)(matmul.packed_matmul)
+_packed_embedding = lru_cache(maxsize=64)(matmul.packed_embedding)
 
 PAGE_SIZE = 16  # tokens; one AVX-512 or two AVX2 vectors of keys
 
@@ -51,7 +57,7 @@ class CpuAttention:
         return attention.decode_splits(site.kv_heads, self.traits)
 
     def append(self, site: AttentionSite) -> PrimFunc:
-        return attention.append_kv(self._shape(site), self.traits)
+        return _append_kv(self._shape(site), self.traits)
 
     def prefill(self, site: AttentionSite) -> PrimFunc:
         return attention.prefill_attention(self._shape(site), self.tile, self.traits)
@@ -74,7 +80,7 @@ class CpuProducts:
         return matmul.packed_shape(columns, depth, self.traits)
 
     def matmul(self, columns: int, depth: int, *, bias: bool, flat: bool) -> PrimFunc:
-        return matmul.packed_matmul(columns, depth, self.traits, bias=bias, flat=flat)
+        return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat)
 
     def embedding(self, columns: int, depth: int) -> PrimFunc:
-        return matmul.packed_embedding(columns, depth, self.traits)
+        return _packed_embedding(columns, depth, self.traits)
