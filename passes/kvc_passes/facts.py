@@ -11,6 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+FloatName = Literal["float32", "float16", "bfloat16"]
+FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -26,15 +29,23 @@ class Roles:
 
 @dataclass(frozen=True)
 class MaskFact:
-    """The proved predicate m(q_pos, k_pos) of an attention site.
+    """The proved predicate m(q, k) of an attention site: whether the query at position q sees the key at k.
 
-    causal: k_pos <= q_pos.   window: q_pos - window < k_pos <= q_pos.
+    causal: k <= q.
+    window: q - window < k <= q.
+    chunk: k <= q and q // chunk == k // chunk.
+    sinks: k <= q and (k < sinks or q - window < k).
+    predicate: anything else that implies k <= q.
     """
 
-    kind: Literal["causal", "window"]
+    kind: Literal["causal", "window", "chunk", "sinks", "predicate"]
     window: int | None
     proof: str
     """How it was proved, in words, for `kvc inspect`."""
+    chunk: int | None = None
+    sinks: int | None = None
+    predicate: str = "k <= q"
+    """m as a Python expression over the ints q (position), k (position) and h (query head)."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +64,21 @@ class AttentionSite:
     mask: MaskFact
     rope: str | None
     """How q and k are rotated before the scores ("rotate_half"), None without rotary positions."""
+    slopes: tuple[float, ...] | None = None
+    """ALiBi: slopes[h] * (k - q) is added to the scores of head h, after the softcap; None for no bias."""
+    sinks: bool = False
+    """Whether each head has a learned score that takes part in the softmax and has no value."""
+    kv_dtype: FloatName = "float32"
+    """The type that the graph computes keys and values in, and that they are stored in."""
 
     @property
     def group(self) -> int:
         """Query heads that share one KV head (GQA)."""
         return self.heads // self.kv_heads
 
-    def token_bytes(self, element: int = 4) -> int:
+    def token_bytes(self) -> int:
         """Bytes of K and V kept for one token."""
-        return self.kv_heads * (self.head_dim + self.value_dim) * element
+        return self.kv_heads * (self.head_dim + self.value_dim) * FLOAT_BYTES[self.kv_dtype]
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,29 @@ class ModelFacts:
     def kv_token_bytes(self) -> int:
         """Bytes of KV state that one token of context takes over all layers."""
         return sum(s.token_bytes() for s in self.sites)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the numbers of a constant matrix are stored.
+
+    Floats stand for themselves. Codes are unsigned: the weight is (code - zero) * scale, where `block`
+    consecutive inputs of one output share a scale and a zero point.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16", "uint4", "uint8"] = "float32"
+    block: int = 0
+    """Inputs that share a scale, for codes; the last block of a row may be shorter. 0 for floats."""
+    scales: FloatName = "float32"
+    zeros: bool = False
+    """Whether every block has a zero point of its own; else it is 8 (uint4) or 128 (uint8)."""
+
+    @property
+    def coded(self) -> bool:
+        return self.dtype in ("uint4", "uint8")
+
+
+FLOAT32 = WeightFormat()
 
 
 @dataclass(frozen=True)

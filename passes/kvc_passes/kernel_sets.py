@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tvm.tirx import PrimFunc
 
-from .facts import AttentionSite
+from .facts import AttentionSite, WeightFormat
+
+
+class TensorType(NamedTuple):
+    """A tensor that is stored: its dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class AttentionKernels(Protocol):
-    """Kernels over paged KV state. Pools: k [pages, g, e, page], v [pages, g, page, f]."""
+    """Kernels over paged KV state. Pools: k [pages, g, e, page], v [pages, g, page, f] of site.kv_dtype.
+
+    Everything else that is a float is float32. `extras` are, in this order and where the site has them:
+    slopes f32 [h] (ALiBi, multiplied with key position - query position) and sinks f32 [h] (learned scores).
+    """
 
     @property
     def page_size(self) -> int:
@@ -23,30 +34,30 @@ class AttentionKernels(Protocol):
         """(k [1,g,n,e], v [1,g,n,f], slots i32 [n], k pool, v pool): writes the pools in place."""
 
     def prefill(self, site: AttentionSite) -> PrimFunc:
-        """(q [1,h,n,e], k pool, v pool, positions i64 [n], tiles i32 [t,3], table i32 [b,m], out).
+        """(q [1,h,n,e], k pool, v pool, positions i64 [n], tiles i32 [t,3], table i32 [b,m], *extras, out).
 
         out is [1,n,h,f].
         """
 
     def decode(self, site: AttentionSite) -> PrimFunc:
-        """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], part, out).
+        """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], *extras, part, out).
 
         part is [b,splits,h,f+2], out [1,b,h,f].
         """
 
 
 class MatmulKernels(Protocol):
-    """Products with constant matrices, which may be stored in a layout of the kernels' own."""
+    """Products with constant matrices, which are stored in a layout of the kernels' own."""
 
     @property
     def panel(self) -> int:
         """Columns of a weight that stand together; weights may be joined at multiples of it."""
 
-    def packed_shape(self, columns: int, depth: int) -> tuple[int, ...]:
-        """Shape of the packed form of a weight [columns, depth]."""
+    def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
+        """The tensors of a packed weight [columns, depth]: the data; for codes then scales, then zeros."""
 
-    def matmul(self, columns: int, depth: int, *, bias: bool, flat: bool) -> PrimFunc:
-        """(x [1,m,depth], w packed, [bias [columns]], y [1,m,columns], or [m,columns] if flat)."""
+    def matmul(self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool) -> PrimFunc:
+        """(x f32 [1,m,depth], *packed, [bias f32 [columns]], y f32 [1,m,columns], or [m,columns] if flat)."""
 
-    def embedding(self, columns: int, depth: int) -> PrimFunc:
-        """(w packed, ids i64 [1,n], y [1,n,depth]): rows of the unpacked weight."""
+    def embedding(self, columns: int, depth: int, format: WeightFormat) -> PrimFunc:
+        """(*packed, ids i64 [1,n], y f32 [1,n,depth]): rows of the unpacked weight."""

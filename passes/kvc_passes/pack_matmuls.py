@@ -10,6 +10,7 @@ from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 
 from .base import Result
+from .facts import FLOAT32
 from .graph import Graph, dims, graph_of, op_name, operands, same_shape, static
 from .kernel_sets import MatmulKernels
 from .rebuild import drop_params, rebuild
@@ -96,10 +97,10 @@ class PackMatmuls:
         return Result(module, len(products) + len(lookups), recipes)
 
     def _parameter(self, weight: PackedWeight) -> relax.Var:
-        shape = self.kernels.packed_shape(weight.columns, weight.depth)
+        (data,) = self.kernels.packed(weight.columns, weight.depth, FLOAT32)
         first = weight.sources[0]
         name = f"{first.name}_packed" if first.transposed else f"{first.name}_packed_rows"
-        return relax.Var(name, relax.TensorType(shape, "float32"))
+        return relax.Var(name, relax.TensorType(data.shape, data.dtype))
 
     def _lookup(
         self, graph: Graph, var: relax.Var, packed: Mapping[PackedWeight, relax.Var]
@@ -130,7 +131,9 @@ class PackMatmuls:
     ) -> relax.Expr:
         key = ("packed_embedding", recipe.columns, recipe.depth)
         if key not in made:
-            made[key] = builder.add_func(self.kernels.embedding(recipe.columns, recipe.depth), key[0])
+            made[key] = builder.add_func(
+                self.kernels.embedding(recipe.columns, recipe.depth, FLOAT32), key[0]
+            )
         shape = [*dims(value.args[1]), tirx.IntImm("int64", recipe.depth)]
         return relax.op.call_tir(made[key], [weight, value.args[1]], relax.TensorType(shape, "float32"))
 
@@ -145,7 +148,9 @@ class PackMatmuls:
         columns, depth, bias = match.weight.columns, match.weight.depth, match.bias is not None
         key = (MATMUL, columns, depth, bias)
         if key not in made:
-            made[key] = builder.add_func(self.kernels.matmul(columns, depth, bias=bias, flat=False), MATMUL)
+            made[key] = builder.add_func(
+                self.kernels.matmul(columns, depth, FLOAT32, bias=bias, flat=False), MATMUL
+            )
         leading = dims(x)[:-1]
         if len(leading) == 1:
             one = [tirx.IntImm("int64", 1), *leading]

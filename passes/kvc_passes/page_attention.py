@@ -11,8 +11,8 @@ from .base import Result
 from .facts import AttentionSite
 from .graph import dims, op_name
 from .kernel_sets import AttentionKernels
+from .markers import ATTENTION
 from .rebuild import insert_params, rebuild
-from .recognize_attention import ATTENTION
 
 
 @dataclass(frozen=True)

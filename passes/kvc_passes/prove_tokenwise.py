@@ -13,8 +13,8 @@ from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, graph_of, op_name, operands, static
+from .markers import ATTENTION
 from .nodes import NodeNames
-from .recognize_attention import ATTENTION
 from .regroup import regroup
 
 _ELEMENTWISE = frozenset(

@@ -11,10 +11,9 @@ from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import graph_of
+from .markers import ATTENTION
 from .nodes import NodeNames
 from .rebuild import rebuild
-
-ATTENTION = "kvc.attention"
 
 
 @dataclass(frozen=True)

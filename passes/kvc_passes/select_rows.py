@@ -9,8 +9,8 @@ from tvm import IRModule, relax, tirx
 
 from .base import Result
 from .graph import dims, graph_of, op_name, operands
+from .markers import ATTENTION
 from .rebuild import insert_params, rebuild, substitute
-from .recognize_attention import ATTENTION
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tvm import IRModule, relax, te
 
 from .base import Result
+from .facts import FLOAT32
 from .graph import dims, graph_of, op_name
 from .kernel_sets import MatmulKernels
 from .pack_matmuls import MATMUL, PackedWeight
@@ -41,7 +42,9 @@ class WriteLogits:
             if weight in self.recipes:
                 recipe = self.recipes[weight]
                 args = list(value.args[1].fields)
-                kernel = self.kernels.matmul(recipe.columns, recipe.depth, bias=len(args) == 3, flat=True)
+                kernel = self.kernels.matmul(
+                    recipe.columns, recipe.depth, FLOAT32, bias=len(args) == 3, flat=True
+                )
                 call = builder.add_func(kernel, "packed_matmul_logits")
                 return relax.op.call_tir_inplace(call, [*args, logits], [len(args)], logits.ty)
             source = builder.emit(value)

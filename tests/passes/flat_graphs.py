@@ -13,8 +13,8 @@ from kvc.kernels.cpu import CpuAttention, CpuProducts
 from kvc.kernels.traits import default_target
 from kvc_passes.facts import Roles
 from kvc_passes.flatten_tokens import FlattenTokens
+from kvc_passes.markers import ATTENTION
 from kvc_passes.nodes import NodeNames
-from kvc_passes.recognize_attention import ATTENTION
 from support import Draft, floats, module_of, param, site, symbol
 
 VOCAB, WIDTH, HEADS, KV_HEADS, DIM, CONTEXT = 48, 16, 4, 2, 8, 64

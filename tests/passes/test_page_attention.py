@@ -22,8 +22,8 @@ from tvm import IRModule, tirx
 
 from kvc_passes.facts import MaskFact
 from kvc_passes.graph import Graph, op_name
+from kvc_passes.markers import ATTENTION
 from kvc_passes.page_attention import PageAttention
-from kvc_passes.recognize_attention import ATTENTION
 from kvc_passes.select_rows import SelectRows
 from support import Compiled, ops, params_of, run_markers, shape_of
 

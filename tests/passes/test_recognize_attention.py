@@ -12,7 +12,8 @@ from tvm.relax import op
 
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.graph import Graph, op_name
-from kvc_passes.recognize_attention import ATTENTION, RecognizeAttention
+from kvc_passes.markers import ATTENTION
+from kvc_passes.recognize_attention import RecognizeAttention
 from support import attend, module_of, ops, param, run, run_markers, symbol
 
 TOLERANCE = 2e-6  # float32 against float64 sums of 8 products and a softmax over 11 keys, values of order 1

@@ -8,7 +8,8 @@ from functools import lru_cache
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
-from kvc_passes.facts import AttentionSite
+from kvc_passes.facts import AttentionSite, WeightFormat
+from kvc_passes.kernel_sets import TensorType
 
 from . import attention, matmul
 from .traits import CpuTraits
@@ -76,11 +77,11 @@ class CpuProducts:
     def panel(self) -> int:
         return matmul.panel(self.traits)
 
-    def packed_shape(self, columns: int, depth: int) -> tuple[int, ...]:
-        return matmul.packed_shape(columns, depth, self.traits)
+    def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
+        return (TensorType("float32", matmul.packed_shape(columns, depth, self.traits)),)
 
-    def matmul(self, columns: int, depth: int, *, bias: bool, flat: bool) -> PrimFunc:
+    def matmul(self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool) -> PrimFunc:
         return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat)
 
-    def embedding(self, columns: int, depth: int) -> PrimFunc:
+    def embedding(self, columns: int, depth: int, format: WeightFormat) -> PrimFunc:
         return _packed_embedding(columns, depth, self.traits)
