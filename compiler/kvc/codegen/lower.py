@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax, tirx, transform
 from tvm.ir import GlobalVar
 from tvm.relax import PyExprMutator, expr_functor
 from tvm.target import Target
@@ -16,6 +16,7 @@ from ..kernels.schedule import schedule_elementwise
 from ..kernels.traits import CpuTraits
 from ..kernels.vector_math import replace_math
 from ..pipeline import Phase, Runner
+from .legalize import legalize_ops
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def lower(mod: IRModule, phase: Phase, target: Target, runner: Runner) -> IRModu
         mod = runner.apply_tvm(
             mod,
             f"{label}fuse",
-            relax.transform.LegalizeOps(),
+            transform.module_pass(lambda mod, context: legalize_ops(mod), opt_level=0),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
