@@ -21,6 +21,7 @@ from kvc_passes.conditions import Choice
 from kvc_passes.facts import AttentionSite, MaskFact
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.nodes import NodeNames
+from kvc_passes.predicates import holds
 
 
 def symbol(name: str) -> tirx.Var:
@@ -113,7 +114,12 @@ def site(index: int = 0, **changes: Any) -> AttentionSite:
 
 
 def attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, facts: AttentionSite, dtype: Any = np.float64
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    facts: AttentionSite,
+    sinks: np.ndarray | None = None,
+    dtype: Any = np.float64,
 ) -> np.ndarray:
     """What a site's facts promise: [b,h,s,e], [b,g,t,e], [b,g,t,f] -> [b,s,h,f]; the s last keys are new."""
     q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -121,15 +127,19 @@ def attend(
     scores = np.einsum("bhse,bhte->bhst", q, k) * facts.scale
     if facts.softcap is not None:
         scores = facts.softcap * np.tanh(scores / facts.softcap)
+    head = np.arange(facts.heads)[:, None, None]
     position = np.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]
     key = np.arange(k.shape[2])[None]
-    seen = key <= position
-    if facts.mask.window is not None:
-        seen &= key > position - facts.mask.window
+    if facts.slopes is not None:
+        scores = scores + np.array(facts.slopes)[:, None, None] * (key - position)
+    seen = np.vectorize(functools.partial(holds, facts.mask.predicate))(position, key, head)
     scores = np.where(seen, scores, -np.inf)
+    if sinks is not None:
+        column = np.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        scores = np.concatenate([scores, column], -1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bhst,bhtf->bshf", weights, v)
+    return np.einsum("bhst,bhtf->bshf", weights[..., : k.shape[2]], v)
 
 
 _SITES: list[AttentionSite] = []
@@ -138,8 +148,8 @@ _SITES: list[AttentionSite] = []
 @functools.cache
 def _define_marker() -> None:
     @tvm_ffi.register_global_func("kvc.attention")
-    def marker(q: Any, k: Any, v: Any, index: int) -> Any:
-        result = attend(q.numpy(), k.numpy(), v.numpy(), _SITES[index])
+    def marker(q: Any, k: Any, v: Any, index: int, *sinks: Any) -> Any:
+        result = attend(q.numpy(), k.numpy(), v.numpy(), _SITES[index], *(s.numpy() for s in sinks))
         return tvm.runtime.tensor(result.astype(np.float32))
 
 

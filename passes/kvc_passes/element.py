@@ -16,6 +16,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.sym import Analyzer, ProofStrength
 
+from .affine import Affine
 from .conditions import Choice, Unprovable, choose, is_condition
 from .element_rules import RULES
 from .graph import Graph, op_name, static
@@ -65,7 +66,7 @@ class Elements:
             raise Unprovable(f"uses {name} in a form that has no element rule ({reason})") from error
 
     def simplify(self, value: Any) -> Any:
-        if isinstance(value, (bool, int, float, Choice)):
+        if isinstance(value, (bool, int, float, Choice, Affine)):
             return value
         value = self.analyzer.simplify(value)
         if isinstance(value, tirx.IntImm):

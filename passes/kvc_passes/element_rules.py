@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import relax, tirx
 
+from .affine import Affine
+from .arithmetic_rules import ARITHMETIC
 from .conditions import Unprovable, as_condition, both, choose, either, is_condition, lift, negate
 from .graph import dims, operands, static
 from .indices import bind_index, int64
@@ -30,6 +32,19 @@ def _elementwise(function: Callable[..., Any]) -> Callable[[Elements, relax.Call
         return lift(lambda *v: elements.simplify(function(*v)), *values)
 
     return rule
+
+
+def _divide(elements: Elements, call: relax.Call, index: Index) -> Any:
+    """Floats divide; integers drop the remainder, which is the floor where nothing is negative."""
+    if "int" not in str(call.ty.dtype.dtype):
+        return _elementwise(ARITHMETIC["divide"])(elements, call, index)
+
+    def rule(x: Any, y: Any) -> Any:
+        if not isinstance(x, (int, float)) and not elements.prove(x >= 0):
+            raise Unprovable("divides an integer that may be negative")
+        return ARITHMETIC["divide" if isinstance(x, int) else "floor_divide"](x, y)
+
+    return _elementwise(rule)(elements, call, index)
 
 
 def _where(elements: Elements, call: relax.Call, index: Index) -> Any:
@@ -71,6 +86,10 @@ def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
     def convert(v: Any) -> Any:
         if isinstance(v, (bool, int, float)):
             return type(one)(v)
+        if isinstance(v, Affine):
+            if one == 1 and isinstance(one, int):
+                raise Unprovable("rounds a value that depends on the position")
+            return v
         return choose(v, one, type(one)(0)) if is_condition(v) else v
 
     return lift(convert, value)
@@ -203,6 +222,23 @@ def _cumsum(elements: Elements, call: relax.Call, index: Index) -> Any:
     return 0
 
 
+def _sum(elements: Elements, call: relax.Call, index: Index) -> Any:
+    """A sum of values that are all the same number."""
+    shape = dims(call.args[0])
+    axes = range(len(shape)) if call.attrs.axis is None else [int(a) % len(shape) for a in call.attrs.axis]
+    rest = iter([i for a, i in enumerate(index) if a not in axes] if call.attrs.keepdims else index)
+    inside = [
+        bind_index(elements.analyzer, "summand", d) if a in axes else next(rest) for a, d in enumerate(shape)
+    ]
+    summand = elements.simplify(elements.at(call.args[0], inside))
+    if not isinstance(summand, (int, float)) or not float(summand).is_integer():
+        raise Unprovable("sums values that are not all the same number")
+    count: Any = int(summand)
+    for axis in axes:
+        count = elements.simplify(int64(count) * int64(shape[axis]))
+    return count
+
+
 def _is_zero(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return value == 0
@@ -230,52 +266,19 @@ def _shape_to_tensor(elements: Elements, call: relax.Call, index: Index) -> Any:
     return elements.simplify(shape.values[at] if isinstance(shape, relax.ShapeExpr) else shape.ty.values[at])
 
 
-def _logic(symbolic: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    return _elementwise(symbolic)
-
-
-def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    return _elementwise(
-        lambda x, y: (
-            function(x, y)
-            if isinstance(x, (int, float)) and isinstance(y, (int, float))
-            else function(_number(x), _number(y))
-        )
-    )
-
-
-def _quotient(x: Any, y: Any) -> Any:
-    if isinstance(x, (int, float)) and isinstance(y, (int, float)):
-        return x / y
-    raise Unprovable("divides by or of an index")
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise Unprovable(f"mixes the number {value} with an index")
-        return tirx.IntImm("int64", int(value))
-    return int64(value)
-
-
 RULES: dict[str, Callable[[Elements, Any, Index], Any]] = {
-    "add": _arithmetic(lambda x, y: x + y),
-    "subtract": _arithmetic(lambda x, y: x - y),
-    "multiply": _arithmetic(lambda x, y: x * y),
-    "divide": _arithmetic(_quotient),
-    "maximum": _arithmetic(lambda x, y: max(x, y) if isinstance(x, (int, float)) else tirx.max(x, y)),
-    "minimum": _arithmetic(lambda x, y: min(x, y) if isinstance(x, (int, float)) else tirx.min(x, y)),
-    "negative": _elementwise(lambda x: -x),
+    **{name: _elementwise(rule) for name, rule in ARITHMETIC.items()},
+    "divide": _divide,
     "less": _compare(lambda x, y: x < y),
     "less_equal": _compare(lambda x, y: x <= y),
     "greater": _compare(lambda x, y: x > y),
     "greater_equal": _compare(lambda x, y: x >= y),
     "equal": _elementwise(_equal),
     "not_equal": _elementwise(lambda x, y: negate(_equal(x, y))),
-    "logical_and": _logic(both),
-    "logical_or": _logic(either),
-    "bitwise_and": _logic(both),
-    "bitwise_or": _logic(either),
+    "logical_and": _elementwise(both),
+    "logical_or": _elementwise(either),
+    "bitwise_and": _elementwise(both),
+    "bitwise_or": _elementwise(either),
     "logical_not": _elementwise(negate),
     "bitwise_not": _elementwise(negate),
     "where": _where,
@@ -294,6 +297,7 @@ RULES: dict[str, Callable[[Elements, Any, Index], Any]] = {
     "take": _take,
     "gather_nd": _gather_nd,
     "cumsum": _cumsum,
+    "sum": _sum,
     "tril": _triangle(True),
     "triu": _triangle(False),
     "shape_to_tensor": _shape_to_tensor,

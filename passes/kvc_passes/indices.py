@@ -8,6 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.ir import Range
 from tvm.sym import Analyzer
+from tvm_ffi import structural_map
 
 LARGEST = 1 << 31  # more tokens than any extent has
 _NUMBERS = count()
@@ -29,3 +30,10 @@ def bind_extent(analyzer: Analyzer, extent: Any, least: int) -> None:
     """Tell the analyzer that a symbolic extent is at least `least`; constants need no telling."""
     if isinstance(extent, tirx.Var):
         analyzer.bind(extent, Range(int64(least), int64(LARGEST)), True)
+
+
+def replaced(expression: Any, var: tirx.Var, value: Any) -> Any:
+    """An index expression with `value` in the place of `var`; Python ints have no variables."""
+    if isinstance(expression, int):
+        return expression
+    return structural_map(expression, (tirx.Var, lambda v: int64(value) if v.same_as(var) else v))

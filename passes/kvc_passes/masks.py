@@ -1,98 +1,194 @@
-"""Proving which keys a query sees: a mask's element as a predicate, shown equal to a known family."""
+"""Proving which keys a query sees: a mask's element as a predicate, shown equal to a known family.
+
+Biases of the position that are added to the scores (ALiBi) come out of the same elements.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from tvm import relax, tirx
 
-from .conditions import Unprovable, as_condition, both, either, lift, negate
+from .affine import Affine, slope
+from .conditions import Choice, Unprovable, as_condition, both, either, lift, negate
 from .element import Elements
 from .facts import MaskFact
+from .indices import replaced
+from .mask_families import decoder_families, other_families
+from .predicates import CAUSAL, counter_example, to_text
 
-HIDDEN = -1e9
-"""Scores at or below this have no weight: products of activations do not come near it."""
+HIDDEN = -1e4
+"""Scores at or below this have no weight: products of activations do not come near it, and exp(-1e4) is 0."""
 
 
-def _visible(value: Any) -> bool:
-    """Whether an additive mask's constant shows a key (0) or hides it (a large negative number)."""
-    if isinstance(value, bool):
-        return value
-    if value == 0:
-        return True
-    if value <= HIDDEN:
-        return False
-    raise Unprovable(f"adds {value} to some scores, which neither shows nor hides a key")
+@dataclass(frozen=True)
+class Mask:
+    """One mask of an attention.
+
+    use: "add" to the scores, "keep" (true shows), "drop" (true hides).
+    index: where it is read for the score [batch, head, query, key].
+    """
+
+    value: relax.Expr
+    use: Literal["add", "keep", "drop"]
+    index: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The symbols of a score: batch, head, query index, key index; past; the query's position."""
+
+    heads: int
+    head: Any
+    query: Any
+    key: Any
+    past: Any
+
+    @property
+    def position(self) -> Any:
+        return self.query + self.past
+
+
+def predicate_of(elements: Elements, masks: Sequence[Mask]) -> Any:
+    """Whether the masks together show the key. Raises Unprovable."""
+    shown: Any = True
+    for mask in masks:
+        value = elements.at(mask.value, list(mask.index))
+        if mask.use == "add":
+            part = as_condition(lift(_shown, value))
+        else:
+            part = as_condition(value)
+            part = negate(part) if mask.use == "drop" else part
+        shown = both(shown, part)
+    return shown
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, (bool, int, float)):
-        return _visible(value)
-    raise Unprovable(f"adds an expression of the position ({value}) to the scores")
+    """Whether a mask's number shows the key: what is added to shown scores is their bias."""
+    number = value.constant if isinstance(value, Affine) else value
+    return not (isinstance(number, (int, float)) and not isinstance(number, bool) and number <= HIDDEN)
 
 
-def prove_mask(
-    elements: Elements,
-    masks: list[tuple[relax.Expr, str]],
-    query: Any,
-    key: Any,
-    index: list[Any],
-    position: Any,
-) -> MaskFact:
-    """Prove that the masks together are causal or causal with a window.
+def bias_of(elements: Elements, masks: Sequence[Mask], key: Any) -> float:
+    """The number by which the sum of the masks grows from one shown key to the next. Raises Unprovable."""
+    total = 0.0
+    for mask in (m for m in masks if m.use == "add"):
+        here = _only(_visible(elements.at(mask.value, list(mask.index))))
+        after = [replaced(i, key, key + 1) for i in mask.index]
+        there = _only(_visible(elements.at(mask.value, after)))
+        step = slope(here, there, elements.simplify)
+        if step is None:
+            raise Unprovable(f"adds an expression of the position ({_describe(here)}) to the scores")
+        total += step
+    return total
 
-    Args:
-        elements: element expressions; its analyzer has bounds for `query` and `key`.
-        masks: each mask and how it is used: "add" to the scores, "keep" (true shows), "drop" (true hides).
-        query: index of the query in the sequence axis; key: index of the key.
-        index: the index into the scores, [batch, head, query, key].
-        position: the query's position, query + past.
+
+def _visible(value: Any) -> Iterator[Any]:
+    if isinstance(value, Choice):
+        yield from _visible(value.then)
+        yield from _visible(value.other)
+    elif _shown(value):
+        yield value
+
+
+def _only(values: Iterator[Any]) -> Any:
+    """The one value that shown keys have."""
+    found = list(values) or [0.0]
+    first = found[0]
+    if any(isinstance(v, (Affine, tirx.Expr)) or v != first for v in found[1:]):
+        raise Unprovable(
+            f"adds {_describe(found[-1])} to some scores and {_describe(first)} to others: it neither shows "
+            "nor hides a key"
+        )
+    return first
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Affine):
+        return " + ".join([f"{c:g} * ({e})" for e, c in value.terms] + [f"{value.constant:g}"])
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def prove_mask(elements: Elements, predicate: Any, place: Place) -> MaskFact:
+    """Prove that a predicate is one of a decoder's.
 
     Raises:
-        Unprovable: with the reason.
+        Unprovable: a token would see later ones, with a counter-example; or the predicate has no spelling.
     """
-    predicate: Any = True
-    for mask, use in masks:
-        rank = len(mask.ty.shape.values)
-        aligned = [0 if _is_one(d) else i for d, i in zip(mask.ty.shape.values, index[len(index) - rank :])]
-        value = elements.at(mask, aligned)
-        if use == "add":
-            shown = as_condition(lift(_shown, value))
-        else:
-            shown = as_condition(value)
-            shown = negate(shown) if use == "drop" else shown
-        predicate = both(predicate, shown)
     if isinstance(predicate, bool):
         raise Unprovable(
             "shows every key: the attention is bidirectional" if predicate else "hides every key"
         )
-    causal = key <= position
-    if _equivalent(elements, predicate, causal):
-        return MaskFact("causal", None, "SMT: for all query, key, past: mask == (key <= query + past)")
-    for window in _windows(predicate):
-        if _equivalent(elements, predicate, tirx.And(causal, key > position - window)):
-            proof = f"SMT: for all query, key, past: mask == (query + past - {window} < key <= query + past)"
-            return MaskFact("window", window, proof)
-    raise Unprovable(
-        f"is neither causal nor a causal window; its predicate is {elements.simplify(predicate)}"
+    position, key = place.position, place.key
+    for family in decoder_families(predicate, position, key):
+        if equivalent(elements, predicate, family.condition):
+            text = family.text.replace("q", "(query + past)").replace("k ", "key ")
+            return family.fact(f"SMT: for all query, key, past: mask == ({text})")
+    if not elements.prove(either(negate(predicate), key <= position)):
+        raise Unprovable(_not_causal(elements, predicate, place))
+    if not elements.prove(either(negate(tirx.EQ(key, position)), predicate)):
+        raise Unprovable(
+            f"is not proved to show a token itself; its predicate is {elements.simplify(predicate)}"
+        )
+    text = _text(elements, predicate, place)
+    return MaskFact(
+        "predicate",
+        None,
+        "SMT: for all query, key, past: mask implies key <= query + past",
+        predicate=f"{CAUSAL} and {text}",
     )
 
 
-def _is_one(dim: Any) -> bool:
-    return isinstance(dim, tirx.IntImm) and dim.value == 1
+def _not_causal(elements: Elements, predicate: Any, place: Place) -> str:
+    """Why a predicate is no decoder's mask."""
+    for condition, what in other_families(predicate, place.position, place.key):
+        if equivalent(elements, predicate, condition):
+            return f"{what}; a decoder's tokens see only earlier ones"
+    shown = elements.simplify(predicate)
+    try:
+        text = _text(elements, predicate, place)
+    except Unprovable:
+        return f"is not proved to hide later keys; its predicate is {shown}"
+    wrong = counter_example(f"({text}) and k > q", "False", place.heads)
+    if wrong is None:
+        return f"is not proved to hide later keys; its predicate is {text}"
+    return f"lets the token at position {wrong[0]} see the later key {wrong[1]}; its predicate is {text}"
 
 
-def _equivalent(elements: Elements, a: Any, b: Any) -> bool:
+def _text(elements: Elements, predicate: Any, place: Place) -> str:
+    """The predicate over positions: query = q - past, where past must cancel."""
+    q = tirx.Var("q", "int64")
+    shifted = replaced(predicate, place.query, q - place.past)
+    shifted = elements.analyzer.simplify(shifted)
+    return to_text(shifted, {q: "q", place.key: "k", place.head: "h"})
+
+
+def equivalent(elements: Elements, a: Any, b: Any) -> bool:
+    """Whether two conditions are proved to be the same for all values of their symbols."""
     return elements.prove(either(negate(a), b)) and elements.prove(either(a, negate(b)))
 
 
-def _windows(predicate: Any) -> list[int]:
-    """Window sizes that the constants of a predicate suggest."""
-    found: set[int] = set()
-    stack = [predicate]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, tirx.IntImm):
-            found.update(abs(int(node.value)) + d for d in (-1, 0, 1))
-        stack.extend(getattr(node, name) for name in ("a", "b") if hasattr(node, name))
-    return sorted(w for w in found if w > 0)
+def prove_padding(elements: Elements, masks: Sequence[Mask], real: Any, fact: MaskFact, place: Place) -> bool:
+    """Whether the attention mask does nothing but hide padding: with it, the predicate is the proved one for
+    real keys and false for others. `real` is the attention mask's element of the key."""
+    try:
+        predicate = predicate_of(elements, masks)
+    except Unprovable:
+        return False
+    if isinstance(predicate, bool):
+        return False
+    family = next(
+        (f for f in decoder_families(predicate, place.position, place.key) if f.text == fact.predicate), None
+    )
+    if family is None:
+        return False
+    seen = tirx.And(family.condition, tirx.EQ(real, tirx.IntImm("int64", 1)))
+    return equivalent(elements, predicate, seen)
+
+
+def with_padding(fact: MaskFact, proved: bool) -> MaskFact:
+    """The fact, with what is known of the attention mask."""
+    what = "the attention mask hides padding and nothing else" if proved else "for batches without padding"
+    return replace(fact, proof=f"{fact.proof}; {what}")

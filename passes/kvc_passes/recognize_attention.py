@@ -18,15 +18,16 @@ from .rebuild import rebuild
 
 @dataclass(frozen=True)
 class RecognizeAttention:
-    """One marker a site: `kvc.attention(q, k, v, site)`.
+    """One marker a site: `kvc.attention(q, k, v, site, [sinks])`.
 
-    Before: `softmax(cap(scale * q @ k^T) + mask) @ v` spelled out in any order of scales, layouts and casts;
-        k and v may be concatenated with a past.
-    After: `call_pure_packed("kvc.attention", q [b,h,s,e], k [b,g,s,e], v [b,g,s,f], site)` -> [b,s,h,f] with
-        the new keys and values only; the function returns the logits alone.
+    Before: `softmax(cap(scale * q @ k^T) + mask) @ v` spelled out in any order of scales, layouts and casts,
+        or as a marker `kvc.sdpa`; k and v may be concatenated with a past.
+    After: `call_pure_packed("kvc.attention", q [b,h,s,e], k [b,g,s,e], v [b,g,s,f], site, [sinks [h]])` ->
+        [b,s,h,f] with the new keys and values only; the function returns the logits alone.
     Needs: the importer's binding names; inputs in the roles of `roles`.
-    Refuses: a softmax that is no attention, heads that are not repeated in order (GQA), a mask that is
-        neither causal nor a causal window, a past that is not concatenated before the new keys.
+    Refuses: a softmax that is no attention, heads that are not repeated in order (GQA), a mask that lets a
+        token see later ones or has no predicate, a bias that is not linear in the key's position, a past that
+        is not concatenated before the new keys.
     """
 
     roles: Roles
@@ -55,10 +56,15 @@ class RecognizeAttention:
 
 
 def _marker(builder: relax.BlockBuilder, match: Match, values: dict[relax.Var, relax.Expr]) -> relax.Expr:
-    query, key, value = (values.get(v, v) for v in (match.query, match.key, match.value))
+    operands = [match.query, match.key, match.value, *([match.sinks] if match.sinks is not None else [])]
+    query, key, value, *sinks = (values.get(v, v) for v in operands)
     batch, heads, sequence, _ = match.query.ty.shape.values
     out = relax.TensorType((batch, sequence, heads, match.site.value_dim), match.query.ty.dtype.dtype)
-    marker = relax.op.call_pure_packed(
-        ATTENTION, query, key, value, relax.prim_value(match.site.index), ty_args=out
-    )
-    return marker if match.transposed else relax.op.permute_dims(builder.emit(marker), [0, 2, 1, 3])
+    index = relax.prim_value(match.site.index)
+    marker = relax.op.call_pure_packed(ATTENTION, query, key, value, index, *sinks, ty_args=out)
+    if match.transposed:
+        return marker
+    result = relax.op.permute_dims(builder.emit(marker), [0, 2, 1, 3])
+    if len(match.output.ty.shape.values) == 4:
+        return result
+    return relax.op.reshape(builder.emit(result), match.output.ty.shape)

@@ -17,6 +17,7 @@ from tvm.ir import Range
 from tvm.relax import op
 from tvm.sym import Analyzer
 
+from kvc_passes.affine import Affine
 from kvc_passes.conditions import Unprovable
 from kvc_passes.element import Elements
 from kvc_passes.graph import Graph, dims, static
@@ -354,8 +355,8 @@ def test_an_input_has_no_element() -> None:
 
 
 def test_an_operation_without_a_rule_is_named() -> None:
-    with pytest.raises(Unprovable, match="uses the operation exp, which has no element rule"):
-        element(lambda emit, t: emit(op.exp(emit(op.ones([S], "float32")))), 0)
+    with pytest.raises(Unprovable, match="uses the operation sin, which has no element rule"):
+        element(lambda emit, t: emit(op.sin(emit(op.ones([S], "float32")))), 0)
 
 
 @pytest.mark.parametrize(
@@ -431,11 +432,35 @@ def test_a_shape_is_read_as_a_tensor() -> None:
         element(body, symbol("i"))
 
 
-def test_fractions_of_an_index_are_refused() -> None:
-    half = relax.const(0.5, "float32")
+def halves(emit: Draft) -> relax.Var:
+    """0, 0.5, 1, 1.5, ..."""
+    numbers = emit(op.astype(emit(op.arange(0, S, 1, "int64")), "float32"))
+    return emit(op.multiply(numbers, relax.const(0.5, "float32")))
 
-    def body(emit: Draft, tokens: relax.Var) -> relax.Expr:
-        return emit(op.multiply(emit(op.astype(emit(op.arange(0, S, 1, "int64")), "float32")), half))
 
-    with pytest.raises(Unprovable, match=r"mixes the number 0\.5 with an index"):
-        element(body, symbol("i"))
+def test_fractions_of_an_index_are_affine() -> None:
+    i = symbol("i")
+    got = element(lambda emit, tokens: emit(op.subtract(halves(emit), relax.const(3.0, "float32"))), i)
+    assert isinstance(got, Affine)
+    assert got.constant == -3.0
+    assert [(str(e), c) for e, c in got.terms] == [("i", 0.5)]
+
+
+def test_half_an_index_rounded_down_is_an_integer_division() -> None:
+    got = element(lambda emit, tokens: emit(op.floor(halves(emit))), symbol("i"))
+    assert evaluate(got, {"i": 7}) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda emit, half: op.multiply(half, half), "multiplies two values that depend on the position"),
+        (lambda emit, half: op.divide(half, half), "divides by a value that depends on the position"),
+        (lambda emit, half: op.astype(half, "int64"), "rounds a value that depends on the position"),
+        (lambda emit, half: op.exp(half), "takes the exponential of an index"),
+        (lambda emit, half: op.floor(emit(op.add(half, half))), "rounds a value that depends"),
+    ],
+)
+def test_fractions_of_an_index_are_refused_where_they_are_not_affine(body: Any, reason: str) -> None:
+    with pytest.raises(Unprovable, match=reason):
+        element(lambda emit, tokens: emit(body(emit, halves(emit))), symbol("i"))

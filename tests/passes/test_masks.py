@@ -232,6 +232,115 @@ WINDOW = {
     ),
 }
 
+
+def blocks(emit: Emit, c: Context, size: int = W) -> Mask:
+    """Blocks of tokens that see only themselves."""
+    query = emit(op.floor_divide(c.query(emit), i64(size)))
+    return emit(op.equal(query, emit(op.floor_divide(c.key(emit), i64(size)))))
+
+
+def sunk(emit: Emit, c: Context, sinks: int = 2) -> Mask:
+    """A window, and the first keys."""
+    near = emit(op.logical_not(far(emit, c)))
+    first = emit(op.less(c.key(emit), i64(sinks)))
+    return emit(op.logical_and(causal(emit, c), emit(op.logical_or(near, first))))
+
+
+def divided(emit: Emit, c: Context) -> Mask:
+    """Blocks, counted with an integer division."""
+    query, key = (emit(op.divide(x, i64(W))) for x in (c.query(emit), c.key(emit)))
+    return emit(op.logical_and(causal(emit, c), emit(op.equal(query, key))))
+
+
+def every_other(emit: Emit, c: Context) -> Mask:
+    distance = emit(op.subtract(c.query(emit), c.key(emit)))
+    even = emit(op.equal(emit(op.floor_mod(distance, i64(2))), i64(0)))
+    return emit(op.logical_and(causal(emit, c), even))
+
+
+def by_head_window(emit: Emit, c: Context) -> Mask:
+    """Head h sees h + 1 keys."""
+    head = emit(op.reshape(emit(op.arange(0, 4, 1, "int64")), [1, 4, 1, 1]))
+    near = emit(op.less_equal(emit(op.subtract(c.query(emit), c.key(emit))), head))
+    return emit(op.logical_and(causal(emit, c), near))
+
+
+OTHERS = {
+    "chunk": (lambda e, c: e(op.logical_and(causal(e, c), blocks(e, c))), "chunk", W),
+    "chunk by integer division": (divided, "chunk", W),
+    "sinks": (sunk, "sinks", W),
+    "every other key": (every_other, "predicate", None),
+    "a window for every head": (by_head_window, "predicate", None),
+}
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["", "past"])
+@pytest.mark.parametrize(("mask", "kind", "size"), OTHERS.values(), ids=OTHERS)
+def test_other_masks_are_proved_or_kept_as_predicates(
+    mask: Any, kind: str, size: int | None, past: bool
+) -> None:
+    attention = Attention(mask, past=past)
+    (site,) = attention.recognize().facts
+    assert site.mask.kind == kind
+    assert {"chunk": site.mask.chunk, "sinks": site.mask.window, "predicate": None}[kind] == size
+    assert site.mask.sinks == (2 if kind == "sinks" else None)
+    check_numbers(attention, site)
+
+
+def check_numbers(attention: Attention, site: Any) -> None:
+    """The graph computes what the facts of its attention promise."""
+    past = 7 if attention.past else 0
+    inputs = arrays(attention, past=past)
+    (expected,) = run(attention.build()[0], *inputs)
+    q, k, v = inputs[-3:]
+    if past:
+        k, v = (np.concatenate(pair, axis=2) for pair in zip(inputs[3:5], (k, v)))
+    np.testing.assert_allclose(attend(q, k, v, site), expected, rtol=0, atol=TOLERANCE)
+
+
+def alibi(emit: Emit, c: Context) -> Mask:
+    distance = emit(op.subtract(c.key(emit), c.query(emit)))
+    return emit(op.astype(distance, "float32"))
+
+
+def slopes(emit: Emit, c: Context) -> Mask:
+    """A slope a head, times the distance."""
+    table = constant(np.array([0.5, 0.25, 0.125, 0.0625], np.float32).reshape(1, 4, 1, 1))
+    return emit(op.multiply(table, alibi(emit, c)))
+
+
+def slopes_of_key(emit: Emit, c: Context) -> Mask:
+    """The same for a softmax: a slope times the key's position, however many there are."""
+    table = constant(np.array([0.5, 0.25, 0.125, 0.0625], np.float32).reshape(1, 4, 1, 1))
+    position = emit(op.subtract(emit(op.cumsum(c.padding, axis=1)), i64(1)))
+    position = emit(op.multiply(position, c.padding))
+    position = emit(op.reshape(emit(op.astype(position, "float32")), [c.batch, 1, 1, c.total]))
+    return emit(op.multiply(position, table))
+
+
+def alibi_and_causal(emit: Emit, c: Context, scores: Any, mask: Mask) -> Any:
+    """A bias, then a mask."""
+    hidden = emit(op.where(causal(emit, c), f32(0.0), f32(MIN)))
+    return emit(op.add(emit(op.add(scores, mask)), hidden))
+
+
+def alibi_in_mask(emit: Emit, c: Context, scores: Any, mask: Mask) -> Any:
+    """A bias and a mask in one."""
+    hidden = emit(op.where(causal(emit, c), f32(0.0), f32(MIN)))
+    return emit(op.add(scores, emit(op.add(mask, hidden))))
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["", "past"])
+@pytest.mark.parametrize("apply", [alibi_and_causal, alibi_in_mask])
+@pytest.mark.parametrize("mask", [alibi, slopes, slopes_of_key])
+def test_a_bias_that_is_linear_in_the_key_becomes_slopes(mask: Any, apply: Any, past: bool) -> None:
+    attention = Attention(mask, past=past, apply=apply)
+    (site,) = attention.recognize().facts
+    assert site.mask.kind == "causal"
+    assert site.slopes == ((1.0,) * 4 if mask is alibi else (0.5, 0.25, 0.125, 0.0625))
+    check_numbers(attention, site)
+
+
 ACCEPTED = {f"causal: {n}": (a, None) for n, a in CAUSAL.items()}
 ACCEPTED |= {f"window: {n}": pair for n, pair in WINDOW.items()}
 
@@ -241,13 +350,7 @@ def test_a_spelling_is_proved_and_computes_what_was_proved(attention: Attention,
     (site,) = attention.recognize().facts
     assert (site.mask.kind, site.mask.window) == ("causal" if window is None else "window", window)
     assert site.mask.proof.startswith("SMT: for all query, key, past")
-    past = 7 if attention.past else 0
-    inputs = arrays(attention, past=past)
-    (expected,) = run(attention.build()[0], *inputs)
-    q, k, v = inputs[-3:]
-    if past:
-        k, v = (np.concatenate(pair, axis=2) for pair in zip(inputs[3:5], (k, v)))
-    np.testing.assert_allclose(attend(q, k, v, site), expected, rtol=0, atol=TOLERANCE)
+    check_numbers(attention, site)
 
 
 def by_head(emit: Emit, c: Context) -> Mask:
@@ -262,12 +365,6 @@ def by_request(emit: Emit, c: Context) -> Mask:
     return emit(op.logical_or(causal(emit, c), emit(op.greater(row, i64(0)))))
 
 
-def blocks(emit: Emit, c: Context) -> Mask:
-    """Blocks of four tokens that see only themselves."""
-    query = emit(op.floor_divide(c.query(emit), i64(4)))
-    return emit(op.equal(query, emit(op.floor_divide(c.key(emit), i64(4)))))
-
-
 def fixed_blocks(emit: Emit, c: Context) -> Mask:
     """The same, from a constant table."""
     block = np.kron(np.eye(TABLE // 4), np.ones((4, 4))).astype(bool)
@@ -280,9 +377,15 @@ def broken_table(emit: Emit, c: Context) -> Mask:
     return table(emit, c, array)
 
 
-def alibi(emit: Emit, c: Context) -> Mask:
-    distance = emit(op.subtract(c.key(emit), c.query(emit)))
-    return emit(op.astype(distance, "float32"))
+def squared(emit: Emit, c: Context) -> Mask:
+    distance = alibi(emit, c)
+    return emit(op.multiply(distance, emit(op.multiply(distance, f32(0.5)))))
+
+
+def either_way(emit: Emit, c: Context) -> Mask:
+    """The nearest eight keys get more, those behind them less."""
+    near = emit(op.greater(c.key(emit), emit(op.subtract(c.query(emit), i64(8)))))
+    return emit(op.where(near, f32(0.5), f32(-0.5)))
 
 
 def counted(emit: Emit, c: Context) -> Mask:
@@ -301,15 +404,15 @@ def from_data(emit: Emit, c: Context) -> Mask:
 REFUSED = {
     "off by one: without itself": (
         Attention(lambda e, c: e(op.less(c.key(e), c.query(e))), past=True),
-        "neither causal nor a causal window",
+        "not proved to show a token itself",
     ),
     "off by one: with the next": (
         Attention(lambda e, c: e(op.less_equal(c.key(e), e(op.add(c.query(e), i64(1))))), past=True),
-        "neither causal nor a causal window",
+        "lets the token at position 0 see the later key 1",
     ),
     "past forgotten": (
         Attention(lambda e, c: e(op.tril(ones(e, c))), past=True),
-        "neither causal nor a causal window",
+        "not proved to show a token itself",
     ),
     "table read from its first row": (
         Attention(
@@ -320,11 +423,11 @@ REFUSED = {
             ),
             past=True,
         ),
-        "neither causal nor a causal window",
+        "not proved to show a token itself",
     ),
     "reversed": (
         Attention(lambda e, c: e(op.greater_equal(c.key(e), c.query(e)))),
-        "neither causal nor a causal window",
+        "lets the token at position 0 see the later key 1",
     ),
     "window in both directions": (
         Attention(
@@ -335,26 +438,15 @@ REFUSED = {
                 )
             )
         ),
-        "neither causal nor a causal window",
+        "lets the token at position 0 see the later key 1; its predicate is",
     ),
     "prefix seen by all": (
         Attention(lambda e, c: e(op.logical_or(causal(e, c), e(op.less(c.key(e), i64(3)))))),
-        "neither causal nor a causal window",
-    ),
-    "window with sinks": (
-        Attention(
-            lambda e, c: e(
-                op.logical_and(
-                    causal(e, c),
-                    e(op.logical_or(e(op.logical_not(far(e, c))), e(op.less(c.key(e), i64(2))))),
-                )
-            )
-        ),
-        "neither causal nor a causal window",
+        "is a prefix mask: all tokens see the first 3",
     ),
     "window from the start of the call": (
         Attention(lambda e, c: e(op.logical_and(causal(e, c), e(op.greater(c.key(e), i64(W))))), past=True),
-        "neither causal nor a causal window",
+        "not proved to show a token itself",
     ),
     "bidirectional": (
         Attention(lambda e, c: e(op.greater_equal(c.key(e), i64(0)))),
@@ -368,15 +460,17 @@ REFUSED = {
         Attention(lambda e, c: e(op.less(c.key(e), i64(0)))),
         "",
     ),
-    "block-diagonal": (Attention(blocks), "uses the operation floor_divide"),
+    "block-diagonal": (Attention(blocks), "lets the token at position 0 see the later key 1"),
     "block-diagonal table": (Attention(fixed_blocks), "neither uniform nor triangular"),
     "a hole in the table": (Attention(broken_table), "neither uniform nor triangular"),
     "a constant that hides little": (
         Attention(lambda e, c: e(op.where(causal(e, c), f32(0.0), f32(-1.0))), apply=add),
-        "adds -1.0 to some scores",
+        "adds -1 to some scores and 0 to others",
     ),
-    "a bias by distance": (Attention(alibi, apply=add), "adds an expression of the position"),
-    "the attention mask's sum": (Attention(counted), "neither causal nor a causal window"),
+    "a bias by distance": (Attention(alibi, apply=add), "the attention is bidirectional"),
+    "a bias that is not linear": (Attention(squared, apply=alibi_and_causal), "depend on the position"),
+    "a bias of the distance either way": (Attention(either_way, apply=alibi_and_causal), "some scores"),
+    "the attention mask's sum": (Attention(counted), "lets the token at position 0 see the later key 1"),
     "the tokens": (Attention(from_data), "found add"),
     "another mask for every head": (Attention(by_head), "mask cannot be proved"),
     "another mask for every request": (Attention(by_request), "mask cannot be proved"),

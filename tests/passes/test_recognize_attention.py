@@ -229,7 +229,7 @@ def test_heads_repeated_in_turn_are_heads_of_their_own() -> None:
 
 
 REFUSALS = {
-    "no mask": (Attention(mask=None), "it has no mask: every token sees every other"),
+    "no mask": (Attention(mask=None), "the attention is bidirectional"),
     "GQA heads in turn": (Attention(past=True, repeat=heads_in_turn), r"k is not concat\(past, new\)"),
     "softmax over queries": (Attention(softmax=over_queries), "expected a softmax over the last axis"),
     "no head axis": (Attention(softmax=three_dimensions), "expected a softmax over the last axis"),

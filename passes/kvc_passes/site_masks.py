@@ -1,0 +1,147 @@
+"""The masks of one attention read for all heads, proved, and remembered for the layers that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import relax, tirx
+
+from .conditions import Unprovable, both
+from .element import Elements, Index
+from .facts import MaskFact, Roles
+from .graph import Graph, dims, static
+from .indices import bind_index, int64, replaced
+from .masks import Mask, Place, bias_of, equivalent, predicate_of, prove_mask, prove_padding, with_padding
+from .scores import Scores, Symbols
+
+Proved = tuple[MaskFact, tuple[float, ...] | None]
+"""The mask, and the slope of every head of a bias of the position."""
+
+
+class MaskProver:
+    """Proves the masks of one function's attentions."""
+
+    def __init__(self, graph: Graph, roles: Roles, past: Any, sequence: Any) -> None:
+        self.graph, self.roles, self.past, self.sequence = graph, roles, past, sequence
+        self.params = {p.name: p for p in graph.function.params}
+        self._proved: dict[Any, Proved] = {}
+
+    def prove(self, scores: Scores) -> Proved:
+        """Raises Unprovable with what the mask is or does instead."""
+        if scores.condition is True and not scores.masks:
+            raise Unprovable("shows every key: the attention is bidirectional")
+        if scores.condition is not True:
+            return self._prove(scores)
+        used = ((self.graph.alias(m.value), m.use, len(m.index)) for m in scores.masks)
+        key = (scores.symbols.place.heads, *used)
+        if key not in self._proved:
+            self._proved[key] = self._prove(scores)
+        return self._proved[key]
+
+    def _prove(self, scores: Scores) -> Proved:
+        elements = self._elements(scores.symbols, lambda index: 1)
+        self._check_lengths(elements, scores)
+        predicate, slopes = self._read(elements, scores)
+        fact = prove_mask(elements, predicate, scores.symbols.place)
+        if self.roles.attention_mask:
+            fact = with_padding(fact, self._padding(scores, fact, slopes))
+        return fact, slopes if any(slopes) else None
+
+    def _read(self, elements: Elements, scores: Scores) -> tuple[Any, tuple[float, ...]]:
+        """The predicate of all masks, and the bias of every head: for any head at once, else one by one."""
+        place = scores.symbols.place
+        try:
+            predicate = both(scores.condition, predicate_of(elements, scores.masks))
+            return predicate, (bias_of(elements, scores.masks, place.key),) * place.heads
+        except Unprovable as error:
+            if not any(_uses(i, place.head) for m in scores.masks for i in m.index):
+                raise
+            reason = error
+        predicates, slopes = [], []
+        for head in range(place.heads):
+            masks = [_at_head(m, place, head) for m in scores.masks]
+            try:
+                predicates.append(both(scores.condition, predicate_of(elements, masks)))
+                slopes.append(bias_of(elements, masks, place.key))
+            except Unprovable as error:
+                raise (error if head else reason) from None
+        return self._same(elements, predicates), tuple(slopes)
+
+    def _same(self, elements: Elements, predicates: Sequence[Any]) -> Any:
+        first = predicates[0]
+        if not all(p is first or equivalent(elements, p, first) for p in predicates[1:]):
+            raise Unprovable("is another one for some heads, in a way that has no expression")
+        return first
+
+    def _elements(self, symbols: Symbols, padding: Any) -> Elements:
+        """Elements where the walk ends at the attention mask (`padding`) and the positions."""
+        leaves: dict[relax.Var, Any] = {}
+        if self.roles.attention_mask:  # the runtime has no padding: every token in the mask is real
+            leaves[self.params[self.roles.attention_mask]] = padding
+        if self.roles.positions:
+            leaves[self.params[self.roles.positions]] = lambda index: index[-1] + self.past
+        return Elements(self.graph, leaves, symbols.analyzer)
+
+    def _check_lengths(self, elements: Elements, scores: Scores) -> None:
+        """The operator's own count of keys is the number of all keys."""
+        if scores.lengths is None:
+            return
+        index = [scores.symbols.b, 0][: len(dims(scores.lengths))]
+        count = elements.at(scores.lengths, index)
+        if not elements.prove(tirx.EQ(int64(count), self.past + self.sequence - 1)):
+            raise Unprovable(f"counts {count} keys before the last one, not past + sequence - 1")
+
+    def _padding(self, scores: Scores, fact: MaskFact, slopes: tuple[float, ...]) -> bool:
+        """Whether the attention mask is proved to do nothing but hide padding."""
+        if scores.lengths is not None or any(slopes):
+            return False
+        symbols, made = scores.symbols, dict[str, Any]()
+
+        def real(index: Index) -> Any:
+            name = str([str(i) for i in index])
+            if name not in made:
+                made[name] = bind_index(symbols.analyzer, "real", int64(2))
+            return made[name]
+
+        key = real([symbols.b, symbols.place.key])
+        return prove_padding(self._elements(symbols, real), scores.masks, key, fact, symbols.place)
+
+    def sinks(self, scores: Scores) -> relax.Var | None:
+        """The parameter [heads] whose element h is the learned score of head h. Raises Unprovable."""
+        if scores.sinks is None:
+            return None
+        value, index = scores.sinks
+        params = [p for p in self.graph.ancestors([value]) if p in self.graph.function.params]
+        seen: list[Any] = []
+
+        def record(at: Index) -> int:
+            seen.append(list(at))
+            return 0
+
+        elements = Elements(self.graph, dict.fromkeys(params, record), scores.symbols.analyzer)
+        elements.at(value, [0 if static(d) == 1 else i for i, d in zip(index, dims(value))])
+        place = scores.symbols.place
+        if len(params) != 1 or len(seen) != 1 or [static(d) for d in dims(params[0])] != [place.heads]:
+            raise Unprovable("has something beside the scores that is not one parameter [heads]")
+        if not elements.prove(tirx.EQ(int64(seen[0][0]), place.head)):
+            raise Unprovable("has a learned score beside the scores that is another head's")
+        return params[0]
+
+
+def _at_head(mask: Mask, place: Place, head: int) -> Mask:
+    """A mask read for one head."""
+    number = int64(head)
+    return Mask(mask.value, mask.use, tuple(_head(i, place, number) for i in mask.index))
+
+
+def _head(index: Any, place: Place, number: Any) -> Any:
+    if isinstance(index, tirx.Var) and index.same_as(place.head):
+        return int(number.value)
+    return replaced(index, place.head, number)
+
+
+def _uses(index: Any, var: tirx.Var) -> bool:
+    if isinstance(index, int):
+        return False
+    return not replaced(index, var, 0).same_as(index)
