@@ -12,6 +12,7 @@ from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
 
 from . import attention, matmul
+from .packing import packed_tensors
 from .traits import CpuTraits
 
 # Prefill and decode ask for the same kernels; building one takes tens of milliseconds.
@@ -78,10 +79,10 @@ class CpuProducts:
         return matmul.panel(self.traits)
 
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
-        return (TensorType("float32", matmul.packed_shape(columns, depth, self.traits)),)
+        return packed_tensors(columns, depth, format, self.traits.lanes)
 
     def matmul(self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool) -> PrimFunc:
-        return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat)
+        return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat, format=format)
 
     def embedding(self, columns: int, depth: int, format: WeightFormat) -> PrimFunc:
-        return _packed_embedding(columns, depth, self.traits)
+        return _packed_embedding(columns, depth, self.traits, format=format)

@@ -47,6 +47,24 @@ def vec(start: Expr, lanes: int) -> Expr:
     return start if lanes == 1 else tirx.Ramp(start, tirx.const(1, start.ty.dtype), lanes)
 
 
+def widened(value: Expr) -> Expr:
+    """A scalar or vector of any float type as float32, without a change of value."""
+    name, _, count = str(value.ty.dtype).partition("x")
+    if name == "float32":
+        return value
+    if name == "float16":
+        return tirx.Cast(f"float32x{count}" if count else "float32", value)
+    # By bits: TVM takes a cast of bfloat16 in a bound variable for one of integers.
+    lanes = lanes_of(value)
+    bits = tirx.reinterpret(_like("uint16", lanes), value)
+    high = tirx.Cast(_like("uint32", lanes), bits) << splat(tirx.const(16, "uint32"), lanes)
+    return tirx.reinterpret(_like("float32", lanes), high)
+
+
+def _like(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
 def fold(value: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """A vector folded into one element."""
     name, _, count = str(value.ty.dtype).partition("x")

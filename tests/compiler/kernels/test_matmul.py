@@ -3,9 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_machines import MACHINES, Machine
+from tvm.target import Target
+from weight_cases import FORMATS, Case
 
 from kvc.kernels import matmul
+from kvc.kernels.emit import compiled
 from kvc.kernels.matmul import pack, packed_embedding, packed_matmul, packed_shape
+from kvc.kernels.traits import CpuTraits
+from kvc_passes.facts import WeightFormat
 
 # (n, k, options): a last panel that is not full, several blocks along k, and a small serial one.
 PRODUCTS = [
@@ -64,23 +69,112 @@ def _few(n: int, k: int, traits: object) -> object:
     return packed_matmul(n, k, traits, max_rows=4)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 40), st.sampled_from([4, 8, 16]), st.booleans())
-def test_packing_pads_the_last_panel_with_zeros(n: int, k: int, lanes: int, transposed: bool) -> None:
-    values = np.arange(1, n * k + 1, dtype=np.float32)
-    w = values.reshape(k, n).T if transposed else values.reshape(n, k)
-    packed = pack(w, lanes)
-    flat = packed.transpose(0, 2, 1).reshape(-1, k)
-    assert packed.shape == (-(-n // (2 * lanes)), k, 2 * lanes)
-    assert (flat[:n] == w).all()
-    assert (flat[n:] == 0).all()
+# A last panel that is not full and an odd depth; for some, several blocks along k.
+DEEP = ["bfloat16", "uint4, as ONNX exports have it", "uint4, odd blocks", "uint8, a column's scale"]
+FORMATTED = [(name, 72, 71) for name in FORMATS if name != "float32"] + [(name, 41, 2307) for name in DEEP]
 
 
-def test_packing_into_a_given_array_makes_no_other() -> None:
-    w = np.random.default_rng(0).standard_normal((70, 9)).astype(np.float32)
-    out = np.full((3, 9, 32), np.nan, np.float32)
-    assert pack(w, 16, out) is out
-    assert (out == pack(w, 16)).all()
+def check_format(machine: Machine, name: str, n: int, k: int, m: int, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    case = Case.random(n, k, FORMATS[name], rng)
+    x = rng.standard_normal((1, m, k)).astype(np.float32)
+    kernel = machine.build(_formatted, n, k, name)
+    y = np.full((1, m, n), np.nan, np.float32)
+    result = machine.call(kernel, x, *case.packed(machine.traits.lanes), y)[-1]
+    # As for float32, and two more roundings an element: code - zero is exact, the scale is applied once, to
+    # the weight or to the sum of a block.
+    bound = (k + 4) * 2.0**-24 * (np.abs(x[0]) @ np.abs(case.value).T)
+    assert (np.abs(result[0] - x[0].astype(float) @ case.value.T) <= bound).all()
+
+
+def _formatted(n: int, k: int, name: str, traits: object) -> object:
+    return packed_matmul(n, k, traits, format=FORMATS[name], bias=False)
+
+
+@pytest.mark.parametrize("case", FORMATTED, ids=str)
+def test_formats_at_every_kind_of_row_count(machine: Machine, case: tuple[str, int, int]) -> None:
+    limit = machine.traits.tile_rows
+    for m in (*range(1, limit + 2), 3 * limit + 2, 200):
+        check_format(machine, *case, m)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MACHINES)),
+    case=st.sampled_from(FORMATTED),
+    m=st.integers(1, 100),
+    seed=st.integers(0, 99),
+)
+def test_formats_at_any_row_count(name: str, case: tuple[str, int, int], m: int, seed: int) -> None:
+    check_format(MACHINES[name], *case, m, seed)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 90),
+    block=st.integers(1, 90),
+    dtype=st.sampled_from(["uint4", "uint8"]),
+    m=st.sampled_from([1, 9]),
+)
+def test_any_shape_and_block(n: int, k: int, block: int, dtype: str, m: int) -> None:
+    machine = MACHINES[sorted(MACHINES)[0]]
+    rng = np.random.default_rng(n)
+    format = WeightFormat(dtype, block, zeros=True)
+    case = Case.random(n, k, format, rng)
+    x = rng.standard_normal((1, m, k)).astype(np.float32)
+    kernel = compiled(packed_matmul(n, k, machine.traits, format=format), machine.target)
+    y = np.full((1, m, n), np.nan, np.float32)
+    result = machine.call(kernel, x, *case.packed(machine.traits.lanes), y)[-1]
+    bound = (k + 4) * 2.0**-24 * (np.abs(x[0]) @ np.abs(case.value).T)
+    assert (np.abs(result[0] - x[0].astype(float) @ case.value.T) <= bound).all()
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "uint4, odd blocks", "uint8"])
+def test_a_coded_product_with_bias_written_flat(machine: Machine, name: str) -> None:
+    rng = np.random.default_rng(2)
+    case = Case.random(40, 24, FORMATS[name], rng)
+    bias = rng.standard_normal(40).astype(np.float32)
+    kernel = machine.build(_with_bias, 40, 24, name)
+    for m in (3, 30):
+        x = rng.standard_normal((1, m, 24)).astype(np.float32)
+        packed = case.packed(machine.traits.lanes)
+        result = machine.call(kernel, x, *packed, bias, np.zeros((m, 40), np.float32))[-1]
+        np.testing.assert_allclose(result, x[0] @ case.value.T + bias, atol=1e-4)
+
+
+def _with_bias(n: int, k: int, name: str, traits: object) -> object:
+    return packed_matmul(n, k, traits, format=FORMATS[name], bias=True, flat=True)
+
+
+def test_four_lanes_without_the_instructions_of_wider_ones() -> None:
+    own = MACHINES["native"].target
+    if own.attrs["mtriple"].split("-")[0] != "x86_64":
+        pytest.skip("the baseline of x86-64")
+    target = Target({**dict(own.export()), "mcpu": "x86-64"})
+    machine = Machine(target, CpuTraits.of(target))
+    assert machine.traits.lanes == 4
+    for name in ("float16", "bfloat16", "uint4, as ONNX exports have it", "uint8"):
+        for m in (1, 4, 20):
+            check_format(machine, name, 41, 71, m)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_embedding_of_every_format(machine: Machine, name: str) -> None:
+    rng = np.random.default_rng(8)
+    case = Case.random(257, 71, FORMATS[name], rng)
+    kernel = machine.build(_embedding, 257, 71, name)
+    for n in (1, 33):
+        ids = rng.integers(0, 257, (1, n))
+        ids[0, 0] = 256
+        packed = case.packed(machine.traits.lanes)
+        y = machine.call(kernel, *packed, ids, np.zeros((1, n, 71), np.float32))[-1]
+        # code - zero is exact, and so is float32(scale): one rounding, as numpy's.
+        assert (y == case.value[ids].astype(np.float32)).all()
+
+
+def _embedding(n: int, k: int, name: str, traits: object) -> object:
+    return packed_embedding(n, k, traits, format=FORMATS[name])
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 33])
