@@ -156,8 +156,8 @@ def _padded(importer: Importer, mask: relax.Expr, keys: Any) -> relax.Expr:
     if not isinstance(missing, int) or missing < 0:
         raise ValueError(f"its attn_mask is for {last} keys, and there are {keys}")
     fill = relax.const(False, "bool") if kind == "bool" else relax.const(-np.inf, kind)
-    shape = relax.ShapeExpr([expr(d) for d in (*outer, missing)])
-    return importer.emit(op.concat([mask, importer.emit(op.full(shape, fill, kind))], axis=len(outer)))
+    hidden = op.broadcast_to(fill, relax.ShapeExpr([expr(d) for d in (*outer, missing)]))
+    return importer.emit(op.concat([mask, importer.emit(hidden)], axis=len(outer)))
 
 
 def _group_query_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:

@@ -147,7 +147,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         missing: dict[str, str] = {}
         for node in graph.node:
             key = _key(node)
-            if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape"):
+            if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape", "Size"):
                 missing.setdefault(key, node.name)
         if missing:
             listed = ", ".join(f"{op} (node '{name}')" for op, name in missing.items())
@@ -179,6 +179,8 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         if node.op_type == "Shape":
             shape = self.shape(inputs[0])[attrs.get("start", 0) : attrs.get("end", None)]
             return [Integers.of(np.array(shape, object))]
+        if node.op_type == "Size":
+            return [Integers.of(self.folder.product(self.shape(inputs[0])))]
         try:
             return [self.folder.fold(node, list(inputs), attrs)]
         except NotFolded:
