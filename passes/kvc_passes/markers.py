@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 from tvm import relax
+from tvm.ir import StringImm
 
 ATTENTION = "kvc.attention"
 SDPA = "kvc.sdpa"
@@ -80,7 +81,7 @@ Attrs = TypeVar("Attrs", Sdpa, Rotary, Dequantize)
 
 def marker(name: str, operands: Sequence[relax.Expr], attrs: Any, type_: relax.Type) -> relax.Call:
     """A call of the marker `name`."""
-    text = relax.StringImm(json.dumps(dataclasses.asdict(attrs)))
+    text = StringImm(json.dumps(dataclasses.asdict(attrs)))
     call: relax.Call = relax.op.call_pure_packed(name, *operands, text, ty_args=type_)
     return call
 

@@ -25,7 +25,7 @@ from kvc_passes.nodes import NodeNames
 
 from .integers import Folder, Integers, NotFolded, expr, from_array
 from .operators import CONVERTERS
-from .reader import OnnxFile, read
+from .reader import OnnxFile, from_model, read
 from .roles import find_roles, unify_dimensions
 
 _RESERVED = re.compile(r"[kv]_\d+|tokens|positions|slots|tiles|block_table|rows|logits")
@@ -77,12 +77,37 @@ def import_onnx(path: Path) -> Imported:
     return Imported(module, file, roles, importer.weights, names)
 
 
+def import_graph(model: onnx.ModelProto, name: str = "graph") -> IRModule:
+    """Import any ONNX graph, without asking what its inputs are for.
+
+    Args:
+        model: its tensors are in it, not in other files.
+        name: how messages call it.
+
+    Returns:
+        `main(inputs...) -> outputs`, a tuple if there are many; all initializers are constants.
+
+    Raises:
+        UnsupportedModel: an operator, an element type or a form of it is not supported.
+    """
+    file = from_model(model, Path(name))
+    for value in file.graph.input:
+        if not value.type.HasField("tensor_type"):
+            raise UnsupportedModel(f"{name}: input '{value.name}' is no tensor")
+    importer = Importer(file, decoder=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importer.from_onnx(file.graph, file.opset)
+
+
 class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
     """TVM's importer with symbolic integer folding and converters of our own."""
 
-    def __init__(self, file: OnnxFile) -> None:
+    def __init__(self, file: OnnxFile, decoder: bool = True) -> None:
         super().__init__(None, "float32", keep_params_in_input=True)
         self.file = file
+        self.decoder = decoder  # inputs have roles, large initializers are parameters
+        self.outputs: list[str] = []
         self.folder = Folder()
         self.weights: dict[str, np.ndarray] = {}
         self.hint = ""
@@ -91,7 +116,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         taken = {value.name for value in graph.input}
         for tensor in graph.initializer:
             array = self.file.tensors[tensor.name]
-            if array.dtype.kind in "ib" or array.size < _SMALLEST_PARAMETER:
+            if not self.decoder or array.dtype.kind in "ib" or array.size < _SMALLEST_PARAMETER:
                 self._nodes[tensor.name] = from_array(array) or relax.const(array, str(array.dtype))
                 continue
             name = _identifier(tensor.name, taken)
@@ -122,12 +147,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         missing: dict[str, str] = {}
         for node in graph.node:
             key = _key(node)
-            if key == "Attention":
-                raise UnsupportedModel(
-                    f"{self.file.path}: node '{node.name}' is the operator Attention of opset 23, which "
-                    "this version does not import; export with opset 22 or older, which spells it out"
-                )
-            if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape"):
+            if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape", "Size"):
                 missing.setdefault(key, node.name)
         if missing:
             listed = ", ".join(f"{op} (node '{name}')" for op, name in missing.items())
@@ -136,6 +156,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
     def _construct_nodes(self, graph: onnx.GraphProto) -> None:
         for index, node in enumerate(graph.node):
             self.hint = NodeNames.hint(node.name or node.op_type, index)
+            self.outputs = list(node.output)
             try:
                 results = self._convert(node)
             except Exception as error:  # the stock converters raise anything
@@ -158,6 +179,8 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         if node.op_type == "Shape":
             shape = self.shape(inputs[0])[attrs.get("start", 0) : attrs.get("end", None)]
             return [Integers.of(np.array(shape, object))]
+        if node.op_type == "Size":
+            return [Integers.of(self.folder.product(self.shape(inputs[0])))]
         try:
             return [self.folder.fold(node, list(inputs), attrs)]
         except NotFolded:
@@ -188,6 +211,10 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         if isinstance(value, (Integers, relax.Var, GenericConst)) or not isinstance(value, relax.Expr):
             return value
         return self.bb.emit(value, name_hint=self.hint)
+
+    def wants(self, output: int) -> bool:
+        """Whether the node at hand has its optional output number `output`."""
+        return output < len(self.outputs) and bool(self.outputs[output])
 
     def emit(self, value: relax.Expr) -> relax.Var:
         """Bind an intermediate value of the node at hand."""

@@ -75,6 +75,12 @@ class Folder:
     def prove(self, condition: Any) -> bool:
         return bool(self.analyzer.can_prove(condition, ProofStrength.SYMBOLIC_BOUND))
 
+    def product(self, values: Sequence[Scalar]) -> Scalar:
+        result: Scalar = 1
+        for value in values:
+            result = self.simplify(result * value)
+        return result
+
     def fold(self, node: onnx.NodeProto, inputs: Sequence[Any], attrs: dict[str, Any]) -> Integers:
         """The node's output. Raises NotFolded when it is no small integer tensor."""
         rule = _RULES.get(node.op_type)
@@ -113,6 +119,36 @@ def _divide(x: Scalar, y: Scalar) -> Scalar:
             raise NotFolded  # ONNX truncates towards zero
         return x // y
     return tirx.floordiv(expr(x), expr(y))
+
+
+def _remainder(x: Scalar, y: Scalar) -> Scalar:
+    if isinstance(x, int) and isinstance(y, int):
+        if y == 0:
+            raise NotFolded
+        return x % y
+    return tirx.floormod(expr(x), expr(y))
+
+
+def _mod(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:
+    if attrs.get("fmod", 0):
+        raise NotFolded
+    return _arithmetic(_remainder)(folder, inputs, attrs)
+
+
+def _negative(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:
+    values = np.frompyfunc(lambda x: folder.simplify(0 - x), 1, 1)(inputs[0].values)
+    return Integers.of(values, inputs[0].dtype)
+
+
+def _logic(function: Callable[..., bool]) -> Callable[..., Integers]:
+    """A function of booleans that are known."""
+
+    def rule(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:
+        if not all(i.static for i in inputs):
+            raise NotFolded
+        return Integers.of(np.frompyfunc(function, len(inputs), 1)(*(i.values for i in inputs)), "bool")
+
+    return rule
 
 
 def _extreme(
@@ -194,9 +230,7 @@ def _concat(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> In
 def _product(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> Integers:
     if inputs[0].values.ndim != 1:
         raise NotFolded
-    result: Scalar = 1
-    for value in inputs[0].flat():
-        result = folder.simplify(result * value)
+    result = folder.product(inputs[0].flat())
     return Integers.of(
         result if not attrs.get("keepdims", 1) else np.array([result], object), inputs[0].dtype
     )
@@ -229,6 +263,11 @@ def _identity(folder: Folder, inputs: list[Integers], attrs: dict[str, Any]) -> 
 _RULES: dict[str, Callable[[Folder, list[Any], dict[str, Any]], Integers]] = {
     "Add": _arithmetic(lambda x, y: x + y),
     "Sub": _arithmetic(lambda x, y: x - y),
+    "Mod": _mod,
+    "Neg": _negative,
+    "And": _logic(lambda x, y: bool(x and y)),
+    "Or": _logic(lambda x, y: bool(x or y)),
+    "Not": _logic(lambda x: not x),
     "Mul": _arithmetic(lambda x, y: x * y),
     "Div": _arithmetic(_divide),
     "Max": _extreme(max, tirx.max),

@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
+from . import activation_operators, attention_operators, norm_operators, rotary_operators
 from .integers import OPEN_END, Integers, expr
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) ->
     nonnegative = isinstance(indices, Integers) and all(
         not isinstance(v, int) or v >= 0 for v in indices.flat()
     )
-    # Graph inputs are token ids and positions, which the runtime checks; others may count from the end.
-    if nonnegative or indices in importer._inputs.values():
+    # A decoder's inputs are token ids and positions, which the runtime checks; others may count from the end.
+    if nonnegative or (importer.decoder and indices in importer._inputs.values()):
         return op.take(data, importer.tensor(indices), axis=axis, mode="clip")
     return op.take(data, importer.tensor(indices), axis=axis, mode="wrap")
 
@@ -194,4 +195,8 @@ CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Where": _where,
+    **activation_operators.CONVERTERS,
+    **attention_operators.CONVERTERS,
+    **norm_operators.CONVERTERS,
+    **rotary_operators.CONVERTERS,
 }

@@ -78,6 +78,15 @@ def read(path: Path) -> OnnxFile:
     return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph))
 
 
+def from_model(model: onnx.ModelProto, name: Path) -> OnnxFile:
+    """A model that is in memory, with its tensors; `name` is for messages.
+
+    Raises:
+        InputError, UnsupportedModel: as `read` does.
+    """
+    return OnnxFile(name, model, _opset(name, model), _tensors(name, model.graph))
+
+
 def require_file(path: Path) -> None:
     """Raise InputError unless `path` is a file that can be opened."""
     try:
