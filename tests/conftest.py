@@ -23,7 +23,7 @@ def _exporter_version() -> str:
     """Names what the exported files depend on."""
     models = Path(__file__).parents[1] / "models" / "kvc_models"
     digest = hashlib.sha256()
-    for name in ("tiny.py", "export.py"):
+    for name in ("tiny.py", "export.py", "families.py", "adapt.py", "others.py"):
         digest.update((models / name).read_bytes())
     for package in ("torch", "transformers", "onnxscript"):
         digest.update(importlib.metadata.version(package).encode())

@@ -8,9 +8,11 @@ The same from a shell: `python -m kvc_models list` and `python -m kvc_models exp
 """
 
 from kvc_models.export import ModelError, assets_folder, export_decoder
+from kvc_models.others import export_cnn, export_encoder
 from kvc_models.reference import transformers_greedy
 from kvc_models.registry import ENTRIES, export_named
-from kvc_models.tiny import FAMILIES, export_cnn, export_encoder, export_tiny, make_tiny
+from kvc_models.tiny import FAMILIES, export_tiny, make_tiny
+from kvc_models.widen import widen
 
 __all__ = [
     "ENTRIES",
@@ -24,4 +26,5 @@ __all__ = [
     "export_tiny",
     "make_tiny",
     "transformers_greedy",
+    "widen",
 ]

@@ -2,10 +2,13 @@
 
 Two forms, both with dynamic batch and sequence lengths:
 
-    no past     input_ids i64[batch, seq] -> logits f32[batch, seq, V]
+    no past     input_ids i64[batch, seq] -> logits f32[batch, seq, V]; the older exporter of PyTorch needs a
+                second input, attention_mask i64[batch, seq]
     with past   input_ids i64[batch, seq], attention_mask i64[batch, past + seq],
                 position_ids i64[batch, seq], past_key_values.N.key / .value f32[batch, Hkv, past, D]
                 -> logits f32[batch, seq, V], present.N.key / .value f32[batch, Hkv, past + seq, D]
+
+A model that takes no positions has no input position_ids. In a model of 16 bits, f32 is its own type.
 """
 
 # mypy: disable-error-code="misc"
@@ -14,6 +17,8 @@ Two forms, both with dynamic batch and sequence lengths:
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
 import logging
 import os
 import shutil
@@ -22,10 +27,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import onnx
 import torch
 
+from kvc_models.adapt import known_maxima, without_complex_numbers
+
+Exporter = Literal["dynamo", "torchscript"]
+"""The two exporters of PyTorch: the one that captures with torch.export, and the older one that traces."""
+
+DTYPES: Final = ("float32", "float16", "bfloat16")
 DEFAULT_OPSET: Final = 20
 EXAMPLE_BATCH: Final = 2
 EXAMPLE_SEQ: Final = 6
@@ -49,6 +61,17 @@ class _NoPast(torch.nn.Module):
         return logits
 
 
+class _Masked(_NoPast):
+    """input_ids i64[b, s], attention_mask i64[b, s] -> logits f32[b, s, V]."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        result = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits: torch.Tensor = result.logits
+        return logits
+
+
 class _WithPast(torch.nn.Module):
     """Token ids, mask, positions and the flat list k_0, v_0, k_1, ... -> (logits, k_0, v_0, k_1, ...)."""
 
@@ -63,66 +86,98 @@ class _WithPast(torch.nn.Module):
         position_ids: torch.Tensor,
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
+        return self.run(past, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+    def run(self, past: list[torch.Tensor], **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         from transformers.cache_utils import DynamicCache
 
         # No config is given: a cache made from one drops keys older than the window, and the exported graph
         # must return all of them.
         cache = DynamicCache(ddp_cache_data=list(zip(past[::2], past[1::2])))
-        result = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        result = self.model(**inputs, past_key_values=cache, use_cache=True)
         layers = result.past_key_values.layers
         return (result.logits, *(x for layer in layers for x in (layer.keys, layer.values)))
 
 
-def cache_shape(config: Any, batch: int, past: int) -> tuple[int, int, int, int]:
-    """The shape [batch, Hkv, past, D] of one layer's keys, from a transformers config."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return (batch, heads, past, dim)
+class _WithPastNoPositions(_WithPast):
+    """The same for a model that takes no positions."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        return self.run(past, input_ids=input_ids, attention_mask=attention_mask)
+
+
+def cache_of(model: Any, batch: int, past: int) -> list[torch.Tensor]:
+    """Keys and values k_0, v_0, k_1, ... [batch, Hkv, past, D], as the model itself makes them."""
+    from transformers.cache_utils import DynamicCache
+
+    ids = torch.arange(batch * past).reshape(batch, past)
+    with torch.no_grad():
+        layers = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
+    return [x.clone() for layer in layers for x in (layer.keys, layer.values)]
 
 
 def export_decoder(
-    model: Any, out: Path, *, with_past: bool = False, opset: int = DEFAULT_OPSET, external_data: bool = True
+    model: Any,
+    out: Path,
+    *,
+    with_past: bool = False,
+    opset: int = DEFAULT_OPSET,
+    external_data: bool = True,
+    exporter: Exporter = "dynamo",
 ) -> Path:
     """Export a transformers causal language model to `out` and return `out`.
 
     Args:
-        model: the model in evaluation mode, fp32.
+        model: the model in evaluation mode.
         out: the ONNX file. With `external_data` the weights go into a file beside it, `out` + ".data".
         with_past: take and return keys and values; otherwise only input_ids -> logits.
         opset: the ONNX operator set, 18 or later.
-        external_data: keep the weights out of the ONNX file.
+        external_data: keep the weights out of the ONNX file; "dynamo" only.
+        exporter: which of PyTorch's exporters.
 
     Raises:
         ModelError: PyTorch cannot export this model at this opset.
     """
-    ids = torch.arange(EXAMPLE_BATCH * EXAMPLE_SEQ).reshape(EXAMPLE_BATCH, EXAMPLE_SEQ)
-    dynamic = torch.export.Dim.DYNAMIC
-    both = {0: dynamic, 1: dynamic}
-    if not with_past:
-        traced = Traced(_NoPast(model), (ids,), {"input_ids": both}, ["input_ids"], ["logits"])
+    older = exporter == "torchscript"
+    traced = _trace_with_past(model) if with_past else _trace_no_past(model, masked=older)
+    with without_complex_numbers(), known_maxima():
+        if older:
+            return _export_torchscript(traced, out, opset=opset)
         return export_traced(traced, out, opset=opset, external_data=external_data)
-    layers = model.config.num_hidden_layers
+
+
+def _trace_no_past(model: Any, masked: bool) -> Traced:
+    ids = torch.arange(EXAMPLE_BATCH * EXAMPLE_SEQ).reshape(EXAMPLE_BATCH, EXAMPLE_SEQ)
+    both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if masked:
+        names = ["input_ids", "attention_mask"]
+        return Traced(
+            _Masked(model), (ids, torch.ones_like(ids)), dict.fromkeys(names, both), names, ["logits"]
+        )
+    return Traced(_NoPast(model), (ids,), {"input_ids": both}, ["input_ids"], ["logits"])
+
+
+def _trace_with_past(model: Any) -> Traced:
+    dynamic = torch.export.Dim.DYNAMIC
     positions = torch.arange(EXAMPLE_PAST, EXAMPLE_PAST + EXAMPLE_SEQ).repeat(EXAMPLE_BATCH, 1)
-    mask = torch.ones(EXAMPLE_BATCH, EXAMPLE_PAST + EXAMPLE_SEQ, dtype=torch.int64)
-    shape = cache_shape(model.config, EXAMPLE_BATCH, EXAMPLE_PAST)
-    past = [torch.zeros(shape) for _ in range(2 * layers)]
-    shapes = {
-        "input_ids": both,
-        "attention_mask": both,
-        "position_ids": both,
-        "past": [{0: dynamic, 2: dynamic}] * (2 * layers),
+    tokens = {
+        "input_ids": torch.arange(EXAMPLE_BATCH * EXAMPLE_SEQ).reshape(EXAMPLE_BATCH, EXAMPLE_SEQ),
+        "attention_mask": torch.ones(EXAMPLE_BATCH, EXAMPLE_PAST + EXAMPLE_SEQ, dtype=torch.int64),
+        "position_ids": positions,
     }
-    pairs = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{pair}" for pair in pairs)]
+    module = _WithPast(model)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        del tokens["position_ids"]
+        module = _WithPastNoPositions(model)
+    past = cache_of(model, EXAMPLE_BATCH, EXAMPLE_PAST)
+    shapes: dict[str, Any] = {name: {0: dynamic, 1: dynamic} for name in tokens}
+    shapes["past"] = [{0: dynamic, 2: dynamic}] * len(past)
+    pairs = [f"{layer}.{kind}" for layer in range(len(past) // 2) for kind in ("key", "value")]
+    inputs = [*tokens, *(f"past_key_values.{pair}" for pair in pairs)]
     outputs = ["logits", *(f"present.{pair}" for pair in pairs)]
-    traced = Traced(_WithPast(model), (ids, mask, positions, past), shapes, inputs, outputs)
-    return export_traced(traced, out, opset=opset, external_data=external_data)
+    return Traced(module, (*tokens.values(), past), shapes, inputs, outputs)
 
 
 @dataclass(frozen=True)
@@ -151,9 +206,9 @@ def export_traced(traced: Traced, out: Path, *, opset: int, external_data: bool)
                 verbose=False,
             )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"PyTorch cannot export {out.name} at opset {opset}: {reason}; try another opset (18 to 23)"
+            f"PyTorch cannot export {out.name} at opset {opset}: {_reason(error)}; "
+            "try another opset (18 to 23)"
         ) from error
     assert program is not None
     written = program.model.opset_imports[""]
@@ -164,6 +219,39 @@ def export_traced(traced: Traced, out: Path, *, opset: int, external_data: bool)
     with replacing(out) as part, _quiet():
         program.save(part, external_data=external_data)
     return out
+
+
+def _export_torchscript(traced: Traced, out: Path, *, opset: int) -> Path:
+    """Export with the older exporter, weights inside the file; see `export_decoder`."""
+    whole = "past + seq" if any(name.startswith("past") for name in traced.input_names) else "seq"
+    axes: dict[str, dict[int, str]] = {}
+    for name in (*traced.input_names, *traced.output_names):
+        if name.startswith(("past", "present")):
+            axes[name] = {0: "batch", 2: "past" if name.startswith("past") else whole}
+        else:
+            axes[name] = {0: "batch", 1: whole if name == "attention_mask" else "seq"}
+    said = io.StringIO()  # the whole graph, where it fails
+    try:
+        with replacing(out) as part, _quiet(), torch.no_grad(), contextlib.redirect_stdout(said):
+            torch.onnx.export(
+                traced.module.eval(),
+                traced.arguments,
+                str(part),
+                dynamo=False,
+                dynamic_axes=axes,
+                input_names=list(traced.input_names),
+                output_names=list(traced.output_names),
+                opset_version=opset,
+            )
+            onnx.checker.check_model(str(part), full_check=True)  # it does write graphs that are no ONNX
+    except Exception as error:
+        raise ModelError(f"PyTorch's older exporter cannot export {out.name}: {_reason(error)}") from error
+    return out
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -1,59 +1,32 @@
-"""Small models with random weights, for tests: decoders of eight families, and two that are no decoders.
+"""Small decoders with random weights, for tests: one for every family of `kvc_models.families`.
 
 Every decoder comes with a small tokenizer, so that text can go in and out; what comes out is noise.
 """
 
-# mypy: disable-error-code="misc"
-# PyTorch is not followed by mypy, so its Module counts as Any, which strict mode does not let be subclassed.
-
 from __future__ import annotations
 
-import math
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from kvc_models.export import DEFAULT_OPSET, ModelError, Traced, export_decoder, export_traced, save_assets
+from kvc_models import families
+from kvc_models.export import (
+    DEFAULT_OPSET,
+    DTYPES,
+    Exporter,
+    ModelError,
+    export_decoder,
+    save_assets,
+)
+from kvc_models.families import CONTEXT, VOCAB
 
-VOCAB: Final = 512
-CONTEXT: Final = 256
-WINDOW: Final = 8
 SEED: Final = 0
 WEIGHT_STD: Final = 0.08
 """Livelier than usual initial weights: attention is far from uniform, so that mistakes in it show."""
 
-_SIZES: Final = {
-    "vocab_size": VOCAB,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-}
-_GEMMA: Final = {"head_dim": 32, "sliding_window": WINDOW, "query_pre_attn_scalar": 32}
-_LAYERS_GEMMA3: Final = ["sliding_attention", "full_attention", "sliding_attention"]
-
-_CONFIGS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "llama": ("LlamaConfig", _SIZES),
-    "gpt2": (
-        "GPT2Config",
-        {"vocab_size": VOCAB, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
-    ),
-    "qwen2": ("Qwen2Config", _SIZES),
-    "mistral": ("MistralConfig", {**_SIZES, "sliding_window": WINDOW}),
-    "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 32}),
-    "gemma2": ("Gemma2Config", {**_SIZES, **_GEMMA}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {**_SIZES, **_GEMMA, "num_hidden_layers": 3, "layer_types": _LAYERS_GEMMA3},
-    ),
-    "phi3": ("Phi3Config", _SIZES),
-}
-
-FAMILIES: Final = tuple(_CONFIGS)
+FAMILIES: Final = tuple(families.FAMILIES)
 
 END_OF_TEXT: Final = "<|endoftext|>"
 _TEXT: Final = (
@@ -97,22 +70,31 @@ def tokenizer() -> Any:
     )
 
 
-def make_tiny(family: str) -> Any:
-    """A transformers causal language model of `family` with seeded random weights, fp32, in evaluation mode.
+def make_tiny(family: str, dtype: str = "float32", **options: Any) -> Any:
+    """A transformers causal language model of `family` with seeded random weights, in evaluation mode.
+
+    Args:
+        family: one of `FAMILIES`.
+        dtype: "float32", "float16" or "bfloat16", of the weights; what a model computes in float32 whatever
+            its weights are, such as rotary frequencies, stays so.
+        options: replace options of the family's configuration.
 
     Raises:
-        ModelError: no such family.
+        ModelError: no such family, or no such type.
     """
     import transformers
 
-    if family not in _CONFIGS:
+    if family not in families.FAMILIES:
         raise ModelError(f"no tiny model of the family {family!r}; there are {', '.join(FAMILIES)}")
-    name, sizes = _CONFIGS[family]
+    if dtype not in DTYPES:
+        raise ModelError(f"no weights of type {dtype!r}; there are {', '.join(DTYPES)}")
+    made = families.FAMILIES[family]
     end = _end_of_text()
-    config = getattr(transformers, name)(**sizes, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config = getattr(transformers, made.config)(**{**made.options, **ends, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, **made.options_of_model).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() < 2:  # norms stay near one, biases near zero, but no two are the same
@@ -120,6 +102,19 @@ def make_tiny(family: str) -> Any:
                 else:
                     parameter.normal_(0, WEIGHT_STD)
     model.generation_config.eos_token_id = end
+    return _cast(model, dtype)
+
+
+def _cast(model: Any, dtype: str) -> Any:
+    """What loading with `dtype` gives: what is stored in a checkpoint is converted, and nothing else."""
+    kind = getattr(torch, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(kind)
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.data = buffer.data.to(kind)
+    model.config.dtype = kind
     return model
 
 
@@ -130,6 +125,8 @@ def export_tiny(
     with_past: bool = False,
     opset: int = DEFAULT_OPSET,
     external_data: bool = False,
+    exporter: Exporter = "dynamo",
+    dtype: str = "float32",
 ) -> Path:
     """Export the tiny model of `family` to `out`, with its tokenizer beside it, and return `out`.
 
@@ -139,77 +136,14 @@ def export_tiny(
         with_past: take and return keys and values, see `kvc_models.export`.
         opset: the ONNX operator set.
         external_data: put the weights into `out` + ".data" instead of the ONNX file itself.
+        exporter: "dynamo", or "torchscript" for the older one of PyTorch.
+        dtype: "float32", "float16" or "bfloat16".
 
     Raises:
-        ModelError: no such family, or PyTorch cannot export it at this opset.
+        ModelError: no such family or type, or PyTorch cannot export it at this opset.
     """
-    model = make_tiny(family)
+    model = make_tiny(family, dtype)
     save_assets(model, tokenizer(), out)
-    return export_decoder(model, out, with_past=with_past, opset=opset, external_data=external_data)
-
-
-class _Encoder(torch.nn.Module):
-    """A small BERT-like network, every token attends to all: input_ids i64[b, s] -> logits f32[b, s, V]."""
-
-    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
-        super().__init__()
-        self.heads = heads
-        self.tokens = torch.nn.Embedding(VOCAB, width)
-        self.positions = torch.nn.Embedding(CONTEXT, width)
-        self.projections = torch.nn.ModuleList(torch.nn.Linear(width, 3 * width) for _ in range(layers))
-        self.outputs = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
-        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(layers))
-        self.head = torch.nn.Linear(width, VOCAB)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        batch, length = input_ids.shape
-        x = self.tokens(input_ids) + self.positions(torch.arange(length))
-        for project, output, norm in zip(self.projections, self.outputs, self.norms):
-            split = project(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            query, key, value = split.unbind(0)
-            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-            mixed = (scores.softmax(-1) @ value).permute(0, 2, 1, 3).reshape(batch, length, -1)
-            x = norm(x + output(mixed))
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
-def export_encoder(out: Path, *, opset: int = DEFAULT_OPSET) -> Path:
-    """Export a bidirectional encoder: inputs and outputs like a decoder's, attention not causal."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        module = _Encoder()
-    ids = torch.arange(12).reshape(2, 6)
-    both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    traced = Traced(module, (ids,), {"input_ids": both}, ["input_ids"], ["logits"])
-    return export_traced(traced, out, opset=opset, external_data=False)
-
-
-class _Cnn(torch.nn.Module):
-    """A small image classifier: image f32[b, 3, 32, 32] -> scores f32[b, 10]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 3, stride=2, padding=1),
-            torch.nn.ReLU(),
-            torch.nn.Conv2d(8, 16, 3, stride=2, padding=1),
-            torch.nn.ReLU(),
-            torch.nn.AdaptiveAvgPool2d(1),
-            torch.nn.Flatten(),
-            torch.nn.Linear(16, 10),
-        )
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.layers(image)
-        return scores
-
-
-def export_cnn(out: Path, *, opset: int = DEFAULT_OPSET) -> Path:
-    """Export a small convolutional network: no tokens, no attention."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        module = _Cnn()
-    shapes = {"image": {0: torch.export.Dim.DYNAMIC}}
-    traced = Traced(module, (torch.zeros(2, 3, 32, 32),), shapes, ["image"], ["scores"])
-    return export_traced(traced, out, opset=opset, external_data=False)
+    return export_decoder(
+        model, out, with_past=with_past, opset=opset, external_data=external_data, exporter=exporter
+    )

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from kvc_models import ModelError, assets_folder, export_cnn, export_encoder, export_tiny, make_tiny
-from kvc_models.tiny import FAMILIES, VOCAB, WINDOW, tokenizer
+from kvc_models.families import CHUNK, SHORT_CONTEXT, VOCAB, WINDOW
+from kvc_models.tiny import FAMILIES, tokenizer
 
 ATOL = 1e-4
-FAST = ("llama", "gpt2", "mistral")
+FAST = ("llama", "gpt2", "mistral", "bloom")
 EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES]
 
 
@@ -44,8 +45,9 @@ def torch_logits(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 def run_with_past(run: Any, ids: NDArray[np.int64], lengths: list[int]) -> NDArray[np.float32]:
     """The logits [b, s, V] of `ids` [b, s], fed in pieces, each with the keys and values of those before."""
     batch = len(ids)
-    names = [value.name for value in run.get_inputs()[3:]]
-    past = [np.zeros((batch, x.shape[1], 0, x.shape[3]), np.float32) for x in run.get_inputs()[3:]]
+    inputs = run.get_inputs()
+    caches = [x for x in inputs if x.name.startswith("past_key_values")]
+    past = [np.zeros((batch, x.shape[1], 0, x.shape[3]), np.float32) for x in caches]
     logits, start = [], 0
     for length in lengths:
         end = start + length
@@ -53,9 +55,9 @@ def run_with_past(run: Any, ids: NDArray[np.int64], lengths: list[int]) -> NDArr
             "input_ids": ids[:, start:end],
             "attention_mask": np.ones((batch, end), np.int64),
             "position_ids": np.tile(np.arange(start, end), (batch, 1)),
-            **dict(zip(names, past)),
+            **dict(zip((x.name for x in caches), past)),
         }
-        piece, *past = run.run(None, feed)
+        piece, *past = run.run(None, {x.name: feed[x.name] for x in inputs})
         assert all(x.shape[2] == end for x in past), "every key and value must come back"
         logits.append(piece)
         start = end
@@ -67,10 +69,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-def exported(folder: Path, family: str, with_past: bool = False) -> Path:
+def exported(folder: Path, family: str, with_past: bool = False, exporter: Any = "dynamo") -> Path:
     """The exported model; exported once in this module."""
-    out = folder / f"{family}{'-past' if with_past else ''}.onnx"
-    return out if out.exists() else export_tiny(family, out, with_past=with_past)
+    out = folder / f"{family}-{exporter}{'-past' if with_past else ''}.onnx"
+    return out if out.exists() else export_tiny(family, out, with_past=with_past, exporter=exporter)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -89,6 +91,53 @@ def test_logits_equal_torch_with_past(folder: Path, family: str) -> None:
         ids = tokens(batch, sum(lengths))
         logits = run_with_past(run, ids, lengths)
         np.testing.assert_allclose(logits, torch_logits(model, ids), atol=ATOL, rtol=0)
+
+
+OLDER = [name for name in FAMILIES if name not in ("phi3-long", "llama4", "llama4-moe")]
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_the_older_exporter_computes_the_same(folder: Path, family: str) -> None:
+    model = make_tiny(family)
+    run = session(exported(folder, family, exporter="torchscript"))
+    ids = tokens(3, 2 * WINDOW + 3)
+    (logits,) = run.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    np.testing.assert_allclose(logits, torch_logits(model, ids), atol=ATOL, rtol=0)
+    run = session(exported(folder, family, with_past=True, exporter="torchscript"))
+    ids = tokens(2, WINDOW + 9)
+    logits = run_with_past(run, ids, [WINDOW + 3, 5, 1])
+    np.testing.assert_allclose(logits, torch_logits(model, ids), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("phi3-long", "aten::copy"), ("llama4", r"CumSum.*tensor\(bool\)")]
+)
+def test_what_the_older_exporter_cannot_write_is_an_error(
+    tmp_path: Path, family: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ModelError, match=f"older exporter cannot export x.onnx: .*{reason}"):
+        export_tiny(family, tmp_path / "x.onnx", exporter="torchscript")
+    assert not (tmp_path / "x.onnx").exists()
+    assert "Torch IR graph" not in capfd.readouterr().out
+
+
+def test_long_frequencies_are_used_by_long_texts_only() -> None:
+    """phi3-long changes to other frequencies behind `SHORT_CONTEXT` tokens, for all positions."""
+    model = make_tiny("phi3-long")
+    ids = tokens(1, SHORT_CONTEXT + 1)
+    before, after = torch_logits(model, ids[:, :-1]), torch_logits(model, ids)
+    assert np.abs(before[0, 5] - after[0, 5]).max() > 1e-2
+
+
+def test_chunks_hide_earlier_tokens_where_positions_rotate() -> None:
+    """In llama4 three layers look into their own chunk only; the fourth sees everything."""
+    model = make_tiny("llama4", num_hidden_layers=3, no_rope_layers=[1, 1, 1])
+    ids = tokens(1, 2 * CHUNK)
+    changed = ids.copy()
+    changed[0, CHUNK - 1] = (changed[0, CHUNK - 1] + 1) % VOCAB
+    difference = np.abs(torch_logits(model, ids) - torch_logits(model, changed))[0].max(axis=-1)
+    assert difference[CHUNK - 1] > 1e-2
+    assert difference[CHUNK:].max() == 0
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -172,6 +221,8 @@ def test_the_convolutional_network_runs(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no tiny model of the family 'bloom'; there are llama, gpt2"):
-        export_tiny("bloom", tmp_path / "x.onnx")
+    with pytest.raises(ModelError, match=r"no tiny model of the family 'clip'; there are llama, gpt2"):
+        export_tiny("clip", tmp_path / "x.onnx")
+    with pytest.raises(ModelError, match=r"no weights of type 'int3'; there are float32, float16"):
+        export_tiny("llama", tmp_path / "x.onnx", dtype="int3")
     assert not list(tmp_path.iterdir())
