@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,20 @@ from tvm.ir import GenericConst
 from tvm.target import Target
 
 from kvc_passes.errors import PlanningError, UnsupportedModel
-from kvc_passes.facts import ModelFacts, Plan
+from kvc_passes.facts import FLOAT_BYTES, ModelFacts, Plan
 from kvc_passes.graph import Graph, dims, graph_of, op_name, operands, scalar, static
-from kvc_passes.pack_matmuls import PackedWeight
+from kvc_passes.kernel_sets import TensorType
+from kvc_passes.markers import DEQUANTIZE
 from kvc_passes.place_arena import Arena
+from kvc_passes.weights import WeightPart, table_of, weight_of
 
 from .codegen.link import link
 from .codegen.lower import finish, join, lower
 from .frontend.importer import Imported
 from .kernels.cpu import CpuAttention, CpuProducts
-from .kernels.matmul import pack
-from .kernels.traits import CpuTraits
-from .pipeline import Phase, Runner, Understood, merge, serve, understand
+from .pipeline import Phase, Runner, Understood, prepare, serve, understand
 from .planner import Costs
+from .stored_weights import stored
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
@@ -51,8 +52,9 @@ class Lowered:
     """Both functions down to kernel calls; only the sizes that a plan decides are open."""
 
     functions: dict[Phase, IRModule]
-    recipes: dict[str, PackedWeight]
-    shapes: dict[str, tuple[int, ...]]
+    recipes: dict[str, WeightPart]
+    tensors: dict[str, TensorType]
+    """What each parameter holds, as it is stored."""
     attention: CpuAttention
     target: Target
 
@@ -94,20 +96,43 @@ def _facts(imported: Imported, understood: Understood) -> ModelFacts:
 
 
 def _check_types(path: Path, imported: Imported, graph: Graph) -> None:
-    """Refuse weights that are not float32, also those that stand in the graph as integer constants."""
+    """Refuse what would be stored as something else than it is: memory that no plan counts."""
     for var in graph.order:
         for constant in operands(graph.definitions[var]):
             if isinstance(constant, GenericConst) and constant.value.numpy().nbytes > _LARGEST_CONSTANT:
                 what = f"{constant.value.dtype} {list(constant.value.shape)}"
                 raise UnsupportedModel(
                     f"{path}: {imported.names.describe(var)} reads a constant of type {what}; "
-                    "this version compiles float32 models, weights included"
+                    "tables of this size must be weights: floats, or codes that are dequantized"
                 )
-    for name, array in imported.weights.items():
-        if array.dtype != np.float32:
+        if op_name(graph.definitions[var]) == DEQUANTIZE and not _is_factor(graph, var):
             raise UnsupportedModel(
-                f"{path}: initializer '{name}' is {array.dtype}; this version compiles float32 models"
+                f"{path}: {imported.names.describe(var)} dequantizes a weight for something other than a "
+                "product with it or a lookup in it; it would have to be stored as floats"
             )
+    for name, array in imported.weights.items():
+        if str(array.dtype) not in (*FLOAT_BYTES, "int8", "uint8"):
+            raise UnsupportedModel(
+                f"{path}: initializer '{name}' is {array.dtype}; kvc stores weights of float32, float16, "
+                "bfloat16, and of 4 and 8 bits"
+            )
+
+
+def _is_factor(graph: Graph, var: relax.Var) -> bool:
+    """Whether a dequantized weight is only multiplied with or looked up in."""
+    users = graph.users[var]
+    for user in users:
+        call = graph.definitions[user]
+        name, last = op_name(call), graph.alias(call.args[-1]) if isinstance(call, relax.Call) else None
+        if name in ("permute_dims", "astype", ""):
+            if not _is_factor(graph, user):
+                return False
+        elif name == "matmul":
+            if last != var or weight_of(graph, call.args[1]) is None:
+                return False
+        elif name != "take" or table_of(graph, call.args[0]) is None:
+            return False
+    return bool(users)
 
 
 def _rows_read(graph: Graph, index: relax.Var) -> int | None:
@@ -156,9 +181,9 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
     """Rewrite and lower both functions for `target`, without generating code."""
     attention = CpuAttention.for_sites(target, model.understood.sites)
     products = CpuProducts(attention.traits)
-    merged = merge(model.understood, products, runner)
+    merged = prepare(model.understood, products, runner)
     functions: dict[Phase, IRModule] = {}
-    recipes: list[dict[str, PackedWeight]] = []
+    recipes: list[dict[str, WeightPart]] = []
     for phase in _PHASES:
         served = serve(merged, phase, attention, products, runner)
         recipes.append(served.recipes)
@@ -166,8 +191,11 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
     if list(recipes[0].items()) != list(recipes[1].items()):
         raise PlanningError("prefill and decode use different weights")
     params = {p.name: p for p in functions["decode"]["main"].params}
-    shapes = {name: tuple(int(d.value) for d in dims(params[name])) for name in recipes[0]}
-    return Lowered(functions, recipes[0], shapes, attention, target)
+    tensors = {
+        name: TensorType(str(params[name].ty.dtype.dtype), tuple(int(d.value) for d in dims(params[name])))
+        for name in recipes[0]
+    }
+    return Lowered(functions, recipes[0], tensors, attention, target)
 
 
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
@@ -178,7 +206,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
     def arena(chunk: int, batch: int) -> int:
         return max(a.size(_bounds(phase, chunk, batch)) for phase, a in arenas.items())
 
-    sizes = [int(np.prod(shape)) * 4 for shape in lowered.shapes.values()]
+    sizes = [tensor.bytes for tensor in lowered.tensors.values()]
     return Costs(
         facts=model.facts,
         target=_plain(lowered.target),
@@ -225,23 +253,8 @@ def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) ->
 
 def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[Weight]:
     """The weights in parameter order, each made when it is asked for."""
-    traits: CpuTraits = lowered.attention.traits
     sources = model.imported.weights
-
-    def producer(weight: PackedWeight, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-        def produce() -> np.ndarray:
-            if not weight.depth:
-                return np.ascontiguousarray(sources[weight.sources[0].name])
-            result, at = np.empty(shape, np.float32), 0
-            for source in weight.sources:
-                array = sources[source.name]
-                panels = -(-source.columns // shape[2])
-                pack(array.T if source.transposed else array, traits.lanes, result[at : at + panels])
-                at += panels
-            return result
-
-        return produce
-
     for number, (name, recipe) in enumerate(lowered.recipes.items(), 1):
         runner.report(f"write weight {number} of {len(lowered.recipes)}")
-        yield name, lowered.shapes[name], "float32", producer(recipe, lowered.shapes[name])
+        tensor = lowered.tensors[name]
+        yield name, tensor.shape, tensor.dtype, partial(stored, recipe, tensor, sources)

@@ -16,18 +16,21 @@ from tvm import IRModule, relax, transform
 from tvm_ffi import structural_equal
 
 from kvc_passes.base import Pass, Result, pass_name
+from kvc_passes.compute_in_float32 import ComputeInFloat32
 from kvc_passes.errors import InputError, PlanningError
+from kvc_passes.expand_markers import ExpandMarkers
 from kvc_passes.facts import AttentionSite
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
 from kvc_passes.merge_products import MergeProducts
-from kvc_passes.pack_matmuls import PackedWeight, PackMatmuls
+from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.positions_to_input import PositionsToInput
 from kvc_passes.prove_tokenwise import ProveTokenwise
 from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
+from kvc_passes.weights import PackedWeight, WeightPart
 from kvc_passes.write_logits import WriteLogits
 
 from .frontend.importer import Imported
@@ -99,7 +102,7 @@ class Served:
     """One function of the compiled model, kernels called by name, and its weights in parameter order."""
 
     module: IRModule
-    recipes: dict[str, PackedWeight]
+    recipes: dict[str, WeightPart]
 
 
 def understand(imported: Imported, runner: Runner) -> Understood:
@@ -114,15 +117,17 @@ def understand(imported: Imported, runner: Runner) -> Understood:
         relax.transform.DeadCodeElimination(),
     )
     found = runner.apply(mod, RecognizeAttention(roles, names))
-    positions = runner.apply(found.module, PositionsToInput(roles, names))
+    mod = runner.apply(found.module, ExpandMarkers()).module
+    positions = runner.apply(mod, PositionsToInput(roles, names))
     mod = runner.apply(positions.module, ProveTokenwise(roles, names)).module
     mod = runner.apply(mod, FlattenTokens(roles)).module
     return Understood(mod, found.facts, positions.facts)
 
 
-def merge(model: Understood, products: MatmulKernels, runner: Runner) -> Understood:
+def prepare(model: Understood, products: MatmulKernels, runner: Runner) -> Understood:
     """Once for both phases, before rows are selected: which products share a value must not depend on it."""
-    return replace(model, module=runner.apply(model.module, MergeProducts(products.panel)).module)
+    mod = runner.apply(model.module, ComputeInFloat32()).module
+    return replace(model, module=runner.apply(mod, MergeProducts(products.panel)).module)
 
 
 def serve(
@@ -142,10 +147,10 @@ def serve(
     return Served(mod, _recipes(mod, len(model.sites), packed.facts))
 
 
-def _recipes(mod: IRModule, sites: int, packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
+def _recipes(mod: IRModule, sites: int, packed: dict[str, WeightPart]) -> dict[str, WeightPart]:
     """Weights in parameter order: they stand behind the logits and the sites' pools."""
     names = [p.name for p in mod["main"].params]
     return {
-        name: packed.get(name, PackedWeight.kept(name))
+        name: packed.get(name, WeightPart(PackedWeight.kept(name)))
         for name in names[names.index("logits") + 1 + 2 * sites :]
     }

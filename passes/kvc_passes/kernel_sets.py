@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 from tvm.tirx import PrimFunc
@@ -14,6 +15,10 @@ class TensorType(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * (int("".join(c for c in self.dtype if c.isdigit())) // 8)
 
 
 class AttentionKernels(Protocol):

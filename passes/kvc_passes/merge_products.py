@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from tvm import IRModule, relax
 
 from .base import Result
-from .graph import Graph, dims, graph_of, op_name, static
-from .rebuild import rebuild
+from .facts import WeightFormat
+from .graph import Graph, dims, graph_of, op_name, operands, static
+from .rebuild import rebuild, substitute
+from .weights import weight_of
 
 
 @dataclass(frozen=True)
 class MergeProducts:
     """Query, key and value, or gate and up, in one product: x is read once, threads meet once.
 
-    Before: `matmul(x, a)`, `matmul(x, b)` with weights a [depth, m] and b [depth, n], parameters or their
-        transposes, used nowhere else.
+    Before: `matmul(x, a)`, `matmul(x, b)` with weights a [depth, m] and b [depth, n] of one format
+        (parameters, dequantized or cast, perhaps transposed) that are used nowhere else.
     After: `y = matmul(x, concat((a, b), axis=1))`, and slices of y along its last axis.
     Needs: FlattenTokens before it, and PackMatmuls after it, which stores the concatenated weight.
         `multiple` is the number of columns that its kernels handle at once: no weight begins in the middle.
@@ -38,7 +40,7 @@ class MergeProducts:
                 return None
             group = leader[var]
             if group[0] not in merged:
-                weights = [builder.emit(_weight(graph, v)) for v in group]
+                weights = [_again(builder, graph, graph.definitions[v].args[1]) for v in group]
                 weight = builder.emit(relax.op.concat(weights, axis=1))
                 merged[group[0]] = builder.emit(relax.op.matmul(value.args[0], weight), name_hint=var.name)
             begin = sum(_columns(v) for v in group[: group.index(var)])
@@ -50,36 +52,36 @@ class MergeProducts:
         module = rebuild(mod, mod["main"].params, place, values=values)
         return Result(module, len(groups))
 
-    def _groups(self, graph: Graph) -> dict[relax.Expr, list[relax.Var]]:
-        """Products by the value on their left, in order."""
-        groups: dict[relax.Expr, list[relax.Var]] = defaultdict(list)
+    def _groups(self, graph: Graph) -> dict[tuple[relax.Expr, WeightFormat], list[relax.Var]]:
+        """Products by the value on their left and the format on their right, in order."""
+        groups: dict[tuple[relax.Expr, WeightFormat], list[relax.Var]] = defaultdict(list)
         for var in graph.order:
             call = graph.definitions[var]
-            if op_name(call) == "matmul" and isinstance(call.args[0], relax.Var) and self._fits(graph, call):
-                groups[graph.alias(call.args[0])].append(var)
+            if op_name(call) == "matmul" and isinstance(call.args[0], relax.Var):
+                format = self._fits(graph, call)
+                if format is not None:
+                    groups[graph.alias(call.args[0]), format].append(var)
         return groups
 
-    def _fits(self, graph: Graph, call: relax.Call) -> bool:
-        weight = graph.alias(call.args[1])
-        uses = graph.users[weight]
-        swap = graph.resolve(weight)
-        if op_name(swap) == "permute_dims":
-            weight = graph.alias(swap.args[0])
-            uses = uses + graph.users[weight]
-        once = len(uses) == (2 if op_name(swap) == "permute_dims" else 1)
-        columns = static(dims(call.args[1])[-1]) if len(dims(call.args[1])) == 2 else None
+    def _fits(self, graph: Graph, call: relax.Call) -> WeightFormat | None:
+        """The format of a weight that can stand beside others, None for what cannot."""
         rows = dims(call.args[0])
         flat = len(rows) == 2 or (len(rows) == 3 and static(rows[0]) == 1)
-        fits = columns is not None and columns % self.multiple == 0
-        return once and flat and fits and weight in graph.function.params
+        weight = weight_of(graph, call.args[1]) if flat else None
+        if weight is None or len(weight.sources) != 1 or weight.columns % self.multiple:
+            return None
+        behind = graph.ancestors([call.args[1]])
+        once = all(len(graph.users[v]) == 1 for v in behind)
+        return weight.format if once else None
 
 
-def _weight(graph: Graph, product: relax.Var) -> relax.Expr:
-    """The weight as [depth, columns], written from parameters alone."""
-    value = graph.resolve(graph.definitions[product].args[1])
-    if op_name(value) == "permute_dims":
-        return relax.op.permute_dims(graph.alias(value.args[0]))
-    return graph.alias(graph.definitions[product].args[1])
+def _again(builder: relax.BlockBuilder, graph: Graph, value: relax.Expr) -> relax.Expr:
+    """A weight computed from its parameters once more: it may be defined behind where it is needed now."""
+    if value not in graph.definitions:
+        return value
+    call = graph.definitions[value]
+    needed = {o: _again(builder, graph, o) for o in operands(call) if isinstance(o, relax.Var)}
+    return builder.emit(substitute(call, needed))
 
 
 def _columns(product: relax.Var) -> int:

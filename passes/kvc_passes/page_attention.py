@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
@@ -19,11 +21,12 @@ from .rebuild import insert_params, rebuild
 class PageAttention:
     """Keys and values live in pages that the function is given and updates in place.
 
-    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`.
+    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site, [sinks [h]])`.
     After: k and v are appended to the site's pools at `slots`, then attention reads the pages of
         `block_table`. New parameters behind positions: slots [n], in prefill tiles [t,3], block_table [b,m];
         before the weights: k_i [pages, g, e, page] and v_i [pages, g, page, f] for every site.
-    Needs: FlattenTokens.
+        Pools are of the type that the graph keeps keys and values in.
+    Needs: FlattenTokens, ComputeInFloat32.
     Refuses: nothing; every site's geometry was proved.
     """
 
@@ -50,7 +53,7 @@ class PageAttention:
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if op_name(value) != ATTENTION:
                 return None
-            query, key, new_value, index = value.args[1:5]
+            query, key, new_value, index, *sinks = value.args[1:]
             site = self.sites[int(index.value)]
             k_pool, v_pool = current[site.index]
             append = self._kernel(builder, names, "append_kv", site)
@@ -64,13 +67,15 @@ class PageAttention:
                 builder.emit(relax.TupleGetItem(updated, 1)),
             )
             current[site.index] = pair
+            extras = [*self._slopes(site), *sinks]
             out = relax.TensorType((1, n, site.heads, site.value_dim), "float32")
             if self.phase == "prefill":
                 attend = self._kernel(builder, names, "prefill_attention", site)
-                return relax.op.call_tir(attend, [query, *pair, positions, tiles, table], out)
+                return relax.op.call_tir(attend, [query, *pair, positions, tiles, table, *extras], out)
             attend = self._kernel(builder, names, "decode_attention", site)
             part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
-            both = builder.emit(relax.op.call_tir(attend, [query, *pair, positions, table], [part, out]))
+            inputs = [query, *pair, positions, table, *extras]
+            both = builder.emit(relax.op.call_tir(attend, inputs, [part, out]))
             return relax.TupleGetItem(both, 1)
 
         params = insert_params(function, "positions", inputs)
@@ -80,12 +85,16 @@ class PageAttention:
         module = rebuild(mod, [*params[:at], *ordered, *params[at:]], place)
         return Result(module, len(self.sites))
 
+    def _slopes(self, site: AttentionSite) -> list[relax.Expr]:
+        """The slopes of ALiBi as a constant [h], where the site has them."""
+        return [] if site.slopes is None else [relax.const(np.array(site.slopes, np.float32))]
+
     def _pools(self) -> dict[int, tuple[relax.Var, relax.Var]]:
         pages, page = tirx.Var("pages", "int64"), self.kernels.page_size
         pools = {}
         for site in self.sites:
-            k = relax.TensorType((pages, site.kv_heads, site.head_dim, page), "float32")
-            v = relax.TensorType((pages, site.kv_heads, page, site.value_dim), "float32")
+            k = relax.TensorType((pages, site.kv_heads, site.head_dim, page), site.kv_dtype)
+            v = relax.TensorType((pages, site.kv_heads, page, site.value_dim), site.kv_dtype)
             pools[site.index] = (relax.Var(f"k_{site.index}", k), relax.Var(f"v_{site.index}", v))
         return pools
 
@@ -100,9 +109,11 @@ class PageAttention:
             site.value_dim,
             site.scale,
             site.softcap,
-            site.mask.window,
+            dataclasses.replace(site.mask, proof=""),
+            site.slopes is not None,
+            site.sinks,
         )
-        key = (kind, geometry[1:4] if kind == "append_kv" else geometry)
+        key = (kind, site.kv_dtype, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:
             make = {
                 "append_kv": self.kernels.append,

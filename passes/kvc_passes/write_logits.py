@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from tvm import IRModule, relax, te
 
 from .base import Result
-from .facts import FLOAT32
 from .graph import dims, graph_of, op_name
 from .kernel_sets import MatmulKernels
-from .pack_matmuls import MATMUL, PackedWeight
+from .pack_matmuls import MATMUL
 from .rebuild import insert_params, rebuild
+from .weights import WeightPart
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WriteLogits:
     """
 
     kernels: MatmulKernels
-    recipes: Mapping[str, PackedWeight]
+    recipes: Mapping[str, WeightPart]
 
     def run(self, mod: IRModule) -> Result:
         function = mod["main"]
@@ -38,12 +38,17 @@ class WriteLogits:
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if var != last:
                 return None
-            weight = value.args[1].fields[1].name if self._is_product(value) else ""
-            if weight in self.recipes:
-                recipe = self.recipes[weight]
+            first = value.args[1].fields[1].name if self._is_product(value) else ""
+            if first in self.recipes:
+                weight = self.recipes[first].weight
                 args = list(value.args[1].fields)
+                packed = self.kernels.packed(weight.columns, weight.depth, weight.format)
                 kernel = self.kernels.matmul(
-                    recipe.columns, recipe.depth, FLOAT32, bias=len(args) == 3, flat=True
+                    weight.columns,
+                    weight.depth,
+                    weight.format,
+                    bias=len(args) > 1 + len(packed),
+                    flat=True,
                 )
                 call = builder.add_func(kernel, "packed_matmul_logits")
                 return relax.op.call_tir_inplace(call, [*args, logits], [len(args)], logits.ty)

@@ -231,7 +231,7 @@ def in_order(values: list[str], wanted: list[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("cnn", "no integer input"), ("encoder", "every token sees every")]
+    ("name", "reason"), [("cnn", "no integer input"), ("encoder", "the attention is bidirectional")]
 )
 def test_a_model_that_is_no_decoder_is_refused(
     model_file: Callable[..., Path], tmp_path: Path, name: str, reason: str

@@ -91,7 +91,7 @@ def test_merged_products_are_packed_as_one_weight() -> None:
     merged = MergeProducts(PRODUCTS.panel).run(before).module
     result = PackMatmuls(PRODUCTS).run(merged)
     (recipe,) = result.facts.values()
-    assert [(s.name, s.columns, s.transposed) for s in recipe.sources] == [
+    assert [(s.name, s.columns, s.transposed) for s in recipe.weight.sources] == [
         ("w0", PRODUCTS.panel, True),
         ("w1", 2 * PRODUCTS.panel, False),
     ]

@@ -11,7 +11,8 @@ from packing import packed
 from tvm import IRModule, relax
 from tvm.relax import op
 
-from kvc_passes.pack_matmuls import PackedWeight, PackMatmuls
+from kvc_passes.pack_matmuls import PackMatmuls
+from kvc_passes.weights import WeightPart
 from support import Compiled, floats, module_of, ops, param, params_of, run_markers, symbol
 
 TOLERANCE = 2e-6  # float32 sums of 16 products in another order
@@ -19,14 +20,14 @@ N = symbol("n")
 X = param("x", [1, N, 16])
 
 
-def check(module: IRModule, weights: dict[str, np.ndarray], x: np.ndarray) -> dict[str, PackedWeight]:
+def check(module: IRModule, weights: dict[str, np.ndarray], x: np.ndarray) -> dict[str, WeightPart]:
     """Pack, run both, compare; the recipes."""
     result = PackMatmuls(PRODUCTS).run(module)
     known = packed(result.facts, weights)
     (expected,) = Compiled(module)(x, *weights.values())
     (got,) = Compiled(result.module, QUICK)(x, *(known[name] for name in params_of(result.module)[1:]))
     np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
-    recipes: dict[str, PackedWeight] = result.facts
+    recipes: dict[str, WeightPart] = result.facts
     return recipes
 
 
@@ -88,7 +89,7 @@ def test_one_weight_from_both_sides_is_packed_twice() -> None:
 
     module, _ = module_of([X, w], body)
     recipes = check(module, {"w": floats(16, 16)}, floats(1, 5, 16))
-    assert sorted(r.sources[0].transposed for r in recipes.values()) == [False, True]
+    assert sorted(r.weight.sources[0].transposed for r in recipes.values()) == [False, True]
 
 
 def test_a_weight_that_is_also_read_plainly_stays() -> None:

@@ -26,7 +26,7 @@ class _Memory:
                 function, type_, taken = self.made[key]
                 return relax.op.call_tir(function, [call.args[i] for i in taken], type_)
             result = default(builder, call)
-            if op_name(result) == "call_tir" and len(result.args) == 2 and key is not None:
+            if key is not None and _makes_one_tensor(result):
                 places = {arg: i for i, arg in enumerate(call.args) if isinstance(arg, relax.Var)}
                 operands = list(result.args[1].fields)
                 if len(places) == len(operands) and all(o in places for o in operands):
@@ -35,6 +35,13 @@ class _Memory:
             return result
 
         return legalize
+
+
+def _makes_one_tensor(result: relax.Expr) -> bool:
+    """Whether this is call_tir(function, tensors) -> tensor, without further arguments."""
+    if op_name(result) != "call_tir" or len(result.args) != 2:
+        return False
+    return isinstance(result.ty_args[0], relax.TensorType)
 
 
 def _key(call: relax.Call) -> Hashable | None:

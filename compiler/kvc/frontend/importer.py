@@ -25,6 +25,7 @@ from kvc_passes.nodes import NodeNames
 
 from .integers import Folder, Integers, NotFolded, expr, from_array
 from .operators import CONVERTERS
+from .quantized_operators import coded_initializers
 from .reader import OnnxFile, from_model, read
 from .roles import find_roles, unify_dimensions
 
@@ -52,8 +53,8 @@ class Imported:
     names: NodeNames
 
 
-def import_onnx(path: Path) -> Imported:
-    """Read and import `path`.
+def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
+    """Read and import `path`; `allow` has the user's permissions.
 
     Raises:
         InputError: the file cannot be read.
@@ -62,7 +63,7 @@ def import_onnx(path: Path) -> Imported:
     file = read(path)
     roles = find_roles(file.graph, path)
     unify_dimensions(file.graph, roles, path)
-    importer = Importer(file)
+    importer = Importer(file, allow=allow)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stock importer warns about every renamed input
         module = importer.from_onnx(file.graph, file.opset)
@@ -103,28 +104,43 @@ def import_graph(model: onnx.ModelProto, name: str = "graph") -> IRModule:
 class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
     """TVM's importer with symbolic integer folding and converters of our own."""
 
-    def __init__(self, file: OnnxFile, decoder: bool = True) -> None:
+    def __init__(self, file: OnnxFile, decoder: bool = True, allow: frozenset[str] = frozenset()) -> None:
         super().__init__(None, "float32", keep_params_in_input=True)
         self.file = file
+        self.allow = allow
         self.decoder = decoder  # inputs have roles, large initializers are parameters
         self.outputs: list[str] = []
         self.folder = Folder()
         self.weights: dict[str, np.ndarray] = {}
+        self.sources: dict[str, str] = {}  # initializers by the names of their parameters
+        self.coded: set[str] = set()
+        self.taken: set[str] = set()  # names of parameters
         self.hint = ""
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
-        taken = {value.name for value in graph.input}
+        self.coded = coded_initializers(graph, _key) if self.decoder else set()
+        self.taken = {value.name for value in graph.input}
         for tensor in graph.initializer:
             array = self.file.tensors[tensor.name]
-            if not self.decoder or array.dtype.kind in "ib" or array.size < _SMALLEST_PARAMETER:
+            small = array.dtype.kind in "iub" or array.size < _SMALLEST_PARAMETER
+            if not self.decoder or (small and tensor.name not in self.coded):
                 self._nodes[tensor.name] = from_array(array) or relax.const(array, str(array.dtype))
                 continue
-            name = _identifier(tensor.name, taken)
-            taken.add(name)
-            var = self._new_var(name, list(array.shape), str(array.dtype))
-            self._nodes[tensor.name] = var
-            self._params[name] = (var, name)  # the base class wants a value; it is never read
-            self.weights[name] = array
+            self._nodes[tensor.name] = self.add_weight(tensor.name, array)
+            self.sources[self._nodes[tensor.name].name] = tensor.name
+
+    def add_weight(self, name: str, array: np.ndarray) -> relax.Var:
+        """A new parameter that holds `array`."""
+        wanted = _identifier(name, self.taken)
+        self.taken.add(wanted)
+        var = self._new_var(wanted, list(array.shape), str(array.dtype))
+        self._params[wanted] = (var, wanted)  # the base class wants a value; it is never read
+        self.weights[wanted] = array
+        return var
+
+    def initializer(self, value: Any) -> str:
+        """The initializer that a parameter holds, "" for any other value."""
+        return self.sources.get(value.name, "") if isinstance(value, relax.Var) else ""
 
     def from_onnx(self, graph: onnx.GraphProto, opset: int) -> IRModule:
         """The module, without the base class's `params` attribute."""

@@ -15,7 +15,13 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
-from . import activation_operators, attention_operators, norm_operators, rotary_operators
+from . import (
+    activation_operators,
+    attention_operators,
+    norm_operators,
+    quantized_operators,
+    rotary_operators,
+)
 from .integers import OPEN_END, Integers, expr
 
 if TYPE_CHECKING:
@@ -198,5 +204,6 @@ CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     **activation_operators.CONVERTERS,
     **attention_operators.CONVERTERS,
     **norm_operators.CONVERTERS,
+    **quantized_operators.CONVERTERS,
     **rotary_operators.CONVERTERS,
 }

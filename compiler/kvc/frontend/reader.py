@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import ml_dtypes
@@ -31,6 +31,17 @@ _DTYPES: dict[int, np.dtype[np.generic]] = {
 }
 
 
+_FOUR_BITS = {onnx.TensorProto.INT4: True, onnx.TensorProto.UINT4: False}  # whether signed
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """A 4-bit initializer, whose array holds two elements a byte, the lower half first."""
+
+    dims: tuple[int, ...]
+    signed: bool
+
+
 @dataclass(frozen=True)
 class OnnxFile:
     """A parsed ONNX file.
@@ -39,13 +50,16 @@ class OnnxFile:
         path: the file.
         model: its graph, external tensors not loaded.
         opset: version of the ai.onnx operator set.
-        tensors: every initializer as a numpy array; external ones are read-only memory maps.
+        tensors: every initializer as a numpy array; external ones are read-only memory maps. 4-bit ones are
+            uint8 [ceil(elements / 2)].
+        packed: what those 4-bit initializers are.
     """
 
     path: Path
     model: onnx.ModelProto
     opset: int
     tensors: dict[str, np.ndarray]
+    packed: dict[str, FourBits] = field(default_factory=dict)
 
     @property
     def graph(self) -> onnx.GraphProto:
@@ -54,8 +68,9 @@ class OnnxFile:
     def parameter_bytes(self) -> dict[str, int]:
         """Bytes of all initializers by dtype, the largest first."""
         sizes: dict[str, int] = {}
-        for array in self.tensors.values():
-            sizes[str(array.dtype)] = sizes.get(str(array.dtype), 0) + array.nbytes
+        for name, array in self.tensors.items():
+            dtype = "int4" if name in self.packed else str(array.dtype)
+            sizes[dtype] = sizes.get(dtype, 0) + array.nbytes
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
@@ -75,7 +90,7 @@ def read(path: Path) -> OnnxFile:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not model.graph.node or not model.opset_import:
         raise InputError(f"{path}: not an ONNX model: it holds no graph (empty or truncated file?)")
-    return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph))
+    return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph), _packed(model.graph))
 
 
 def from_model(model: onnx.ModelProto, name: Path) -> OnnxFile:
@@ -84,7 +99,7 @@ def from_model(model: onnx.ModelProto, name: Path) -> OnnxFile:
     Raises:
         InputError, UnsupportedModel: as `read` does.
     """
-    return OnnxFile(name, model, _opset(name, model), _tensors(name, model.graph))
+    return OnnxFile(name, model, _opset(name, model), _tensors(name, model.graph), _packed(model.graph))
 
 
 def require_file(path: Path) -> None:
@@ -121,19 +136,38 @@ def _tensors(path: Path, graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     return {tensor.name: _tensor(path, tensor, maps) for tensor in graph.initializer}
 
 
+def _packed(graph: onnx.GraphProto) -> dict[str, FourBits]:
+    return {
+        t.name: FourBits(tuple(t.dims), _FOUR_BITS[t.data_type])
+        for t in graph.initializer
+        if t.data_type in _FOUR_BITS
+    }
+
+
+def _inline(path: Path, tensor: onnx.TensorProto) -> np.ndarray:
+    """An initializer that is in the .onnx file itself."""
+    try:
+        array = np.asarray(onnx.numpy_helper.to_array(tensor))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: initializer '{tensor.name}' is damaged ({error})") from None
+    if tensor.data_type not in _FOUR_BITS:
+        return array
+    codes = np.append(array.astype(np.int8).reshape(-1), np.zeros(array.size % 2, np.int8)).view(np.uint8)
+    return (codes[0::2] & 15) | (codes[1::2] << 4)
+
+
 def _tensor(path: Path, tensor: onnx.TensorProto, maps: dict[Path, np.memmap]) -> np.ndarray:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        try:
-            return np.asarray(onnx.numpy_helper.to_array(tensor))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: initializer '{tensor.name}' is damaged ({error})") from None
-    dtype = _DTYPES.get(tensor.data_type)
+        return _inline(path, tensor)
+    four = tensor.data_type in _FOUR_BITS
+    dtype = np.dtype(np.uint8) if four else _DTYPES.get(tensor.data_type)
     if dtype is None:
         name = onnx.TensorProto.DataType.Name(tensor.data_type)
         raise UnsupportedModel(f"{path}: initializer '{tensor.name}' has the element type {name}")
     info = {entry.key: entry.value for entry in tensor.external_data}
     file = _data_file(path, tensor.name, info.get("location", ""))
-    shape = tuple(tensor.dims)
+    count = int(np.prod(tensor.dims, dtype=np.int64))
+    shape = (-(-count // 2),) if four else tuple(tensor.dims)
     offset = int(info.get("offset", 0))
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if offset + size > file.stat().st_size:

@@ -73,10 +73,16 @@ def pack_into(
         pack_scales(scales, format, out[1])
         if zeros is not None:
             pack_zeros(zeros, out[2])
-    elif format.dtype == "float32":
-        _panels(weight, out[0])
     else:
-        _panels(_bits(weight, format.dtype), _bits(out[0], format.dtype))
+        pack_floats(weight, format, out[0])
+
+
+def pack_floats(weight: Array, format: WeightFormat, out: Array) -> None:
+    """Pack floats [N, K] into the data tensor `out`; any float type goes into float32."""
+    if format.dtype == "float32":
+        _panels(weight, out)
+    else:
+        _panels(_bits(weight, format.dtype), _bits(out, format.dtype))
 
 
 def pack(w: Array, lanes: int, out: Array | None = None) -> Array:

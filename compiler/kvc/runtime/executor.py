@@ -64,7 +64,7 @@ def logits_bytes(plan: Plan, facts: ModelFacts) -> int:
 
 def pool_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes of the page pools as they are allocated (Bytes.pools)."""
-    return sum(_padded("float32", shape) for shape in _pool_shapes(plan, facts))
+    return sum(_padded(dtype, shape) for dtype, shape in _pools(plan, facts))
 
 
 class Executor:
@@ -83,7 +83,6 @@ class Executor:
         self._vm = load_vm(artifact.path / "model.so", threads)
         self._prefill, self._decode = self._vm["prefill"], self._vm["decode"]
         inputs = input_shapes(self.plan).values()
-        pools = _pool_shapes(self.plan, self.facts)
         logits = (self.plan.max_batch, self.facts.logits)
         region = _Region(table_bytes(self.plan) + logits_bytes(self.plan, self.facts))
         self._tokens, self._positions, self._slots, self._tiles, self._table, self._rows = (
@@ -91,7 +90,10 @@ class Executor:
         )
         self._logits = region.array("float32", logits)
         region = _Region(pool_bytes(self.plan, self.facts))
-        pages = [self._tensor(region.array("float32", shape)) for shape in pools]
+        pages = [
+            self._typed(region.array(_storage(dtype), shape), dtype)
+            for dtype, shape in _pools(self.plan, self.facts)
+        ]
         weights = self._map(artifact.path / "weights.safetensors", artifact.layout())
         self._state = (*pages, *weights)
         if warm:
@@ -193,16 +195,19 @@ class Executor:
         with contextlib.suppress(OSError):
             mapped.madvise(_MADV_POPULATE_READ)
         data = np.frombuffer(mapped, dtype=np.uint8)
-        view = self._ffi.get_global_func("runtime.TVMTensorCreateView")
         tensors = []
         for spec in layout:
-            raw = data[spec.offset : spec.offset + spec.bytes]
-            if spec.dtype == "bfloat16":  # numpy exports it under no name that DLPack has
-                bits = self._tensor(raw.view(np.uint16).reshape(spec.shape))
-                tensors.append(view(bits, self._ffi.Shape(spec.shape), self._ffi.dtype("bfloat16"), 0))
-            else:
-                tensors.append(self._tensor(raw.view(numpy_dtype(spec.dtype)).reshape(spec.shape)))
+            raw = data[spec.offset : spec.offset + spec.bytes].view(_storage(spec.dtype))
+            tensors.append(self._typed(raw.reshape(spec.shape), spec.dtype))
         return tensors
+
+    def _typed(self, array: NDArray[Any], dtype: str) -> Any:
+        """An array of `_storage(dtype)` as a tensor of `dtype`."""
+        tensor = self._tensor(array)
+        if dtype != "bfloat16":
+            return tensor
+        view = self._ffi.get_global_func("runtime.TVMTensorCreateView")
+        return view(tensor, self._ffi.Shape(array.shape), self._ffi.dtype(dtype), 0)
 
     def _run_largest(self) -> None:
         """Run the largest prefill and one decode, so that their temporaries are allocated and touched."""
@@ -233,19 +238,25 @@ class _Region:
         self._data[:: mmap.PAGESIZE] = 0
         self._used = 0
 
-    def array(self, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    def array(self, dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """The next array of the region."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         array = self._data[self._used : self._used + size].view(dtype).reshape(shape)
-        self._used += _padded(dtype, shape)
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return array
 
 
-def _pool_shapes(plan: Plan, facts: ModelFacts) -> list[tuple[int, ...]]:
-    """Shapes of k_0 .. k_{L-1}, v_0 .. v_{L-1}."""
-    keys = [(plan.pages, s.kv_heads, s.head_dim, plan.page_size) for s in facts.sites]
-    return [*keys, *((plan.pages, s.kv_heads, plan.page_size, s.value_dim) for s in facts.sites)]
+def _pools(plan: Plan, facts: ModelFacts) -> list[tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes of k_0 .. k_{L-1}, v_0 .. v_{L-1}."""
+    page, pages = plan.page_size, plan.pages
+    keys = [(s.kv_dtype, (pages, s.kv_heads, s.head_dim, page)) for s in facts.sites]
+    return [*keys, *((s.kv_dtype, (pages, s.kv_heads, page, s.value_dim)) for s in facts.sites)]
+
+
+def _storage(dtype: str) -> np.dtype[Any]:
+    """What numpy holds a dtype in: it exports bfloat16 under no name that DLPack has."""
+    return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(numpy_dtype(dtype))
 
 
 def _padded(dtype: str, shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+    return -(-math.prod(shape) * _storage(dtype).itemsize // ALIGNMENT) * ALIGNMENT

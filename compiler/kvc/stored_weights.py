@@ -1,0 +1,109 @@
+"""The numbers of one weight, from the ONNX file's into the kernels' layout, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kvc_passes.kernel_sets import TensorType
+from kvc_passes.markers import Dequantize
+from kvc_passes.weights import Source, WeightPart
+
+from .kernels.packing import pack_codes, pack_floats, pack_scales, pack_zeros
+
+Array = np.ndarray[Any, Any]
+
+
+def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
+    """The tensor that holds `part`, of the dtype and shape of `tensor`.
+
+    weights: the imported model's parameters, memory-mapped; at most one weight of codes is unpacked at once.
+    """
+    weight, format = part.weight, part.weight.format
+    if not weight.depth:
+        return np.ascontiguousarray(weights[weight.sources[0].name])
+    result, at = np.empty(tensor.shape, _numpy(tensor.dtype)), 0
+    for source in weight.sources:
+        end = at + -(-source.columns // tensor.shape[2])
+        out = result[at:end]
+        if not format.coded:
+            array = weights[source.name]
+            pack_floats(array.T if source.transposed else array, format, out)
+        elif part.part == 0:
+            pack_codes(_rows(source, codes_of(source, weights)), format, out)
+        elif part.part == 1:
+            pack_scales(_rows(source, scales_of(source, weights)), format, out)
+        else:
+            pack_zeros(_rows(source, zeros_of(source, weights)), out)
+        at = end
+    return result
+
+
+def codes_of(source: Source, weights: Mapping[str, Array]) -> Array:
+    """The codes uint8 [rows, columns], unsigned: signed ones are moved up by half their range."""
+    attrs = _coded(source)
+    return _codes(weights[source.name], attrs, attrs.rows, attrs.stored)[:, : attrs.columns]
+
+
+def scales_of(source: Source, weights: Mapping[str, Array]) -> Array:
+    """The scales [rows, blocks] or [blocks, columns]."""
+    return _each(weights[source.scales], _blocks(_coded(source)))
+
+
+def zeros_of(source: Source, weights: Mapping[str, Array]) -> Array:
+    """The zero points uint8 of the scales' shape, moved up like the codes."""
+    attrs = _coded(source)
+    rows, columns = _blocks(attrs)
+    if not source.zeros:
+        middle = attrs.middle + (1 << (attrs.bits - 1) if attrs.signed else 0)
+        return np.full((rows, columns), middle, np.uint8)
+    given = weights[source.zeros]
+    if attrs.bits == 8 or given.size * 2 < rows * columns:
+        return _each(_unsigned(given, attrs), (rows, columns))
+    return _codes(given, attrs, rows, attrs.zeros_stored)[:, :columns]
+
+
+def _coded(source: Source) -> Dequantize:
+    assert source.coded is not None
+    return source.coded
+
+
+def _blocks(attrs: Dequantize) -> tuple[int, int]:
+    if attrs.axis == 1:
+        return attrs.rows, -(-attrs.columns // attrs.block)
+    return -(-attrs.rows // attrs.block), attrs.columns
+
+
+def _each(array: Array, shape: tuple[int, int]) -> Array:
+    """An array with as many elements as `shape`, or with one for all."""
+    return np.broadcast_to(array.reshape(()), shape) if array.size == 1 else array.reshape(shape)
+
+
+def _unsigned(array: Array, attrs: Dequantize) -> Array:
+    """8-bit codes from 0 on."""
+    codes = array.view(np.uint8)
+    return codes ^ np.uint8(128) if attrs.signed else codes
+
+
+def _codes(array: Array, attrs: Dequantize, rows: int, stored: int) -> Array:
+    """[rows, stored] codes, which stand one after the other in the bytes of `array`."""
+    if attrs.bits == 8:
+        return _unsigned(array, attrs).reshape(-1)[: rows * stored].reshape(rows, stored)
+    both = array.view(np.uint8).reshape(-1)
+    codes = np.empty(2 * both.size, np.uint8)
+    codes[0::2], codes[1::2] = both & 15, both >> 4
+    if attrs.signed:
+        codes ^= 8
+    return codes[: rows * stored].reshape(rows, stored)
+
+
+def _rows(source: Source, array: Array) -> Array:
+    """As rows of y = x w^T."""
+    return array.T if source.transposed else array
+
+
+def _numpy(dtype: str) -> Any:
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
