@@ -15,7 +15,16 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
-from . import activation_operators, attention_operators, norm_operators, rotary_operators
+from . import (
+    activation_operators,
+    attention_operators,
+    elementwise_operators,
+    norm_operators,
+    quantize_activations,
+    reduce_operators,
+    rotary_operators,
+    state_operators,
+)
 from .integers import OPEN_END, Integers, expr
 
 if TYPE_CHECKING:
@@ -197,6 +206,10 @@ CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Where": _where,
     **activation_operators.CONVERTERS,
     **attention_operators.CONVERTERS,
+    **elementwise_operators.CONVERTERS,
     **norm_operators.CONVERTERS,
+    **quantize_activations.CONVERTERS,
+    **reduce_operators.CONVERTERS,
     **rotary_operators.CONVERTERS,
+    **state_operators.CONVERTERS,
 }
