@@ -43,6 +43,34 @@ def _swish(default: float) -> Callable[[Importer, Sequence[Any], dict[str, Any]]
     return convert
 
 
+def _swiglu(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    gate = importer.emit(_swish(1.0)(importer, inputs, attrs))
+    return op.multiply(gate, importer.tensor(inputs[1]))
+
+
+def _mish(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    """x tanh(log(1 + e^x)) as x n / (n + 2) with n = e^x (e^x + 2), which keeps its digits below zero."""
+    emit, x = importer.emit, importer.tensor(inputs[0])
+    dtype = dtype_of(x)
+    two = relax.const(2.0, dtype)
+    power = emit(op.exp(emit(op.minimum(x, relax.const(20.0, dtype)))))  # from there on, the factor is 1
+    n = emit(op.multiply(power, emit(op.add(power, two))))
+    return op.multiply(x, emit(op.divide(n, emit(op.add(n, two)))))
+
+
+def _softplus(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    """log(1 + e^x) as max(x, 0) + log(1 + w) with w = e^-|x|; the rounding of 1 + w is divided out."""
+    emit, x = importer.emit, importer.tensor(inputs[0])
+    one, zero = (relax.const(float(v), dtype_of(x)) for v in (1, 0))
+    w = emit(op.exp(emit(op.negative(emit(op.abs(x))))))
+    rounded = emit(op.add(one, w))
+    excess = emit(op.subtract(rounded, one))
+    some = emit(op.greater(excess, zero))
+    divisor = emit(op.where(some, excess, one))
+    logarithm = emit(op.multiply(emit(op.log(rounded)), emit(op.divide(w, divisor))))
+    return op.add(emit(op.maximum(x, zero)), emit(op.where(some, logarithm, w)))
+
+
 def _fused_matmul(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     if attrs.get("transBatchA", 0) or attrs.get("transBatchB", 0):
         raise ValueError("it transposes the batch (transBatchA, transBatchB)")
@@ -66,6 +94,9 @@ def _transposed(importer: Importer, x: relax.Expr) -> relax.Expr:
 
 CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Gelu": _gelu,
+    "Mish": _mish,
+    "Softplus": _softplus,
+    "SwiGLU": _swiglu,
     "Swish": _swish(1.0),
     "com.microsoft::BiasGelu": _bias_gelu,
     "com.microsoft::FastGelu": _fast_gelu,

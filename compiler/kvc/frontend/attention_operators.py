@@ -121,18 +121,12 @@ def _visible(
     start = expr(past)
     if nonpad is not None:  # the last query is the last key that is no padding
         lengths = importer.emit(op.reshape(importer.tensor(nonpad), [-1, 1, 1, 1]))
-        count = importer.tensor(_scalar(rows))
+        count = importer.tensor(importer.integer(rows))
         start = importer.emit(op.subtract(lengths, count))
     conditions = visible(
         importer.emit, expr(rows), expr(columns), start, causal=wanted.causal, window=wanted.window, ahead=ahead
     )
     return conjunction(importer.emit, conditions)
-
-
-def _scalar(value: Any) -> Any:
-    from .integers import Integers
-
-    return Integers.of(np.array(value, object))
 
 
 def _restricted(importer: Importer, mask: relax.Expr | None, seen: relax.Expr, dtype: str) -> relax.Expr:
@@ -158,6 +152,15 @@ def _padded(importer: Importer, mask: relax.Expr, keys: Any) -> relax.Expr:
     fill = relax.const(False, "bool") if kind == "bool" else relax.const(-np.inf, kind)
     hidden = op.broadcast_to(fill, relax.ShapeExpr([expr(d) for d in (*outer, missing)]))
     return importer.emit(op.concat([mask, importer.emit(hidden)], axis=len(outer)))
+
+
+def _flex_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    """ai.onnx.preview FlexAttention without the graphs that change scores or probabilities."""
+    if "score_mod" in attrs or "prob_mod" in attrs:
+        raise ValueError("it changes scores or probabilities with a graph of its own (score_mod, prob_mod)")
+    q, k, v = (importer.tensor(x) for x in inputs[:3])
+    scale = attrs.get("scale", 1 / math.sqrt(importer.shape(q)[3]))
+    return _result(importer, Sdpa(scale=scale), [q, k, v], attrs)[0]
 
 
 def _group_query_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:
@@ -278,6 +281,7 @@ def _key_padding(importer: Importer, mask: relax.Expr, keys: Any, hidden: float,
 
 CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Attention": _attention,
+    "ai.onnx.preview::FlexAttention": _flex_attention,
     "com.microsoft::GroupQueryAttention": _group_query_attention,
     "com.microsoft::MultiHeadAttention": _multi_head_attention,
 }

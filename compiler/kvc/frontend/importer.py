@@ -17,16 +17,19 @@ import onnx
 from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 from tvm.ir import Range as IRRange
+from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
+from kvc_passes.graph import static
 from kvc_passes.nodes import NodeNames
 
+from .half_precision import narrow, widened
 from .integers import Folder, Integers, NotFolded, expr, from_array
 from .operators import CONVERTERS
 from .quantized_operators import coded_initializers
-from .reader import OnnxFile, from_model, read
+from .reader import OnnxFile, from_model, read, require_types
 from .roles import find_roles, unify_dimensions
 
 _RESERVED = re.compile(r"[kv]_\d+|tokens|positions|slots|tiles|block_table|rows|logits")
@@ -91,10 +94,8 @@ def import_graph(model: onnx.ModelProto, name: str = "graph") -> IRModule:
     Raises:
         UnsupportedModel: an operator, an element type or a form of it is not supported.
     """
+    require_types(model.graph, name)
     file = from_model(model, Path(name))
-    for value in file.graph.input:
-        if not value.type.HasField("tensor_type"):
-            raise UnsupportedModel(f"{name}: input '{value.name}' is no tensor")
     importer = Importer(file, decoder=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -183,8 +184,18 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
             for name, value in zip(node.output, results):
                 if name:
                     self._nodes[name] = self._bind(value)
+                    self._require_elements(node, self._nodes[name])
         for output in graph.output:
             self._nodes[output.name] = self.tensor(self._nodes[output.name])
+
+    def _require_elements(self, node: onnx.NodeProto, value: Any) -> None:
+        """Refuse tensors that can have no elements: TVM's code for them is wrong, or crashes."""
+        shape = getattr(getattr(value, "ty", None), "shape", None)
+        if isinstance(value, relax.Var) and shape is not None and any(static(d) == 0 for d in shape.values):
+            raise UnsupportedModel(
+                f"{self.file.path}: node '{node.name}' ({node.op_type}) has an output without elements, "
+                f"{list(shape.values)}"
+            )
 
     def _convert(self, node: onnx.NodeProto) -> list[Any]:
         attrs = self._parse_attr(node.attribute)
@@ -208,7 +219,12 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
             attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
             converter = stock._get_convert_map()[node.op_type].get_converter(self.opset)
             tensors = stock.onnx_input([self.tensor(value) for value in inputs])
+            dtype = narrow(node.op_type, tensors)
+            if dtype is not None:
+                tensors = stock.onnx_input([widened(self, value) for value in tensors])
             result = converter(self.bb, tensors, attrs, [self._nodes, self._params])
+            if dtype is not None:
+                return [op.astype(self.emit(value), dtype) for value in self._unpack(result)]
         return self._unpack(result)
 
     def _unpack(self, result: Any) -> list[Any]:
@@ -243,6 +259,11 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         if value.ty.shape is None:
             raise ValueError("an input has no known shape")
         return [self.folder.simplify(dim) for dim in value.ty.shape.values]
+
+    @staticmethod
+    def integer(value: Any) -> Integers:
+        """A dimension as a scalar tensor."""
+        return Integers.of(np.array(value, object))
 
     def tensor(self, value: Any) -> Any:
         """A value as a Relax tensor."""

@@ -18,9 +18,13 @@ from tvm.relax.frontend.onnx import onnx_frontend as stock
 from . import (
     activation_operators,
     attention_operators,
+    elementwise_operators,
     norm_operators,
+    quantize_activations,
     quantized_operators,
+    reduce_operators,
     rotary_operators,
+    state_operators,
 )
 from .integers import OPEN_END, Integers, expr
 
@@ -203,7 +207,11 @@ CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Where": _where,
     **activation_operators.CONVERTERS,
     **attention_operators.CONVERTERS,
+    **elementwise_operators.CONVERTERS,
     **norm_operators.CONVERTERS,
+    **quantize_activations.CONVERTERS,
     **quantized_operators.CONVERTERS,
+    **reduce_operators.CONVERTERS,
     **rotary_operators.CONVERTERS,
+    **state_operators.CONVERTERS,
 }

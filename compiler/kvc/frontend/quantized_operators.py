@@ -15,6 +15,8 @@ from tvm.relax import op
 
 from kvc_passes.markers import DEQUANTIZE, Dequantize, marker
 
+from .quantize_activations import dequantize_linear
+
 if TYPE_CHECKING:
     from .importer import Importer
 
@@ -109,7 +111,7 @@ def _dequantize_linear(importer: Importer, inputs: Sequence[Any], attrs: dict[st
     codes, scales, zeros = (inputs[i] for i in range(3))
     name = importer.initializer(codes)
     if name not in importer.coded:
-        return _arithmetic(importer, codes, scales, zeros, attrs)
+        return dequantize_linear(importer, inputs, attrs)
     packed = importer.file.packed.get(name)
     shape = packed.dims if packed else tuple(importer.shape(codes))
     dtype = "int4" if packed else str(codes.ty.dtype.dtype)
@@ -143,27 +145,6 @@ def _blocks(
     if given != [shape[along]]:
         raise ValueError(f"its scales {given} are not one for each of the {shape[along]} along axis {along}")
     return 1 - along, shape[1 - along]
-
-
-def _arithmetic(importer: Importer, codes: Any, scales: Any, zeros: Any, attrs: dict[str, Any]) -> relax.Expr:
-    """(x - zero) * scale, of values that are computed."""
-    x = importer.tensor(codes)
-    rank, dtype = len(importer.shape(x)), str(importer.tensor(scales).ty.dtype.dtype)
-    if attrs.get("block_size", 0):
-        raise ValueError("it has blocks of a value that is no initializer")
-
-    def along(value: Any) -> relax.Expr:
-        value = importer.tensor(value)
-        shape = importer.shape(value)
-        if not shape or shape == [1]:
-            return value if not shape else importer.emit(op.reshape(value, ()))
-        axis = attrs.get("axis", 1) % rank
-        return importer.emit(op.reshape(value, [shape[0] if a == axis else 1 for a in range(rank)]))
-
-    result = importer.emit(op.astype(x, dtype))
-    if zeros is not None:
-        result = importer.emit(op.subtract(result, importer.emit(op.astype(along(zeros), dtype))))
-    return op.multiply(result, along(scales))
 
 
 def _dynamic_quantize(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[relax.Expr]:

@@ -93,6 +93,25 @@ def read(path: Path) -> OnnxFile:
     return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph), _packed(model.graph))
 
 
+def require_types(graph: onnx.GraphProto, name: object) -> None:
+    """Raise UnsupportedModel unless inputs, outputs and initializers are tensors of plain numbers with elements."""
+    for role, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            if not value.type.HasField("tensor_type"):
+                raise UnsupportedModel(f"{name}: {role} '{value.name}' is no tensor")
+            _require_type(name, role, value.name, value.type.tensor_type.elem_type)
+            if any(d.HasField("dim_value") and d.dim_value == 0 for d in value.type.tensor_type.shape.dim):
+                raise UnsupportedModel(f"{name}: {role} '{value.name}' is a tensor without elements")
+    for tensor in graph.initializer:
+        _require_type(name, "initializer", tensor.name, tensor.data_type)
+
+
+def _require_type(path: object, role: str, name: str, kind: int) -> None:
+    if kind not in _DTYPES:
+        text = onnx.TensorProto.DataType.Name(kind)
+        raise UnsupportedModel(f"{path}: {role} '{name}' has the element type {text}")
+
+
 def from_model(model: onnx.ModelProto, name: Path) -> OnnxFile:
     """A model that is in memory, with its tensors; `name` is for messages.
 

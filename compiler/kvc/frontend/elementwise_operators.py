@@ -1,0 +1,67 @@
+"""Converters of element-wise operators for the forms that the stock importer takes wrongly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm import relax
+from tvm.relax import op
+
+from kvc_passes.spelled_out import cast, dtype_of
+
+if TYPE_CHECKING:
+    from .importer import Importer
+
+Converter = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
+
+
+def _binary(function: Callable[[Any, Any], relax.Expr]) -> Converter:
+    def convert(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+        return function(importer.tensor(inputs[0]), importer.tensor(inputs[1]))
+
+    return convert
+
+
+def _not(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    return op.logical_not(importer.tensor(inputs[0]))
+
+
+def _power(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    """The result has the base's type; an exponent of another type is cast to it."""
+    base, exponent = importer.tensor(inputs[0]), importer.tensor(inputs[1])
+    dtype = dtype_of(base)
+    if not dtype.startswith(("float", "bfloat")):
+        raise ValueError(f"it raises {dtype} to a power; only floats are supported")
+    return op.power(base, cast(importer.emit, exponent, dtype))
+
+
+def _infinite(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    x = importer.tensor(inputs[0])
+    limits = (("detect_positive", np.inf), ("detect_negative", -np.inf))
+    found = [op.equal(x, relax.const(v, dtype_of(x))) for name, v in limits if attrs.get(name, 1)]
+    if not found:
+        raise ValueError("it detects neither positive nor negative infinities")
+    return found[0] if len(found) == 1 else op.logical_or(*(importer.emit(f) for f in found))
+
+
+def _remainder(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    """Integers: the sign of the divisor, or with fmod that of the dividend. Floats: only with fmod."""
+    left, right = importer.tensor(inputs[0]), importer.tensor(inputs[1])
+    if attrs.get("fmod", 0):
+        return op.mod(left, right)
+    if dtype_of(left).startswith(("float", "bfloat")):
+        raise ValueError("it is a remainder of floats with the sign of the divisor (fmod=0)")
+    return op.floor_mod(left, right)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "And": _binary(op.logical_and),
+    "IsInf": _infinite,
+    "Mod": _remainder,
+    "Not": _not,
+    "Or": _binary(op.logical_or),
+    "Pow": _power,
+    "Xor": _binary(op.logical_xor),
+}
