@@ -8,11 +8,12 @@ those of a tile's window, so the table's other entries may be anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 
 from .attention_block import BlockKernel
-from .emit import Emitter, Expr, argument, copy_rows, i64, size_var
+from .emit import Emitter, Expr, argument, copy_rows, i64, narrowed, size_var
 from .traits import CpuTraits
 
 
@@ -27,6 +28,19 @@ class AttentionShape:
     scale: float
     softcap: float | None = None
     window: int | None = None
+    """A query at q sees keys k > q - window (and none after q, as always)."""
+    chunk: int | None = None
+    """A query at q sees keys of its own chunk, k // chunk == q // chunk."""
+    sink_keys: int | None = None
+    """With a window: keys that every later query sees too."""
+    predicate: str | None = None
+    """Any other mask, as predicate.condition takes it; what it allows has k <= q."""
+    slopes: bool = False
+    """Whether slopes[h] * (k - q) is added to the scores, after the softcap (ALiBi)."""
+    sink_scores: bool = False
+    """Whether every head has a score of its own in the softmax, which has no value."""
+    kv_dtype: str = "float32"
+    """What the pages hold: float32, float16 or bfloat16."""
     page_size: int = 16
 
     @property
@@ -52,26 +66,41 @@ def decode_splits(kv_heads: int, traits: CpuTraits) -> int:
     return min(traits.threads, 16)
 
 
+def pools(shape: AttentionShape, pages: Expr) -> tuple[Any, Any]:
+    """The page pools as arguments: K [P, Hkv, D, PG] and V [P, Hkv, PG, Dv]."""
+    size = shape.page_size
+    return (
+        argument("kpool", (pages, shape.kv_heads, shape.head_dim, size), shape.kv_dtype),
+        argument("vpool", (pages, shape.kv_heads, size, shape.value_dim), shape.kv_dtype),
+    )
+
+
+def extras(shape: AttentionShape) -> dict[str, Any]:
+    """Further arguments that a shape has, by name and in their order: slopes f32[H], sinks f32[H]."""
+    wanted = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
+    return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
+
+
 def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
     """Write the keys and values of a call's tokens into their pages.
 
     Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv], slots i32[n],
-    kpool f32[P, Hkv, D, PG] and vpool f32[P, Hkv, PG, Dv], both in place.
+    kpool [P, Hkv, D, PG] and vpool [P, Hkv, PG, Dv] of shape.kv_dtype, both in place.
     """
     e = Emitter()
     n, pages, page = size_var("n"), size_var("pages"), shape.page_size
     k = argument("k", (1, shape.kv_heads, n, shape.head_dim))
     v = argument("v", (1, shape.kv_heads, n, shape.value_dim))
     slots = argument("slots", (n,), "int32")
-    kpool = argument("kpool", (pages, shape.kv_heads, shape.head_dim, page))
-    vpool = argument("vpool", (pages, shape.kv_heads, page, shape.value_dim))
+    kpool, vpool = pools(shape, pages)
 
     def tokens(head: Expr, start: Expr, count: Expr) -> None:
         # Token innermost: neighbours fill the same cache lines of a page.
         with e.loop("d", shape.head_dim) as d, e.loop("i", count) as i:
             slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))
             at = tirx.floordiv(slot, i64(page))
-            e.store(kpool, k[i64(0), head, start + i, d], at, head, d, tirx.floormod(slot, i64(page)))
+            value = narrowed(k[i64(0), head, start + i, d], shape.kv_dtype)
+            e.store(kpool, value, at, head, d, tirx.floormod(slot, i64(page)))
         with e.loop("i", count) as i:
             slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))
             at = [tirx.floordiv(slot, i64(page)), head, tirx.floormod(slot, i64(page))]
@@ -89,10 +118,10 @@ def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
 
 
 def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> tirx.PrimFunc:
-    """Causal attention of many tokens a sequence.
+    """Attention of many tokens a sequence.
 
     Arguments of the function: q f32[1, H, n, D], kpool, vpool, positions i64[n], tiles i32[t, 3]
-    (table row, first token, tokens <= tile), block_table i32[b, m], out f32[1, n, H, Dv].
+    (table row, first token, tokens <= tile), block_table i32[b, m], *extras(shape), out f32[1, n, H, Dv].
     A task is a tile and a KV head: its rows are the tile's tokens times the heads of the group, so K and V
     are read once a group. The tokens' own keys must be in the pages.
     """
@@ -100,11 +129,11 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
     n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
     group, heads = shape.group, shape.kv_heads
     q = argument("q", (1, shape.heads, n, shape.head_dim))
-    kpool = argument("kpool", (pages, heads, shape.head_dim, shape.page_size))
-    vpool = argument("vpool", (pages, heads, shape.page_size, shape.value_dim))
+    kpool, vpool = pools(shape, pages)
     positions = argument("positions", (n,), "int64")
     tiles = argument("tiles", (t, 3), "int32")
     table = argument("block_table", (b, m), "int32")
+    more = extras(shape)
     out = argument("out", (1, n, shape.heads, shape.value_dim))
     with e.loop("c", traits.threads, parallel=True) as c:
         # Tiles of later tokens cost more: neighbours go to different threads.
@@ -117,16 +146,16 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
                 e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
                 for at, name in enumerate(("row", "first", "tokens"))
             )
-            kernel = BlockKernel(e, shape, traits, tile * group, False, 128, (kpool, vpool), table, row)
+            kernel = BlockKernel(e, shape, traits, tile * group, False, 128, (kpool, vpool), table, row, more)
             position = e.bind("position", positions[first])
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
                 kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, position + k)
             kernel.pad(tokens * group, position + tokens - 1)
-            page, last = kernel.pages_of(position, position + tokens - 1)
+            page, last = kernel.mask.pages_of(position, position + tokens - 1)
             kernel.run_head(head, tokens * group, page, last - page + 1, position, position + tokens - 1)
             with e.loop("k", tokens) as k, e.loop("g", group) as g:
                 kernel.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
-    inputs = [q, kpool, vpool, positions, tiles, table]
+    inputs = [q, kpool, vpool, positions, tiles, table, *more.values()]
     return e.function([*inputs, out], inputs, [out])
 
 
@@ -134,7 +163,7 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
     """Attention of one token a sequence.
 
     Arguments of the function: q f32[1, H, b, D], kpool, vpool, positions i64[b], block_table i32[b, m],
-    part f32[b, S, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share),
+    *extras(shape), part f32[b, S, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share),
     out f32[1, b, H, Dv]. S is `splits`, decode_splits by default.
     """
     e = Emitter()
@@ -142,10 +171,10 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
     group, heads, dim = shape.group, shape.kv_heads, shape.value_dim
     shares = splits or decode_splits(heads, traits)
     q = argument("q", (1, shape.heads, b, shape.head_dim))
-    kpool = argument("kpool", (pages, heads, shape.head_dim, shape.page_size))
-    vpool = argument("vpool", (pages, heads, shape.page_size, dim))
+    kpool, vpool = pools(shape, pages)
     positions = argument("positions", (b,), "int64")
     table = argument("block_table", (b, m), "int32")
+    more = extras(shape)
     part = argument("part", (b, shares, shape.heads, dim + 2))
     out = argument("out", (1, b, shape.heads, dim))
     with e.loop("c", traits.threads, parallel=traits.threads > 1) as c:
@@ -154,13 +183,13 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             task = c + i * traits.threads
             row = e.bind("row", tirx.floordiv(task, i64(shares)))
             share = e.bind("share", tirx.floormod(task, i64(shares)))
-            kernel = BlockKernel(e, shape, traits, group, True, 128, (kpool, vpool), table, row)
+            kernel = BlockKernel(e, shape, traits, group, True, 128, (kpool, vpool), table, row, more, share)
             position = e.bind("position", positions[row])
             with e.loop("h", heads) as head:
                 with e.loop("g", group) as g:
                     kernel.load_query(q, [i64(0), head * group + g, row], head * kernel.padded + g, position)
                 kernel.pad(head * kernel.padded + group, position)
-            page, last = kernel.pages_of(position, position)
+            page, last = kernel.mask.pages_of(position, position)
             each = e.bind("each", tirx.floordiv(last - page + shares, i64(shares)))
             begin = e.bind("begin", page + share * each)
             kernel.run_heads(begin, tirx.Min(last - begin + 1, each), position)
@@ -170,5 +199,5 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
         kernel.merge(part, shares, row, h, out)
     with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
         kernel.merge(part, shares, row, h, out)
-    inputs = [q, kpool, vpool, positions, table]
+    inputs = [q, kpool, vpool, positions, table, *more.values()]
     return e.function([*inputs, part, out], inputs, [part, out])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from . import vector_math
-from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec
+from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec, widened
+from .masks import Mask
+from .predicate import names
 from .traits import CpuTraits
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ class BlockKernel:
     rows: query rows of a KV head at most; they are padded to whole register tiles.
     streaming: a task has all KV heads (run_heads), and keeps all their scores; else one (run_head).
     keys: keys of a block, whose scores are kept between the two products.
+    extras: the arguments attention.extras.
+    share: which share of the keys the task has; scores that count once belong to the first.
     """
 
     def __init__(
@@ -38,8 +42,11 @@ class BlockKernel:
         pools: tuple[Any, Any],
         table: Any,
         row: Expr,
+        extras: Mapping[str, Any],
+        share: Expr | None = None,
     ) -> None:
         self.e, self.shape, self.lanes = e, shape, traits.lanes
+        self.extras, self.share, self.mask = extras, share, Mask(e, shape, traits.lanes)
         self.kpool, self.vpool = pools
         self.table, self.row = table, row
         tiles = -(-rows // traits.tile_rows)
@@ -61,6 +68,9 @@ class BlockKernel:
         self.positions = e.local("row_position", total, "int32")
         self.maximum = e.local("maximum", total)
         self.total = e.local("total", total)
+        self.heads: Any = None
+        if shape.slopes or (shape.predicate is not None and "h" in names(shape.predicate)):
+            self.heads = e.local("row_head", total, "int32")
 
     def load_query(self, q: Any, at: Sequence[Expr], row: Expr, position: Expr) -> None:
         """Row `row` is q[at], scaled; without a softcap the scale includes the change to base 2."""
@@ -68,12 +78,20 @@ class BlockKernel:
         for start, width in chunks(self.shape.head_dim, self.lanes):
             value = q[(*at, vec(i64(start), width))] * splat(f32(factor), width)
             self.e.store(self.query, value, vec(row * self.shape.head_dim + start, width))
-        self._begin_row(row, position)
+        self._begin_row(row, position, at[1])
 
-    def _begin_row(self, row: Expr, position: Expr) -> None:
+    def _begin_row(self, row: Expr, position: Expr, head: Expr) -> None:
         self.e.store(self.positions, tirx.Cast("int32", position), row)
-        self.e.store(self.maximum, f32(_NEVER), row)
-        self.e.store(self.total, f32(0), row)
+        if self.heads is not None:
+            self.e.store(self.heads, tirx.Cast("int32", head), row)
+        highest, total = f32(_NEVER), f32(0)
+        if "sinks" in self.extras:
+            highest, total = self.extras["sinks"][head] * f32(vector_math.LOG2E), f32(1)
+            if self.share is not None:
+                highest = tirx.Select(self.share == 0, highest, f32(_NEVER))
+                total = tirx.Select(self.share == 0, total, f32(0))
+        self.e.store(self.maximum, highest, row)
+        self.e.store(self.total, total, row)
         for start, width in chunks(self.shape.value_dim, self.lanes):
             self.e.store(self.output, splat(f32(0), width), vec(row * self.shape.value_dim + start, width))
 
@@ -84,16 +102,7 @@ class BlockKernel:
             row = used + r
             for start, width in chunks(self.shape.head_dim, self.lanes):
                 self.e.store(self.query, splat(f32(0), width), vec(row * self.shape.head_dim + start, width))
-            self._begin_row(row, position)
-
-    def pages_of(self, first: Expr, last: Expr) -> tuple[Expr, Expr]:
-        """First and last page that tokens at positions first .. last see, as columns of the block table."""
-        begin = i64(0)
-        if self.shape.window is not None:
-            oldest = tirx.Max(first - (self.shape.window - 1), i64(0))
-            begin = tirx.floordiv(oldest, i64(self.shape.page_size))
-        end = tirx.floordiv(last, i64(self.shape.page_size))
-        return self.e.bind("page", begin), self.e.bind("last_page", end)
+            self._begin_row(row, position, i64(0))
 
     def run_head(self, head: Expr, rows: Expr, page: Expr, pages: Expr, first: Expr, last: Expr) -> None:
         """Attend with the rows of one KV head over `pages` pages from `page`; positions are first .. last."""
@@ -130,19 +139,16 @@ class BlockKernel:
         with e.loop("kb", tirx.floordiv(pages + (step - 1), i64(step))) as kb:
             start = e.bind("start", page + kb * step)
             count = e.bind("count", tirx.Min(pages - kb * step, i64(step)))
-            keys = e.bind("keys", tirx.Min(count * size, last + 1 - start * size))
-            masked = start * size + count * size - 1 > first
-            if self.shape.window is not None:
-                masked = tirx.Or(masked, start * size <= last - self.shape.window)
-            yield start, count, keys, masked
+            keys = e.bind("keys", tirx.Min(count * size, self.mask.count(last) + 1 - start * size))
+            yield start, count, keys, self.mask.hides(start, count, first, last)
 
     def _vectors(self, count: Expr) -> Expr:
         """Vectors of scores of `count` pages."""
         groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         return self.e.bind("vectors", groups * (self.together * self.shape.page_size // self.lanes))
 
-    def _page(self, column: Expr) -> Expr:
-        return self.e.bind("at", tirx.Cast("int64", self.table[self.row, column]))
+    def _page(self, page: Expr) -> Expr:
+        return self.e.bind("at", tirx.Cast("int64", self.table[self.row, self.mask.column(page)]))
 
     def _score(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
         """scores[slot + i, base + j] = query row (row + i) . key j of `count` pages from `start`."""
@@ -167,7 +173,7 @@ class BlockKernel:
                     for s in range(splits):
                         inner = d * splits + s
                         keys = [
-                            e.bind("kv", self.kpool[page, head, inner, vec(i64(offset), lanes)])
+                            e.bind("kv", widened(self.kpool[page, head, inner, vec(i64(offset), lanes)]))
                             for page, offset in vectors[sub : sub + width]
                         ]
                         with e.unrolled("i", height) as i:
@@ -186,6 +192,8 @@ class BlockKernel:
         """Turn a tile's scores into weights of the running softmax, and rescale what was summed before."""
         if self.shape.softcap:
             self._softcap(slot, vectors)
+        if "slopes" in self.extras:
+            self._slope(row, slot, start * self.shape.page_size, vectors)
         with self.e.when(masked):
             self._mask(row, slot, start * self.shape.page_size, vectors)
         with self.e.loop("i", self.height) as i:
@@ -199,19 +207,35 @@ class BlockKernel:
             value = vector_math.tanh(e.bind, value) * splat(f32(cap * vector_math.LOG2E), self.lanes)
             e.store(self.scores, value, at)
 
+    def _slope(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
+        """Add the slope of the row's head, times how far the key is behind."""
+        e, lanes = self.e, self.lanes
+        with e.loop("i", self.height) as i:
+            slope = self.extras["slopes"][tirx.Cast("int64", self.heads[row + i])]
+            slope = e.bind("slope", splat(slope * f32(vector_math.LOG2E), lanes))
+            position = e.bind("row_at", splat(self.positions[row + i], lanes))
+            with e.loop("v", vectors) as v:
+                at = vec((slot + i) * self.keys + v * lanes, lanes)
+                distance = tirx.Cast(f"float32x{lanes}", self._positions(key + v * lanes) - position)
+                e.store(self.scores, self.scores[at] + distance * slope, at)
+
     def _mask(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
         e, lanes = self.e, self.lanes
         never = splat(f32(_NEVER), lanes)
         with e.loop("i", self.height) as i:
             position = e.bind("row_at", splat(self.positions[row + i], lanes))
+            head = None if self.heads is None else e.bind("head_at", splat(self.heads[row + i], lanes))
             with e.loop("v", vectors) as v:
                 at = vec((slot + i) * self.keys + v * lanes, lanes)
-                keys = e.bind("key", vec(tirx.Cast("int32", key + v * lanes), lanes))
-                value = tirx.Select(keys <= position, self.scores[at], never)
-                if self.shape.window is not None:
-                    edge = position - splat(tirx.const(self.shape.window, "int32"), lanes)
-                    value = tirx.Select(keys > edge, value, never)
+                keys = e.bind("key", self._positions(key + v * lanes))
+                value = self.scores[at]
+                for seen in self.mask.seen(keys, position, head):
+                    value = tirx.Select(seen, value, never)
                 e.store(self.scores, value, at)
+
+    def _positions(self, key: Expr) -> Expr:
+        """Positions of a vector of keys, of which `key` is the first as the mask counts them."""
+        return vec(tirx.Cast("int32", self.mask.position(key)), self.lanes)
 
     def _weights(self, row: Expr, base: Expr, vectors: Expr) -> None:
         e, lanes, dim = self.e, self.lanes, self.shape.value_dim
@@ -252,7 +276,7 @@ class BlockKernel:
                 page = self._page(start + p)
                 with e.loop("k", tirx.Min(keys - p * size, i64(size))) as k:
                     values = [
-                        e.bind("vv", self.vpool[page, head, k, vec(i64(offset), width)])
+                        e.bind("vv", widened(self.vpool[page, head, k, vec(i64(offset), width)]))
                         for offset, width in group
                     ]
                     with e.unrolled("i", height) as i:

@@ -44,6 +44,7 @@ class CpuAttention:
         return cls(traits, attention.choose_tile(sites[0].group, traits))
 
     def _shape(self, site: AttentionSite) -> attention.AttentionShape:
+        mask = site.mask
         return attention.AttentionShape(
             heads=site.heads,
             kv_heads=site.kv_heads,
@@ -51,7 +52,13 @@ class CpuAttention:
             value_dim=site.value_dim,
             scale=site.scale,
             softcap=site.softcap,
-            window=site.mask.window,
+            window=mask.window,
+            chunk=mask.chunk,
+            sink_keys=mask.sinks,
+            predicate=mask.predicate if mask.kind == "predicate" else None,
+            slopes=site.slopes is not None,
+            sink_scores=site.sinks,
+            kv_dtype=site.kv_dtype,
             page_size=self.page_size,
         )
 

@@ -61,6 +61,26 @@ def widened(value: Expr) -> Expr:
     return tirx.reinterpret(_like("float32", lanes), high)
 
 
+def narrowed(value: Expr, dtype: str) -> Expr:
+    """A float32 scalar or vector rounded to the nearest of a float type, ties to even; NaN stays NaN."""
+    lanes = lanes_of(value)
+    if dtype == "float32":
+        return value
+    if dtype == "float16":
+        return tirx.Cast(_like(dtype, lanes), value)
+
+    def number(value: int) -> Expr:
+        return splat(tirx.const(value, "uint32"), lanes)
+
+    bits = tirx.reinterpret(_like("uint32", lanes), value)
+    even = (bits >> number(16)) & number(1)
+    rounded = (bits + even + number(0x7FFF)) >> number(16)
+    nan = (bits & number(0x7FFFFFFF)) > number(0x7F800000)
+    quiet = (bits >> number(16)) | number(0x40)  # the rounding could carry a NaN into the sign
+    short = tirx.Cast(_like("uint16", lanes), tirx.Select(nan, quiet, rounded))
+    return tirx.reinterpret(_like(dtype, lanes), short)
+
+
 def _like(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
@@ -175,10 +195,10 @@ class Emitter:
 def copy_rows(
     e: Emitter, source: Any, at: Sequence[Expr], target: Any, to: Sequence[Expr], size: int, lanes: int
 ) -> None:
-    """Copy a row of `size` elements by vectors."""
+    """Copy a row of `size` float32 elements by vectors, rounded to the type of `target`."""
     for start, width in chunks(size, lanes):
         index = vec(i64(start), width)
-        e.store(target, source[(*at, index)], *to, index)
+        e.store(target, narrowed(source[(*at, index)], str(target.dtype)), *to, index)
 
 
 def _whole(buffer: Any) -> Any:

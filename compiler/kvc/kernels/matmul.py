@@ -8,15 +8,15 @@ for few rows; for many, a block of a panel is expanded into a buffer that its ro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 from tvm import tirx
 
 from kvc_passes.facts import FLOAT32, WeightFormat
 
-from .emit import Emitter, Expr, argument, f32, i64, size_var, splat, vec
+from .emit import Emitter, Expr, argument, i64, size_var
 from .packing import pack, packed_tensors
+from .product import Product
 from .traits import CpuTraits
 from .weights import Weights
 
@@ -26,6 +26,8 @@ _SERIAL = 16384
 """Weights up to this many elements are read faster than other workers wake up."""
 _ROW_BYTES = 448 * 1024
 """Bytes of x that stay in the second-level cache while the panels pass."""
+_EXPANDED_BYTES = 16 * 1024
+"""Codes of few rows become float32 in pieces of this size, which stay in the first-level cache."""
 _DEPTH = 1024
 """Most k steps between two visits of an output tile."""
 
@@ -38,176 +40,6 @@ def panel(traits: CpuTraits) -> int:
 def packed_shape(n: int, k: int, traits: CpuTraits) -> tuple[int, ...]:
     """Shape of the packed form of a float32 [n, k] weight."""
     return packed_tensors(n, k, FLOAT32, traits.lanes)[0].shape
-
-
-@dataclass(frozen=True)
-class _Product:
-    """The buffers and constants of one matrix product."""
-
-    e: Emitter
-    n: int
-    k: int
-    traits: CpuTraits
-    x: Any
-    w: Weights
-    bias: Any
-    y: Any
-    flat: bool
-    depth: int
-    """k steps of a block; k when the product is not blocked along k."""
-
-    @property
-    def lanes(self) -> int:
-        return self.traits.lanes
-
-    def out(self, row: Expr, column: Expr) -> list[Expr]:
-        return [row, column] if self.flat else [i64(0), row, column]
-
-    def tile(
-        self, rows: int, block: Expr, row: Expr, start: Expr, depth: Expr, splits: int = 1, panel: Any = None
-    ) -> None:
-        """y[row .. row + rows, panel `block`] = x w, over k = start .. start + depth - 1.
-
-        splits: independent accumulators of an element, for tiles too small to hide the latency of an FMA.
-        panel: the weights k = start .. of the panel as float32, where they are not read from the format.
-        """
-        e, lanes = self.e, self.lanes
-        acc = e.local("acc", splits * rows * 2 * lanes)
-
-        def at(i: Expr, v: int, s: int = 0) -> Expr:
-            return vec(((s * rows + i) * 2 + v) * lanes, lanes)
-
-        def step(k: Expr, s: int) -> None:
-            if panel is None:
-                weights = [e.bind("wv", self.w.vector(block, k, v)) for v in range(2)]
-            else:
-                weights = [
-                    e.bind("wv", panel[vec((k - start) * (2 * lanes) + v * lanes, lanes)]) for v in range(2)
-                ]
-            with e.unrolled("i", rows) as i:
-                xv = e.bind("xv", splat(self.x[i64(0), row + i, k], lanes))
-                for v in range(2):
-                    e.store(acc, acc[at(i, v, s)] + weights[v] * xv, at(i, v, s))
-
-        self._begin(rows, block, row, start, splits, acc, at)
-        if splits == 1:
-            with e.loop("k", depth) as k:
-                step(start + k, 0)
-        else:
-            with e.loop("k", self.k // splits) as k:
-                for s in range(splits):
-                    step(k * splits + s, s)
-            for s in range(self.k % splits):
-                step(i64(self.k - self.k % splits + s), s)
-        self._gather(rows, splits, acc, at)
-        self._finish(rows, block, row, acc, at)
-
-    def coded_tile(self, rows: int, block: Expr, splits: int) -> None:
-        """y[0 .. rows - 1, panel `block`] = x w for a weight of codes.
-
-        Where registers suffice, the products of a block of inputs are summed before they are scaled, else
-        every weight is scaled. `splits` as in `tile`.
-        """
-        e, w, lanes = self.e, self.w, self.lanes
-        late = 4 * rows <= self.traits.registers - 4
-        if not late:
-            splits = 1
-        acc = e.local("acc", rows * 2 * lanes)
-        part = e.local("part", splits * rows * 2 * lanes) if late else acc
-
-        def at(i: Expr, v: int, s: int = 0) -> Expr:
-            return vec(((s * rows + i) * 2 + v) * lanes, lanes)
-
-        self._clear(rows, acc, at)
-        with w.blocks(i64(0), i64(self.k)) as (first, count, scaling):
-            scaling.load(block)
-            if late:
-                self._clear(rows * splits, part, at)
-
-            def step(k: Expr, size: int) -> None:
-                codes = [w.codes(block, k, v, size) for v in range(2)]
-                for j in range(size):
-                    weights = []
-                    for v in range(2):
-                        value = scaling.value(codes[v][j], v)
-                        weights.append(e.bind("wv", value if late else value * scaling.scales[v]))
-                    with e.unrolled("i", rows) as i:
-                        xv = e.bind("xv", splat(self.x[i64(0), i, k + j], lanes))
-                        for v in range(2):
-                            to = at(i, v, j % splits)
-                            e.store(part, part[to] + weights[v] * xv, to)
-
-            w.steps(first, count, w.unit(splits), step)
-            if late:
-                self._gather(rows, splits, part, at)
-                with e.unrolled("i", rows) as i:
-                    for v in range(2):
-                        e.store(acc, acc[at(i, v)] + part[at(i, v)] * scaling.scales[v], at(i, v))
-        self._finish(rows, block, i64(0), acc, at)
-
-    def _clear(self, rows: int, acc: Any, at: Any) -> None:
-        with self.e.unrolled("i", rows) as i:
-            for v in range(2):
-                self.e.store(acc, splat(f32(0), self.lanes), at(i, v))
-
-    def _gather(self, rows: int, splits: int, acc: Any, at: Any) -> None:
-        """Add the accumulators of each element into the first."""
-        for s in range(1, splits):
-            with self.e.unrolled("i", rows) as i:
-                for v in range(2):
-                    self.e.store(acc, acc[at(i, v)] + acc[at(i, v, s)], at(i, v))
-
-    def _begin(self, rows: int, block: Expr, row: Expr, start: Expr, splits: int, acc: Any, at: Any) -> None:
-        e, lanes, nr = self.e, self.lanes, 2 * self.lanes
-        self._clear(rows * splits, acc, at)
-        if self.depth == self.k:
-            return
-        tail = self.n % nr
-        whole = start > 0 if tail == 0 else tirx.And(start > 0, block < self.n // nr)
-        with e.when(whole), e.unrolled("i", rows) as i:
-            for v in range(2):
-                column = vec(block * nr + v * lanes, lanes)
-                e.store(acc, self.y[tuple(self.out(row + i, column))], at(i, v))
-        if tail == 0:
-            return
-        edge = e.local("edge", nr)
-        with e.when(tirx.And(start > 0, block == self.n // nr)), e.unrolled("i", rows) as i:
-            with e.loop("j", tail) as j:
-                e.store(edge, self.y[tuple(self.out(row + i, block * nr + j))], j)
-            for v in range(2):
-                e.store(acc, edge[vec(i64(v * lanes), lanes)], at(i, v))
-
-    def _finish(self, rows: int, block: Expr, row: Expr, acc: Any, at: Any) -> None:
-        """Store a tile; columns past n, in the last panel, are left out."""
-        e, lanes, nr = self.e, self.lanes, 2 * self.lanes
-        tail = self.n % nr
-        with e.when(block < self.n // nr), e.unrolled("i", rows) as i:
-            for v in range(2):
-                e.store(self.y, acc[at(i, v)], *self.out(row + i, vec(block * nr + v * lanes, lanes)))
-        if tail == 0:
-            return
-        edge = e.local("edge", nr)
-        with e.when(block == self.n // nr), e.unrolled("i", rows) as i:
-            for v in range(2):
-                e.store(edge, acc[at(i, v)], vec(i64(v * lanes), lanes))
-            with e.loop("j", tail) as j:
-                e.store(self.y, edge[j], *self.out(row + i, block * nr + j))
-
-    def add_bias(self, low: Expr, high: Expr, row: Expr, rows: Expr) -> None:
-        """Add the bias to the columns of panels low .. high - 1 of some rows."""
-        e, lanes, nr = self.e, self.lanes, 2 * self.lanes
-        first = low * nr
-        count = e.bind("columns", tirx.Min(high * nr, i64(self.n)) - first)
-
-        def add(i: Expr, at: Expr) -> None:
-            to = self.out(row + i, at)
-            e.store(self.y, self.y[tuple(to)] + self.bias[at], *to)
-
-        with e.loop("i", rows) as i:
-            with e.loop("j", tirx.floordiv(count, i64(lanes))) as j:
-                add(i, vec(first + j * lanes, lanes))
-            with e.loop("j", tirx.floormod(count, i64(lanes))) as j:
-                add(i, first + count - tirx.floormod(count, i64(lanes)) + j)
 
 
 def _share(part: Expr, parts: Expr, total: Expr) -> tuple[Expr, Expr]:
@@ -253,7 +85,7 @@ def packed_matmul(
     w = Weights(e, n, k, format, traits.lanes)
     b = argument("bias", (n,)) if bias else None
     y = argument("y", (m, n) if flat else (1, m, n))
-    product = _Product(e, n, k, traits, x, w, b, y, flat, _depth(n, k, format, traits))
+    product = Product(e, n, k, traits, x, w, b, y, flat, _depth(n, k, format, traits))
     limit = traits.tile_rows
     threads = 1 if n * k <= _SERIAL else traits.threads
     with e.loop("c", threads, parallel=threads > 1) as c:
@@ -266,28 +98,46 @@ def packed_matmul(
     return e.function([*inputs, y], inputs, [y])
 
 
-def _few_rows(product: _Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
+def _few_rows(product: Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
     """One register tile of m <= limit rows: each panel is read once, whole."""
-    e = product.e
-    low, high = _share(c, i64(threads), i64(product.w.panels))
+    e, w = product.e, product.w
+    low, high = _share(c, i64(threads), i64(w.panels))
     low = e.bind("low", low)
-    with e.loop("b", high - low) as index:
-        block = e.bind("block", low + index)
 
-        def tile(rows: int) -> None:
-            splits = max(1, 8 // (2 * rows)) if product.k >= 8 else 1
-            splits = 1 << (splits.bit_length() - 1)
-            if product.w.coded:
-                product.coded_tile(rows, block, splits)
-            else:
-                product.tile(rows, block, i64(0), i64(0), i64(product.k), splits)
+    def splits(rows: int) -> int:
+        wanted = max(1, 8 // (2 * rows)) if product.k >= 8 else 1
+        return 1 << (wanted.bit_length() - 1)
 
-        e.switch(m, range(1, limit + 1), tile)
+    if not w.coded:
+        with e.loop("b", high - low) as index:
+            block = e.bind("block", low + index)
+            whole = (i64(0), i64(0), i64(product.k))
+            e.switch(m, range(1, limit + 1), lambda rows: product.tile(rows, block, *whole, splits(rows)))
+    else:
+        most = min(limit, product.coded_rows)
+        with e.when(m <= most), e.loop("b", high - low) as index:
+            block = e.bind("block", low + index)
+            e.switch(m, range(1, most + 1), lambda rows: product.coded_tile(rows, block, splits(rows)))
+        if most < limit:
+            with e.when(m > most), e.loop("b", high - low) as index:
+                _expanded_tile(product, m, range(most + 1, limit + 1), e.bind("block", low + index))
     if product.bias is not None:
         product.add_bias(low, high, i64(0), m)
 
 
-def _many_rows(product: _Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
+def _expanded_tile(product: Product, m: Expr, cases: range, block: Expr) -> None:
+    """A tile of m rows, one of `cases`, of a panel of codes that becomes float32 by and by."""
+    e = product.e
+    product = replace(product, depth=min(product.k, _EXPANDED_BYTES // (8 * product.lanes)))
+    expanded = e.local("expanded", product.depth * 2 * product.lanes)
+    with e.loop("kb", -(-product.k // product.depth)) as kb:
+        start = e.bind("start", kb * product.depth)
+        depth = e.bind("depth", tirx.Min(i64(product.depth), i64(product.k) - start))
+        product.w.expand(block, start, start + depth, expanded)
+        e.switch(m, cases, lambda rows: product.tile(rows, block, i64(0), start, depth, panel=expanded))
+
+
+def _many_rows(product: Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
     """Row tiles of nearly equal height, in blocks whose x stays in cache while the panels pass."""
     e = product.e
     groups = _column_groups(product.w.panels, threads)
