@@ -12,8 +12,9 @@ from typing import Any
 
 from tvm import tirx
 
+from . import vector_math
 from .attention_block import BlockKernel
-from .emit import Emitter, Expr, argument, copy_rows, i64, narrowed, size_var
+from .emit import Emitter, Expr, argument, chunks, copy_rows, f32, i64, narrowed, size_var, splat, vec
 from .traits import CpuTraits
 
 
@@ -196,8 +197,29 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             with e.loop("h", heads) as head, e.loop("g", group) as g:
                 kernel.store_part(head * kernel.padded + g, part, [row, share, head * group + g])
     with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
-        kernel.merge(part, shares, row, h, out)
+        _merge(e, part, row, h, out, traits.lanes)
     with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
-        kernel.merge(part, shares, row, h, out)
+        _merge(e, part, row, h, out, traits.lanes)
     inputs = [q, kpool, vpool, positions, table, *more.values()]
     return e.function([*inputs, part, out], inputs, [part, out])
+
+
+def _merge(e: Emitter, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -> None:
+    """out[0, row, head] = the shares put together."""
+    shares, dim = int(part.shape[1]), int(out.shape[3])
+    top = part[row, i64(0), head, i64(dim)]
+    for s in range(1, shares):
+        top = tirx.Max(top, part[row, i64(s), head, i64(dim)])
+    top = e.bind("top", top)
+    weights = [
+        e.bind("w", vector_math.exp2_nonpositive(e.bind, part[row, i64(s), head, i64(dim)] - top))
+        for s in range(shares)
+    ]
+    total = sum((w * part[row, i64(s), head, i64(dim + 1)] for s, w in enumerate(weights)), start=f32(0))
+    scale = e.bind("scale", f32(1) / total)
+    for start, width in chunks(dim, lanes):
+        index = vec(i64(start), width)
+        value = splat(f32(0), width)
+        for s, w in enumerate(weights):
+            value = value + part[row, i64(s), head, index] * splat(w, width)
+        e.store(out, value * splat(scale, width), i64(0), row, head, index)

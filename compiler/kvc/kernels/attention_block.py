@@ -302,23 +302,3 @@ class BlockKernel:
             self.e.store(part, self.output[vec(row * dim + start, width)], *at, vec(i64(start), width))
         self.e.store(part, self.maximum[row], *at, i64(dim))
         self.e.store(part, self.total[row], *at, i64(dim + 1))
-
-    def merge(self, part: Any, shares: int, row: Expr, head: Expr, out: Any) -> None:
-        """out[0, row, head] = the shares put together."""
-        e, dim = self.e, self.shape.value_dim
-        top = part[row, i64(0), head, i64(dim)]
-        for s in range(1, shares):
-            top = tirx.Max(top, part[row, i64(s), head, i64(dim)])
-        top = e.bind("top", top)
-        weights = [
-            e.bind("w", vector_math.exp2_nonpositive(e.bind, part[row, i64(s), head, i64(dim)] - top))
-            for s in range(shares)
-        ]
-        total = sum((w * part[row, i64(s), head, i64(dim + 1)] for s, w in enumerate(weights)), start=f32(0))
-        scale = e.bind("scale", f32(1) / total)
-        for start, width in chunks(dim, self.lanes):
-            index = vec(i64(start), width)
-            value = splat(f32(0), width)
-            for s, w in enumerate(weights):
-                value = value + part[row, i64(s), head, index] * splat(w, width)
-            e.store(out, value * splat(scale, width), i64(0), row, head, index)

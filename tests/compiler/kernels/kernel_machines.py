@@ -44,3 +44,11 @@ class Machine:
 
 
 MACHINES = {name: Machine(target, CpuTraits.of(target)) for name, target in _targets().items()}
+
+
+def baseline() -> Machine:
+    """A machine of the same family without extensions: on x86-64 four lanes, and no 16-bit conversions."""
+    own = default_target()
+    x86 = str(own.attrs["mtriple"]).startswith("x86_64")
+    target = Target({**dict(own.export()), "mcpu": "x86-64" if x86 else "generic"})
+    return Machine(target, CpuTraits.of(target))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_machines import MACHINES, Machine
+from kernel_machines import MACHINES, Machine, baseline
+from weight_cases import numpy_type
 
 from kvc.kernels.attention import (
     AttentionShape,
@@ -14,12 +15,26 @@ from kvc.kernels.attention import (
     decode_splits,
     prefill_attention,
 )
+from kvc.kernels.emit import compiled
 
 SHAPES = {
     "grouped": AttentionShape(6, 2, 64, 64, 0.125),
     "odd group, softcap": AttentionShape(7, 1, 80, 96, 0.11, softcap=20.0),
     "window": AttentionShape(4, 4, 72, 40, 0.12, window=37),
     "wide group": AttentionShape(16, 1, 16, 24, 0.25),
+    "chunks, float16": AttentionShape(4, 2, 32, 32, 0.2, chunk=50, kv_dtype="float16"),
+    "sink keys": AttentionShape(4, 2, 32, 40, 0.2, window=37, sink_keys=19, slopes=True),
+    "predicate, bfloat16": AttentionShape(
+        6,
+        2,
+        32,
+        32,
+        0.2,
+        predicate="k == q or k < q and (k + h) % 3 < 2 and k // 40 != 1",
+        kv_dtype="bfloat16",
+    ),
+    "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, kv_dtype="bfloat16"),
+    "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
 }
 PAGE = 16
 PAGES = 48
@@ -43,14 +58,18 @@ class Case:
         self.machine, self.name, self.shape = machine, name, SHAPES[name]
         rng = self.rng = np.random.default_rng(seed)
         shape = self.shape
+        self.slopes = rng.uniform(0, 0.5, shape.heads).astype(np.float32)
+        self.sinks = rng.uniform(-3, 8, shape.heads).astype(np.float32)
+        self.extras = [a for a, has in ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores)) if has]
         order = list(rng.permutation(np.arange(1, PAGES)))
         self.sequences = []
         for length, new in lengths:
             pages = np.array([order.pop() for _ in range(-(-length // PAGE))])
             k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
             self.sequences.append(Sequence(length, new, pages, k, v))
-        self.kpool = np.full((PAGES, shape.kv_heads, shape.head_dim, PAGE), np.nan, np.float32)
-        self.vpool = np.full((PAGES, shape.kv_heads, PAGE, shape.value_dim), np.nan, np.float32)
+        kind = numpy_type(shape.kv_dtype)
+        self.kpool = np.full((PAGES, shape.kv_heads, shape.head_dim, PAGE), np.nan, kind)
+        self.vpool = np.full((PAGES, shape.kv_heads, PAGE, shape.value_dim), np.nan, kind)
         # Page 0 stays NaN; entries of the table past a sequence's end point at it.
         self.table = np.zeros((len(lengths), PAGES), np.int32)
         for row, sequence in enumerate(self.sequences):
@@ -80,33 +99,56 @@ class Case:
                 )
                 self.kpool, self.vpool = call[3:]
 
-    def forget_what_no_window_reaches(self) -> None:
-        """Pages before every window may have been given away: make them NaN."""
-        if self.shape.window is not None:
+    def forget_what_no_query_sees(self) -> None:
+        """Pages that no query of the call sees may have been given away: make them NaN."""
+        if self.shape.predicate is None:
             for row, s in enumerate(self.sequences):
-                first = max(s.length - s.new - self.shape.window + 1, 0) // PAGE
-                self.table[row, :first] = 0
+                seen = self.seen(np.arange(s.length - s.new, s.length), s.length).any(axis=(0, 1))
+                for page in range(len(s.pages)):
+                    if not seen[page * PAGE : (page + 1) * PAGE].any():
+                        self.table[row, page] = 0
+
+    def seen(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """The mask [heads, queries, keys], from its definition in kvc_passes.facts."""
+        shape = self.shape
+        q, k = positions[None, :, None], np.arange(length)[None, None]
+        h = np.arange(shape.heads)[:, None, None]
+        if shape.predicate is not None:
+            return np.vectorize(eval(f"lambda q, k, h: {shape.predicate}"), otypes=[bool])(q, k, h)
+        seen = np.broadcast_to(k <= q, (shape.heads, len(positions), length))
+        if shape.window is not None:
+            seen = seen & ((k > q - shape.window) | (k < (shape.sink_keys or 0)))
+        if shape.chunk is not None:
+            seen = seen & (k // shape.chunk == q // shape.chunk)
+        return seen
 
     def check(self, q: np.ndarray, out: np.ndarray, sequence: Sequence, positions: np.ndarray) -> None:
         """q, out: [tokens, heads, ...] of one sequence."""
         shape = self.shape
         assert np.isfinite(out).all()
-        for h in range(shape.heads):
-            k, v = (x[h // shape.group].astype(float) for x in (sequence.k, sequence.v))
+        kind = numpy_type(shape.kv_dtype)
+        masks = self.seen(positions, sequence.length)
+        behind = np.arange(sequence.length) - positions[:, None]
+        for h, seen in enumerate(masks):
+            k, v = (x[h // shape.group].astype(kind).astype(float) for x in (sequence.k, sequence.v))
             s = q[:, h].astype(float) @ k.T * shape.scale
             # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
             slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(q[:, h]) @ np.abs(k).T * shape.scale)
             if shape.softcap:
                 s = shape.softcap * np.tanh(s / shape.softcap)
                 slack += shape.softcap * 3e-7
-            key = np.arange(sequence.length)
-            seen = key <= positions[:, None]
-            if shape.window:
-                seen &= key > positions[:, None] - shape.window
-            p = np.where(seen, np.exp(s - s.max(axis=1, keepdims=True)), 0)
-            p /= p.sum(axis=1, keepdims=True)
+            if shape.slopes:  # the slope in base 2, the product and the sum are rounded
+                s = s + float(self.slopes[h]) * behind
+                slack += 3 * 2.0**-24 * np.abs(self.slopes[h] * behind) + 2.0**-24 * np.abs(s)
+            s = np.where(seen, s, -np.inf)
+            sink = np.full((len(s), 1), float(self.sinks[h]) if shape.sink_scores else -np.inf)
+            top = np.maximum(s.max(axis=1, keepdims=True), sink)
+            p = np.exp(s - top)
+            p /= p.sum(axis=1, keepdims=True) + np.exp(sink - top)
             # A weight moves by at most twice the largest error of a score; exp and the sums add the rest.
             relative = 2 * np.where(seen, slack, 0).max(axis=1) + 1e-6 + sequence.length * 2.0**-23
+            if shape.sink_scores:
+                relative += 2.0**-22 * np.abs(sink[:, 0])
             bound = relative[:, None] * (p @ np.abs(v)) + 1e-7
             assert (np.abs(out[:, h] - p @ v) <= bound).all()
 
@@ -120,10 +162,14 @@ def _make(kernel: str, name: str, traits: object) -> object:
     return prefill_attention(shape, choose_tile(shape.group, traits), traits)
 
 
+def _decode_in(shares: int, name: str, traits: object) -> object:
+    return decode_attention(SHAPES[name], traits, shares)
+
+
 def check_prefill(case: Case) -> None:
     shape = case.shape
     case.append()
-    case.forget_what_no_window_reaches()
+    case.forget_what_no_query_sees()
     tile = choose_tile(shape.group, case.machine.traits)
     tiles, positions, at = [], [], 0
     for row, s in enumerate(case.sequences):
@@ -139,6 +185,7 @@ def check_prefill(case: Case) -> None:
         np.concatenate(positions),
         np.array(case.rng.permutation(tiles), np.int32),
         case.table,
+        *case.extras,
         np.full((1, at, shape.heads, shape.value_dim), np.nan, np.float32),
     )[-1][0]
     at = 0
@@ -147,20 +194,22 @@ def check_prefill(case: Case) -> None:
         at += s.new
 
 
-def check_decode(case: Case) -> None:
+def check_decode(case: Case, shares: int | None = None) -> None:
     shape, count = case.shape, len(case.sequences)
     case.append()
-    case.forget_what_no_window_reaches()
+    case.forget_what_no_query_sees()
     q = 2 * case.normal(count, shape.heads, shape.head_dim)
     positions = np.array([s.length - 1 for s in case.sequences])
-    part = (count, decode_splits(shape.kv_heads, case.machine.traits), shape.heads, shape.value_dim + 2)
+    splits = shares or decode_splits(shape.kv_heads, case.machine.traits)
+    part = (count, splits, shape.heads, shape.value_dim + 2)
     out = case.machine.call(
-        case.build("decode"),
+        case.build("decode") if shares is None else case.machine.build(_decode_in, shares, case.name),
         q.transpose(1, 0, 2)[None],
         case.kpool,
         case.vpool,
         positions,
         case.table,
+        *case.extras,
         np.full(part, np.nan, np.float32),
         np.full((1, count, shape.heads, shape.value_dim), np.nan, np.float32),
     )[-1][0]
@@ -191,6 +240,47 @@ def test_decode_of_a_batch(machine: str, shape: str, lengths: list[tuple[int, in
 def test_contexts_of_several_blocks(machine: Machine, shape: str) -> None:
     check_prefill(Case(machine, shape, [(700, 300)], 5))
     check_decode(Case(machine, shape, [(700, 1)], 6))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sequences_that_end_beside_pages_chunks_and_windows(machine: Machine, shape: str) -> None:
+    lengths = [(180, 97), (1, 1), (51, 2), (16, 16), (50, 50), (57, 20), (101, 1)]
+    check_prefill(Case(machine, shape, lengths, 8))
+    check_decode(Case(machine, shape, [(length, 1) for length, _ in lengths], 9))
+
+
+@pytest.mark.parametrize("shape", ["learned sinks", "sink keys", "predicate, bfloat16"])
+def test_more_shares_than_pages(machine: Machine, shape: str) -> None:
+    check_decode(Case(machine, shape, [(1, 1), (33, 1), (150, 1)], 10), shares=5)
+
+
+# Ties in both directions, the largest that do not overflow, subnormal numbers, infinities, and NaN whose
+# rounding would reach the sign.
+EDGES = np.array(
+    [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519, 65520, -3.3e38, 3.4e38]
+)
+EDGES = np.concatenate([EDGES, [2.0**-24, 2.0**-25, 3 * 2.0**-25, 1e-40, -0.0, np.inf, -np.inf]]).astype(
+    np.float32
+)
+EDGES = np.concatenate(
+    [EDGES, np.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7FC00000], np.uint32).view(np.float32)]
+)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("target", [*MACHINES, "x86-64"])
+def test_keys_and_values_are_rounded_to_the_nearest(target: str, dtype: str) -> None:
+    machine = MACHINES[target] if target in MACHINES else baseline()
+    shape = AttentionShape(1, 1, 40, 40, 1.0, kv_dtype=dtype)
+    x = np.random.default_rng(11).standard_normal((1, 1, 3, 40)).astype(np.float32)
+    x[0, 0, 1, : len(EDGES)] = EDGES
+    pools = [np.zeros(s, numpy_type(dtype)) for s in ((1, 1, 40, PAGE), (1, 1, PAGE, 40))]
+    kernel = compiled(append_kv(shape, machine.traits), machine.target)
+    *_, kpool, vpool = machine.call(kernel, x, x, np.array([2, 5, 9], np.int32), *pools)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = x[0, 0].astype(numpy_type(dtype)).astype(np.float32)
+    for stored in (kpool[0, 0, :, [2, 5, 9]], vpool[0, 0, [2, 5, 9]]):
+        np.testing.assert_array_equal(stored.astype(np.float32), expected)
 
 
 def test_a_batch_that_merges_in_parallel(machine: Machine) -> None:

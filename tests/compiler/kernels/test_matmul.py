@@ -2,14 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_machines import MACHINES, Machine
-from tvm.target import Target
+from kernel_machines import MACHINES, Machine, baseline
 from weight_cases import FORMATS, Case
 
 from kvc.kernels import matmul
 from kvc.kernels.emit import compiled
 from kvc.kernels.matmul import pack, packed_embedding, packed_matmul, packed_shape
-from kvc.kernels.traits import CpuTraits
 from kvc_passes.facts import WeightFormat
 
 # (n, k, options): a last panel that is not full, several blocks along k, and a small serial one.
@@ -148,11 +146,7 @@ def _with_bias(n: int, k: int, name: str, traits: object) -> object:
 
 
 def test_four_lanes_without_the_instructions_of_wider_ones() -> None:
-    own = MACHINES["native"].target
-    if own.attrs["mtriple"].split("-")[0] != "x86_64":
-        pytest.skip("the baseline of x86-64")
-    target = Target({**dict(own.export()), "mcpu": "x86-64"})
-    machine = Machine(target, CpuTraits.of(target))
+    machine = baseline()
     assert machine.traits.lanes == 4
     for name in ("float16", "bfloat16", "uint4, as ONNX exports have it", "uint8"):
         for m in (1, 4, 20):
