@@ -114,12 +114,7 @@ def site(index: int = 0, **changes: Any) -> AttentionSite:
 
 
 def attend(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    facts: AttentionSite,
-    sinks: np.ndarray | None = None,
-    dtype: Any = np.float64,
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, facts: AttentionSite, dtype: Any = np.float64
 ) -> np.ndarray:
     """What a site's facts promise: [b,h,s,e], [b,g,t,e], [b,g,t,f] -> [b,s,h,f]; the s last keys are new."""
     q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -134,8 +129,8 @@ def attend(
         scores = scores + np.array(facts.slopes)[:, None, None] * (key - position)
     seen = np.vectorize(functools.partial(holds, facts.mask.predicate))(position, key, head)
     scores = np.where(seen, scores, -np.inf)
-    if sinks is not None:
-        column = np.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+    if facts.sinks is not None:
+        column = np.broadcast_to(np.array(facts.sinks)[None, :, None, None], (*scores.shape[:3], 1))
         scores = np.concatenate([scores, column], -1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -148,8 +143,8 @@ _SITES: list[AttentionSite] = []
 @functools.cache
 def _define_marker() -> None:
     @tvm_ffi.register_global_func("kvc.attention")
-    def marker(q: Any, k: Any, v: Any, index: int, *sinks: Any) -> Any:
-        result = attend(q.numpy(), k.numpy(), v.numpy(), _SITES[index], *(s.numpy() for s in sinks))
+    def marker(q: Any, k: Any, v: Any, index: int) -> Any:
+        result = attend(q.numpy(), k.numpy(), v.numpy(), _SITES[index])
         return tvm.runtime.tensor(result.astype(np.float32))
 
 

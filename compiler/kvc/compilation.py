@@ -82,7 +82,8 @@ def _facts(imported: Imported, understood: Understood) -> ModelFacts:
     if columns is None or len(dims(function.body.body)) != 3:
         raise UnsupportedModel(f"{path}: the first output is not logits [batch, sequence, vocabulary]")
     _check_types(path, imported, graph)
-    limits = [n for n in (_rows_read(graph, function.params[1]), _configured_context(path)) if n]
+    known = (_rows_read(graph, function.params[1]), _configured_context(path), understood.limit)
+    limits = [n for n in known if n]
     return ModelFacts(
         name=path.stem,
         vocab=vocab,
@@ -152,12 +153,26 @@ def _rows_read(graph: Graph, index: relax.Var) -> int | None:
             offsets[var] = offsets[call.args[0]] + int(scalar(call.args[1], graph) or 0)
         elif op_name(call) == "take" and call.args[1] in dependent and _is_index(call.args[1]):
             rows = static(dims(call.args[0])[int(call.attrs.axis or 0)])
+            if rows is not None and _picked(graph, call.args[1], rows):
+                continue
             if call.args[1] not in offsets or rows is None:
                 raise UnsupportedModel(
                     f"value '{var.name}' reads a table at an index that has no known bound"
                 )
             limits.append(rows - offsets[call.args[1]])
     return min(limits, default=None)
+
+
+def _picked(graph: Graph, value: relax.Expr, rows: int) -> bool:
+    """Whether an index was chosen as the place of the largest of at most `rows` values."""
+    call = graph.resolve(value)
+    if op_name(call) == "argmax":
+        extent = static(dims(call.args[0])[int(call.attrs.axis)])
+        return extent is not None and extent <= rows
+    moved = ("reshape", "squeeze", "expand_dims", "broadcast_to", "concat", "astype", "permute_dims")
+    return op_name(call) in moved and all(
+        _picked(graph, o, rows) for o in operands(call) if isinstance(o, relax.Var)
+    )
 
 
 def _is_index(value: relax.Expr) -> bool:

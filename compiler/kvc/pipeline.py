@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tvm import IRModule, relax, transform
 from tvm_ffi import structural_equal
 
 from kvc_passes.base import Pass, Result, pass_name
+from kvc_passes.bound_context import BoundContext
 from kvc_passes.compute_in_float32 import ComputeInFloat32
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.expand_markers import ExpandMarkers
@@ -36,6 +38,7 @@ from kvc_passes.write_logits import WriteLogits
 from .frontend.importer import Imported
 
 Phase = Literal["prefill", "decode"]
+_LARGEST_TABLE = 1 << 20  # elements
 
 
 @dataclass
@@ -95,6 +98,8 @@ class Understood:
     module: IRModule
     sites: tuple[AttentionSite, ...]
     positions: tuple[str, ...]
+    limit: int | None
+    """Most tokens of a sequence for which the proofs hold, None for any number."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,20 @@ def understand(imported: Imported, runner: Runner) -> Understood:
         relax.transform.EliminateCommonSubexpr(),
         relax.transform.DeadCodeElimination(),
     )
-    found = runner.apply(mod, RecognizeAttention(roles, names))
+    found = runner.apply(mod, RecognizeAttention(roles, names, _tables(imported)))
     mod = runner.apply(found.module, ExpandMarkers()).module
+    bounded = runner.apply(mod, BoundContext(roles, names))
+    mod = bounded.module
     positions = runner.apply(mod, PositionsToInput(roles, names))
     mod = runner.apply(positions.module, ProveTokenwise(roles, names)).module
     mod = runner.apply(mod, FlattenTokens(roles)).module
-    return Understood(mod, found.facts, positions.facts)
+    limits = [limit for limit in (imported.limit, bounded.facts) if limit is not None]
+    return Understood(mod, found.facts, positions.facts, min(limits, default=None))
+
+
+def _tables(imported: Imported) -> dict[str, np.ndarray]:
+    """Parameters that may be parts of masks: small ones."""
+    return {name: a for name, a in imported.weights.items() if a.size <= _LARGEST_TABLE}
 
 
 def prepare(model: Understood, products: MatmulKernels, runner: Runner) -> Understood:

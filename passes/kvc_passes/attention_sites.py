@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import numpy as np
 from tvm import relax, tirx
 
 from .conditions import Unprovable
@@ -21,16 +23,32 @@ from .site_masks import MaskProver
 _LAYOUT = ("reshape", "permute_dims", "expand_dims", "broadcast_to", "squeeze")
 
 
+_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2))
+"""Where batch, heads, tokens and elements may stand in a value."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """q, k or v: a value with the axes batch, heads, tokens and elements at the places `order`, and its factor."""
+
+    value: relax.Var
+    order: tuple[int, ...]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> list[Any]:
+        """Its extents as [batch, heads, tokens, elements]."""
+        return [dims(self.value)[axis] for axis in self.order]
+
+
 @dataclass(frozen=True)
 class Match:
     """An attention in the graph: its operands and the value that a marker can replace."""
 
     site: AttentionSite
-    query: relax.Var
-    key: relax.Var
-    value: relax.Var
-    sinks: relax.Var | None
-    """A learned score a head, float [heads]."""
+    query: Operand
+    key: Operand
+    value: Operand
     output: relax.Var
     """[batch, heads, sequence, value dim], or with batch and heads in one, or (if `transposed`) [batch,
     sequence, heads, value dim]."""
@@ -40,23 +58,31 @@ class Match:
 class SiteFinder:
     """Matches the attentions of one function."""
 
-    def __init__(self, graph: Graph, roles: Roles, names: NodeNames) -> None:
+    def __init__(
+        self, graph: Graph, roles: Roles, names: NodeNames, tables: Mapping[str, np.ndarray]
+    ) -> None:
         self.graph, self.roles, self.names = graph, roles, names
         self.params = {p.name: p for p in graph.function.params}
         self.batch, self.sequence = dims(self.params[roles.tokens])
         self.past = dims(self.params[roles.past[0]])[2] if roles.past else tirx.IntImm("int64", 0)
-        positions_and_mask = {
-            self.params.get(roles.positions or ""),
-            self.params.get(roles.attention_mask or ""),
-        }
-        data = graph.reachable_from(p for p in graph.function.params if p not in positions_and_mask)
+        known = {roles.positions, roles.attention_mask, *tables}
+        data = graph.reachable_from(p for p in graph.function.params if p.name not in known)
         self.reader = ScoreReader(graph, self.batch, self.past, self.sequence, data)
-        self.prover = MaskProver(graph, roles, self.past, self.sequence)
+        self.prover = MaskProver(graph, roles, self.past, self.sequence, tables)
         self._owners: dict[relax.Var, tuple[relax.Var, str]] = {}
 
-    def softmaxes(self) -> list[relax.Var]:
-        """Bindings of softmax, and of operators that are whole attentions."""
-        return [v for v in self.graph.order if op_name(self.graph.definitions[v]) in ("softmax", SDPA)]
+    def attentions(self) -> list[relax.Var]:
+        """Bindings of operators that are whole attentions, and of softmaxes over a number of tokens.
+
+        A softmax over a constant number of elements, as of a router, mixes no tokens.
+        """
+        return [v for v in self.graph.order if self._is_attention(v)]
+
+    def _is_attention(self, var: relax.Var) -> bool:
+        call = self.graph.definitions[var]
+        if op_name(call) != "softmax":
+            return op_name(call) == SDPA
+        return static(dims(var)[int(call.attrs.axis)]) is None
 
     def refuse(self, var: relax.Var, rule: str) -> NoReturn:
         """Raise `refusal`."""
@@ -73,14 +99,13 @@ class SiteFinder:
         except Unread as reason:
             self.refuse(softmax, str(reason))
         heads = scores.symbols.place.heads
-        query, q_scale = self._operand(softmax, scores.query, "q", scores.symbols)
-        key, k_scale = self._operand(softmax, scores.key, "k", scores.symbols)
-        value, v_scale = self._operand(softmax, scores.value, "v", scores.symbols)
-        if v_scale != 1.0:
-            self.refuse(softmax, f"the values are scaled by {v_scale}")
-        key, value = self._without_past(softmax, key, "k"), self._without_past(softmax, value, "v")
+        query = self._operand(softmax, scores.query, "q", scores.symbols)
+        key = self._without_past(softmax, self._operand(softmax, scores.key, "k", scores.symbols), "k")
+        value = self._without_past(softmax, self._operand(softmax, scores.value, "v", scores.symbols), "v")
+        if value.scale != 1.0:
+            self.refuse(softmax, f"the values are scaled by {value.scale}")
         for name, operand in (("q", query), ("k", key), ("v", value)):
-            if not same_shape([dims(operand)[0], dims(operand)[2]], [self.batch, self.sequence]):
+            if not same_shape([operand.shape[0], operand.shape[2]], [self.batch, self.sequence]):
                 self.refuse(softmax, f"{name} does not have one row for each of the model's own tokens")
         try:
             mask, slopes = self.prover.prove(scores)
@@ -95,43 +120,45 @@ class SiteFinder:
             kv_heads=self._static(softmax, key, 1, "KV heads"),
             head_dim=self._static(softmax, query, 3, "head dim"),
             value_dim=self._static(softmax, value, 3, "value dim"),
-            scale=scores.scale * q_scale * k_scale,
+            scale=scores.scale * query.scale * key.scale,
             softcap=scores.softcap,
             mask=mask,
-            rope=self._rope(query),
+            rope=self._rope(query.value),
             slopes=slopes,
-            sinks=scores.sinks is not None,
-            kv_dtype=str(key.ty.dtype.dtype),  # type: ignore[arg-type]
+            sinks=sinks,
+            kv_dtype=str(key.value.ty.dtype.dtype),  # type: ignore[arg-type]
         )
         if self._static(softmax, value, 1, "value heads") != site.kv_heads:
             self.refuse(softmax, "k and v have different numbers of heads")
-        return Match(site, query, key, value, sinks, output, transposed)
+        return Match(site, query, key, value, output, transposed)
 
-    def _static(self, softmax: relax.Var, value: relax.Var, axis: int, what: str) -> int:
-        size = static(dims(value)[axis])
+    def _static(self, softmax: relax.Var, value: Operand, axis: int, what: str) -> int:
+        size = static(value.shape[axis])
         if size is None:
             self.refuse(softmax, f"the number of {what} is not a constant")
         return size
 
     def _operand(
         self, softmax: relax.Var, operand: tuple[relax.Expr, At], what: str, symbols: Symbols
-    ) -> tuple[relax.Var, float]:
-        """The tensor [batch, heads or KV heads, tokens, dim] behind one operand of a product, and its scale.
+    ) -> Operand:
+        """The tensor with axes batch, heads or KV heads, tokens and elements behind one operand of a product, and its scale.
 
         Walks back through layout changes and constant factors, and keeps the deepest value for which the
         operand's element of head h is proved to be the value's element [b, h // group, t, d].
         """
         value, at = operand
-        found: tuple[relax.Var, float] | None = None
+        found: Operand | None = None
         current, scale = self.reader.scaled(value)
         reason = "its layout is not [batch, heads, tokens, head dim]"
         while isinstance(current, relax.Var):
-            if len(dims(current)) == 4:
-                refused = self._same_heads(value, at, current, symbols)
+            orders = _ORDERS if found is None else _ORDERS[:1]
+            for order in orders if len(dims(current)) == 4 else ():
+                candidate = Operand(current, order, scale)
+                refused = self._same_heads(value, at, candidate, symbols)
                 if refused is None:
-                    found = current, scale
-                else:
-                    reason = refused
+                    found = candidate
+                    break
+                reason = refused if order == _ORDERS[0] else reason
             call = self.graph.resolve(current)
             if op_name(call) not in _LAYOUT:
                 break
@@ -141,20 +168,20 @@ class SiteFinder:
             self.refuse(softmax, f"{what}: {reason}")
         return found
 
-    def _same_heads(self, operand: relax.Expr, at: At, source: relax.Var, symbols: Symbols) -> str | None:
+    def _same_heads(self, operand: relax.Expr, at: At, source: Operand, symbols: Symbols) -> str | None:
         """None when the operand of head h is source[b, h // group, t, d], else why not."""
-        heads, kv_heads = symbols.place.heads, static(dims(source)[1])
+        heads, kv_heads = symbols.place.heads, static(source.shape[1])
         if not kv_heads or heads % kv_heads:
             return f"{kv_heads} heads do not divide the {heads} query heads"
         analyzer, b, h = symbols.analyzer, symbols.b, symbols.place.head
-        t, d = bind_index(analyzer, "t", dims(source)[2]), bind_index(analyzer, "d", dims(source)[3])
+        t, d = (bind_index(analyzer, name, source.shape[axis]) for name, axis in (("t", 2), ("d", 3)))
         seen: list[Any] = []
 
         def record(index: Index) -> int:
             seen.append(list(index))
             return 0
 
-        elements = Elements(self.graph, {source: record}, analyzer)
+        elements = Elements(self.graph, {source.value: record}, analyzer)
         index = at(t, d)
         if len(index) != len(dims(operand)):
             return "its rank is not that of the scores"
@@ -163,25 +190,29 @@ class SiteFinder:
         except Unprovable as error:
             return str(error)
         wanted = [b, tirx.floordiv(h, int64(heads // kv_heads)), t, d]
-        axes = zip(seen[0], wanted, dims(source)) if seen else []
+        axes = zip([seen[0][a] for a in source.order], wanted, source.shape) if seen else []
         if seen and all(static(dim) == 1 or elements.prove(tirx.EQ(int64(x), y)) for x, y, dim in axes):
             return None
         return f"its heads are not the {kv_heads} KV heads each repeated {heads // kv_heads} times in order"
 
-    def _without_past(self, softmax: relax.Var, value: relax.Var, what: str) -> relax.Var:
+    def _without_past(self, softmax: relax.Var, operand: Operand, what: str) -> Operand:
         """The new tokens' part of concat(past, new)."""
-        call = self.graph.resolve(value)
+        call = self.graph.resolve(operand.value)
         if not self.roles.past:
-            return value
+            return operand
         parts = operands(call) if op_name(call) == "concat" else []
         past = {self.params[name] for name in self.roles.past}
-        if len(parts) != 2 or self.graph.alias(parts[0]) not in past or int(call.attrs.axis) % 4 != 2:
+        if (
+            len(parts) != 2
+            or self.graph.alias(parts[0]) not in past
+            or int(call.attrs.axis) % 4 != operand.order[2]
+        ):
             raise self.refusal(softmax, f"{what} is not concat(past, new) along the token axis")
         owner = self._owners.setdefault(self.graph.alias(parts[0]), (softmax, what))
         if owner != (softmax, what):
             other = f"{owner[1]} at {self.names.describe(owner[0])}"
             raise self.refusal(softmax, f"{what} and {other} read the same past; pages keep each one's own")
-        return parts[1]
+        return replace(operand, value=parts[1])
 
     def _output(self, output: relax.Var) -> tuple[relax.Var, bool]:
         users = self.graph.users[output]

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import relax, tirx
 from tvm.sym import Analyzer, ProofStrength
 
 from .affine import Affine
-from .conditions import Choice, Unprovable, choose, is_condition
+from .conditions import Choice, Unprovable, is_condition
 from .element_rules import RULES
-from .graph import Graph, op_name, static
+from .graph import Graph, op_name
+from .tables import read_table
 
 Index = Sequence[Any]
 Leaf = Callable[[Index], Any]
@@ -53,7 +53,7 @@ class Elements:
                 self._memo[key] = self.at(self.graph.definitions[value], index)
             return self._memo[key]
         if isinstance(value, tvm.ir.GenericConst):
-            return self._constant(value.value.numpy(), index)
+            return read_table(value.value.numpy(), index)
         name = op_name(value) or type(value).__name__
         if name not in RULES:
             raise Unprovable(f"uses the operation {name}, which has no element rule")
@@ -79,23 +79,3 @@ class Elements:
         if isinstance(condition, bool):
             return condition
         return bool(self.analyzer.can_prove(condition, ProofStrength.SYMBOLIC_BOUND))
-
-    def _constant(self, array: np.ndarray, index: Index) -> Any:
-        if array.size == 1:
-            return array.reshape(-1)[0].item()
-        known = [int(i) if isinstance(i, int) else static(i) for i in index]
-        free = [axis for axis, i in enumerate(known) if i is None and array.shape[axis] > 1]
-        part = array[tuple(slice(None) if a in free else (k or 0) for a, k in enumerate(known))]
-        if not free:
-            return part.item()
-        if (part == part.reshape(-1)[0]).all():
-            return part.reshape(-1)[0].item()
-        if len(free) == 2:
-            rows, columns = np.indices(part.shape)
-            if np.array_equal(part == part[0, 0], columns <= rows) and np.unique(part).size == 2:
-                return choose(index[free[1]] <= index[free[0]], part[0, 0].item(), part[0, -1].item())
-        if len(free) == 1 and np.array_equal(part, np.arange(part.size)):
-            return index[free[0]]
-        raise Unprovable(
-            f"reads a constant table of shape {list(array.shape)} that is neither uniform nor triangular"
-        )

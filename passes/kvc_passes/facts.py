@@ -66,8 +66,8 @@ class AttentionSite:
     """How q and k are rotated before the scores ("rotate_half"), None without rotary positions."""
     slopes: tuple[float, ...] | None = None
     """ALiBi: slopes[h] * (k - q) is added to the scores of head h, after the softcap; None for no bias."""
-    sinks: bool = False
-    """Whether each head has a learned score that takes part in the softmax and has no value."""
+    sinks: tuple[float, ...] | None = None
+    """A learned score for every head that takes part in the softmax and has no value; None for none."""
     kv_dtype: FloatName = "float32"
     """The type that the graph computes keys and values in, and that they are stored in."""
 
@@ -202,8 +202,13 @@ def to_json(value: Any) -> str:
 def facts_from_json(text: str) -> ModelFacts:
     """The inverse of `to_json` for ModelFacts. Raises KeyError or TypeError on other JSON."""
     data = json.loads(text)
-    sites = tuple(AttentionSite(**{**s, "mask": MaskFact(**s["mask"])}) for s in data["sites"])
+    sites = tuple(_site(s) for s in data["sites"])
     return ModelFacts(**{**data, "sites": sites, "positions": tuple(data["positions"])})
+
+
+def _site(data: dict[str, Any]) -> AttentionSite:
+    lists = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
+    return AttentionSite(**{**data, **lists, "mask": MaskFact(**data["mask"])})
 
 
 def plan_from_json(text: str) -> Plan:

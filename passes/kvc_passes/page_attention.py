@@ -21,7 +21,7 @@ from .rebuild import insert_params, rebuild
 class PageAttention:
     """Keys and values live in pages that the function is given and updates in place.
 
-    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site, [sinks [h]])`.
+    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`.
     After: k and v are appended to the site's pools at `slots`, then attention reads the pages of
         `block_table`. New parameters behind positions: slots [n], in prefill tiles [t,3], block_table [b,m];
         before the weights: k_i [pages, g, e, page] and v_i [pages, g, page, f] for every site.
@@ -53,7 +53,7 @@ class PageAttention:
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if op_name(value) != ATTENTION:
                 return None
-            query, key, new_value, index, *sinks = value.args[1:]
+            query, key, new_value, index = value.args[1:]
             site = self.sites[int(index.value)]
             k_pool, v_pool = current[site.index]
             append = self._kernel(builder, names, "append_kv", site)
@@ -67,7 +67,7 @@ class PageAttention:
                 builder.emit(relax.TupleGetItem(updated, 1)),
             )
             current[site.index] = pair
-            extras = [*self._slopes(site), *sinks]
+            extras = [relax.const(np.array(x, np.float32)) for x in (site.slopes, site.sinks) if x is not None]
             out = relax.TensorType((1, n, site.heads, site.value_dim), "float32")
             if self.phase == "prefill":
                 attend = self._kernel(builder, names, "prefill_attention", site)
@@ -84,10 +84,6 @@ class PageAttention:
         at = next(i for i, p in enumerate(params) if p.name == last) + 1
         module = rebuild(mod, [*params[:at], *ordered, *params[at:]], place)
         return Result(module, len(self.sites))
-
-    def _slopes(self, site: AttentionSite) -> list[relax.Expr]:
-        """The slopes of ALiBi as a constant [h], where the site has them."""
-        return [] if site.slopes is None else [relax.const(np.array(site.slopes, np.float32))]
 
     def _pools(self) -> dict[int, tuple[relax.Var, relax.Var]]:
         pages, page = tirx.Var("pages", "int64"), self.kernels.page_size
@@ -111,7 +107,7 @@ class PageAttention:
             site.softcap,
             dataclasses.replace(site.mask, proof=""),
             site.slopes is not None,
-            site.sinks,
+            site.sinks is not None,
         )
         key = (kind, site.kv_dtype, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:

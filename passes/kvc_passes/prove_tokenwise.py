@@ -141,7 +141,7 @@ class _TokenAxes:
             return
         rule = _RULES.get(name)
         if rule is None:
-            raise _Mixes("is not known to keep tokens apart")
+            raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
         rule(self, call, inputs)
 
 
@@ -188,18 +188,15 @@ def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
 
 
 def _regrouped(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+    """Tokens stay in front of what they are merged with: their elements stay next to each other."""
     source, target = dims(call.args[0]), dims(call)
-    sequence = axes.symbols[-1]
     for low, high, first, last in regroup(axes.analyzer, source, target):
-        group = [d for d in source[low:high] if static(d) != 1]
-        into = [d for d in target[first:last] if static(d) != 1]
-        if not any(axes.depends(d) for d in group):
-            continue
-        leading = axes.depends(group[0]) and axes.depends(into[0])
-        pure = all(axes.depends(d) for d in group + into)
-        has_sequence = any(_mentions(d, sequence) for d in group)
-        if not leading or (has_sequence and not pure):
-            raise _Mixes("merges the token axis with another axis")
+        for group in (source[low:high], target[first:last]):
+            kinds = [axes.depends(d) for d in group if static(d) != 1]
+            if any(kinds) and kinds != sorted(kinds, reverse=True):
+                raise _Mixes("merges the token axis with another axis")
+            if not kinds and any(axes.depends(d) for d in source[low:high]):
+                raise _Mixes("merges the token axis with another axis")
 
 
 def _along(what: str) -> Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]:

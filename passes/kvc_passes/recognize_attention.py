@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 from tvm import IRModule, relax
 
-from .attention_sites import Match, SiteFinder
+from .attention_sites import Match, Operand, SiteFinder
 from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
@@ -18,12 +20,12 @@ from .rebuild import rebuild
 
 @dataclass(frozen=True)
 class RecognizeAttention:
-    """One marker a site: `kvc.attention(q, k, v, site, [sinks])`.
+    """One marker a site: `kvc.attention(q, k, v, site)`.
 
     Before: `softmax(cap(scale * q @ k^T) + mask) @ v` spelled out in any order of scales, layouts and casts,
         or as a marker `kvc.sdpa`; k and v may be concatenated with a past.
-    After: `call_pure_packed("kvc.attention", q [b,h,s,e], k [b,g,s,e], v [b,g,s,f], site, [sinks [h]])` ->
-        [b,s,h,f] with the new keys and values only; the function returns the logits alone.
+    After: `call_pure_packed("kvc.attention", q [b,h,s,e], k [b,g,s,e], v [b,g,s,f], site)` -> [b,s,h,f] with
+        the new keys and values only; the function returns the logits alone.
     Needs: the importer's binding names; inputs in the roles of `roles`.
     Refuses: a softmax that is no attention, heads that are not repeated in order (GQA), a mask that lets a
         token see later ones or has no predicate, a bias that is not linear in the key's position, a past that
@@ -32,12 +34,14 @@ class RecognizeAttention:
 
     roles: Roles
     names: NodeNames
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    """The numbers of small parameters, for masks, biases and learned scores that are made of them."""
 
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: tuple[AttentionSite, ...]. Raises UnsupportedModel."""
         function = mod["main"]
-        finder = SiteFinder(graph_of(function), self.roles, self.names)
-        matches = [finder.match(var, i) for i, var in enumerate(finder.softmaxes())]
+        finder = SiteFinder(graph_of(function), self.roles, self.names, self.tables)
+        matches = [finder.match(var, i) for i, var in enumerate(finder.attentions())]
         if not matches:
             raise UnsupportedModel(
                 "the model has no attention: no softmax over scores was found; it is no decoder"
@@ -56,15 +60,25 @@ class RecognizeAttention:
 
 
 def _marker(builder: relax.BlockBuilder, match: Match, values: dict[relax.Var, relax.Expr]) -> relax.Expr:
-    operands = [match.query, match.key, match.value, *([match.sinks] if match.sinks is not None else [])]
-    query, key, value, *sinks = (values.get(v, v) for v in operands)
-    batch, heads, sequence, _ = match.query.ty.shape.values
-    out = relax.TensorType((batch, sequence, heads, match.site.value_dim), match.query.ty.dtype.dtype)
+    query, key, value = (_in_order(builder, o, values) for o in (match.query, match.key, match.value))
+    batch, heads, sequence, _ = match.query.shape
+    dtype = match.query.value.ty.dtype.dtype
+    out = relax.TensorType((batch, sequence, heads, match.site.value_dim), dtype)
     index = relax.prim_value(match.site.index)
-    marker = relax.op.call_pure_packed(ATTENTION, query, key, value, index, *sinks, ty_args=out)
+    marker = relax.op.call_pure_packed(ATTENTION, query, key, value, index, ty_args=out)
     if match.transposed:
         return marker
     result = relax.op.permute_dims(builder.emit(marker), [0, 2, 1, 3])
     if len(match.output.ty.shape.values) == 4:
         return result
     return relax.op.reshape(builder.emit(result), match.output.ty.shape)
+
+
+def _in_order(
+    builder: relax.BlockBuilder, operand: Operand, values: dict[relax.Var, relax.Expr]
+) -> relax.Expr:
+    """An operand as [batch, heads, tokens, elements]."""
+    value = values.get(operand.value, operand.value)
+    if operand.order == (0, 1, 2, 3):
+        return value
+    return builder.emit(relax.op.permute_dims(value, list(operand.order)))

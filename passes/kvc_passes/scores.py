@@ -178,7 +178,7 @@ class ScoreReader:
                 at.value = call.args[0]
             elif name == "reshape":
                 self._through(at, call)
-            elif name == "subtract" and self._is_maximum(call):
+            elif name == "subtract" and self._is_shift(call):
                 at.value = call.args[0]
             elif name == "concat" and at.sinks is None and self._is_sinks(call):
                 at.value, sinks = operands(call)
@@ -207,10 +207,9 @@ class ScoreReader:
         constant = scalar(value, self.graph)
         return constant is not None and constant <= HIDDEN
 
-    def _is_maximum(self, call: relax.Call) -> bool:
-        """x - max(x): a softmax does not change."""
-        most = self.graph.resolve(call.args[1])
-        return op_name(most) == "max" and self.graph.alias(most.args[0]) == self.graph.alias(call.args[0])
+    def _is_shift(self, call: relax.Call) -> bool:
+        """x - y with one y for all keys, such as the largest score: a softmax does not change."""
+        return len(dims(call.args[1])) == len(dims(call)) and static(dims(call.args[1])[-1]) == 1
 
     def _is_sinks(self, call: relax.Call) -> bool:
         """concat(scores, one column)."""

@@ -8,7 +8,8 @@ from typing import Any
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .graph import dims, graph_of, op_name, operands
+from .graph import Graph, dims, graph_of, op_name, operands
+from .indices import replaced
 from .markers import ATTENTION
 from .rebuild import insert_params, rebuild, substitute
 
@@ -34,7 +35,7 @@ class SelectRows:
         needed = graph.ancestors(o for v in markers for o in operands(graph.definitions[v])) | set(markers)
         output = function.body.body
         values: dict[relax.Var, relax.Expr] = {}
-        moved = {v for v in graph.order if v not in needed}
+        moved = self._movable(graph, needed, n)
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if var not in moved:
@@ -52,6 +53,16 @@ class SelectRows:
         )
         return Result(relax.transform.EliminateCommonSubexpr()(module), len(moved))
 
+    def _movable(self, graph: Graph, needed: set[relax.Var], n: Any) -> set[relax.Var]:
+        """What can be computed for some rows alone: its other operands have tokens as axes of their own."""
+        moved: set[relax.Var] = set()
+        for var in (v for v in graph.order if v not in needed):
+            given = operands(graph.definitions[var])
+            fixed = [o for o in given if isinstance(o, relax.Var) and o not in moved]
+            if all(_is(d, n) or not _mentions(d, n) for o in fixed for d in dims(o)):
+                moved.add(var)
+        return moved
+
     def _pick(self, builder: relax.BlockBuilder, value: relax.Expr, rows: relax.Var, n: Any) -> relax.Expr:
         """The asked rows of a value with a token axis, other values as they are."""
         axes = [axis for axis, d in enumerate(dims(value)) if _is(d, n)]
@@ -65,10 +76,14 @@ def _with_rows(value: relax.Expr, n: Any, r: Any) -> relax.Expr:
     if not isinstance(value, relax.Call):
         return value
     args = [
-        relax.ShapeExpr([r if _is(d, n) else d for d in a.values]) if isinstance(a, relax.ShapeExpr) else a
+        relax.ShapeExpr([replaced(d, n, r) for d in a.values]) if isinstance(a, relax.ShapeExpr) else a
         for a in value.args
     ]
     return relax.Call(value.op, args, value.attrs, value.ty_args)
+
+
+def _mentions(dim: Any, symbol: Any) -> bool:
+    return not replaced(dim, symbol, 0).same_as(dim)
 
 
 def _is(dim: Any, symbol: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 from tvm import relax, tirx
 
 from .conditions import Unprovable, both
@@ -14,6 +16,7 @@ from .graph import Graph, dims, static
 from .indices import bind_index, int64, replaced
 from .masks import Mask, Place, bias_of, equivalent, predicate_of, prove_mask, prove_padding, with_padding
 from .scores import Scores, Symbols
+from .tables import read_table
 
 Proved = tuple[MaskFact, tuple[float, ...] | None]
 """The mask, and the slope of every head of a bias of the position."""
@@ -22,9 +25,12 @@ Proved = tuple[MaskFact, tuple[float, ...] | None]
 class MaskProver:
     """Proves the masks of one function's attentions."""
 
-    def __init__(self, graph: Graph, roles: Roles, past: Any, sequence: Any) -> None:
+    def __init__(
+        self, graph: Graph, roles: Roles, past: Any, sequence: Any, tables: Mapping[str, np.ndarray]
+    ) -> None:
         self.graph, self.roles, self.past, self.sequence = graph, roles, past, sequence
         self.params = {p.name: p for p in graph.function.params}
+        self.tables = {self.params[name]: table for name, table in tables.items() if name in self.params}
         self._proved: dict[Any, Proved] = {}
 
     def prove(self, scores: Scores) -> Proved:
@@ -76,7 +82,7 @@ class MaskProver:
 
     def _elements(self, symbols: Symbols, padding: Any) -> Elements:
         """Elements where the walk ends at the attention mask (`padding`) and the positions."""
-        leaves: dict[relax.Var, Any] = {}
+        leaves: dict[relax.Var, Any] = {p: partial(read_table, t) for p, t in self.tables.items()}
         if self.roles.attention_mask:  # the runtime has no padding: every token in the mask is real
             leaves[self.params[self.roles.attention_mask]] = padding
         if self.roles.positions:
@@ -107,26 +113,21 @@ class MaskProver:
         key = real([symbols.b, symbols.place.key])
         return prove_padding(self._elements(symbols, real), scores.masks, key, fact, symbols.place)
 
-    def sinks(self, scores: Scores) -> relax.Var | None:
-        """The parameter [heads] whose element h is the learned score of head h. Raises Unprovable."""
+    def sinks(self, scores: Scores) -> tuple[float, ...] | None:
+        """The learned score of every head. Raises Unprovable."""
         if scores.sinks is None:
             return None
         value, index = scores.sinks
-        params = [p for p in self.graph.ancestors([value]) if p in self.graph.function.params]
-        seen: list[Any] = []
-
-        def record(at: Index) -> int:
-            seen.append(list(at))
-            return 0
-
-        elements = Elements(self.graph, dict.fromkeys(params, record), scores.symbols.analyzer)
-        elements.at(value, [0 if static(d) == 1 else i for i, d in zip(index, dims(value))])
-        place = scores.symbols.place
-        if len(params) != 1 or len(seen) != 1 or [static(d) for d in dims(params[0])] != [place.heads]:
-            raise Unprovable("has something beside the scores that is not one parameter [heads]")
-        if not elements.prove(tirx.EQ(int64(seen[0][0]), place.head)):
-            raise Unprovable("has a learned score beside the scores that is another head's")
-        return params[0]
+        elements, place = self._elements(scores.symbols, lambda index: 1), scores.symbols.place
+        aligned = tuple(0 if static(d) == 1 else i for i, d in zip(index, dims(value)))
+        found = []
+        for head in range(place.heads):
+            at = _at_head(Mask(value, "add", aligned), place, head)
+            score = elements.at(value, list(at.index))
+            if not isinstance(score, float):
+                raise Unprovable("has something beside the scores that is not one number a head")
+            found.append(score)
+        return tuple(found)
 
 
 def _at_head(mask: Mask, place: Place, head: int) -> Mask:

@@ -158,8 +158,8 @@ REFUSED = {
         "matmul",
         "sums over the tokens",
     ),
-    "tokens joined with features": (
-        lambda e, *_: e(op.reshape(X, [B, S * D])),
+    "features joined with tokens": (
+        lambda e, *_: e(op.reshape(transposed(e), [B, D * S])),
         "reshape",
         "merges the token axis with another axis",
     ),

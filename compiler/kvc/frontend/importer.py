@@ -30,7 +30,7 @@ from .integers import Folder, Integers, NotFolded, expr, from_array
 from .operators import CONVERTERS
 from .quantized_operators import coded_initializers
 from .reader import OnnxFile, from_model, read, require_types
-from .roles import find_roles, unify_dimensions
+from .roles import PAST, SEQUENCE, find_roles, unify_dimensions
 
 _RESERVED = re.compile(r"[kv]_\d+|tokens|positions|slots|tiles|block_table|rows|logits")
 """Names of the compiled functions' other parameters."""
@@ -47,6 +47,7 @@ class Imported:
         roles: what every input is for, by the name of the Relax parameter.
         weights: initializer of each weight parameter, by the parameter's name, in parameter order.
         names: from bindings back to ONNX nodes.
+        limit: most tokens of a sequence for which the graph is what was imported, None for any number.
     """
 
     module: IRModule
@@ -54,6 +55,7 @@ class Imported:
     roles: Roles
     weights: dict[str, np.ndarray]
     names: NodeNames
+    limit: int | None = None
 
 
 def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
@@ -78,7 +80,8 @@ def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
         tuple(renamed[name] for name in roles.past),
     )
     names = NodeNames(tuple((n.name or f"#{i}", n.op_type) for i, n in enumerate(file.graph.node)))
-    return Imported(module, file, roles, importer.weights, names)
+    limit = min(importer.limits, default=None)
+    return Imported(module, file, roles, importer.weights, names, limit)
 
 
 def import_graph(model: onnx.ModelProto, name: str = "graph") -> IRModule:
@@ -117,6 +120,8 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         self.coded: set[str] = set()
         self.taken: set[str] = set()  # names of parameters
         self.hint = ""
+        self.symbols: dict[str, tirx.Var] = {}
+        self.limits: list[int] = []  # most tokens for which the graph is what was imported
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         self.coded = coded_initializers(graph, _key) if self.decoder else set()
@@ -155,6 +160,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         for var in self._inputs.values():
             for dim in var.ty.shape.values if isinstance(var, relax.Var) and var.ty.shape is not None else ():
                 if isinstance(dim, tirx.Var):
+                    self.symbols[dim.name] = dim
                     low = 0 if dim.name == "past" else 1
                     bounds = IRRange(tirx.IntImm("int64", low), tirx.IntImm("int64", large))
                     self.folder.analyzer.bind(dim, bounds, True)
@@ -251,6 +257,19 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
     def emit(self, value: relax.Expr) -> relax.Var:
         """Bind an intermediate value of the node at hand."""
         return self.bb.emit(value, name_hint=self.hint)
+
+    def holds(self, condition: Any, extent: Any) -> bool:
+        """Whether a condition is proved, perhaps for no more than `extent` tokens: a limit of the model."""
+        if self.folder.prove(condition):
+            return True
+        tokens = self.symbols.get(SEQUENCE)
+        if not self.decoder or tokens is None or not isinstance(extent, int):
+            return False
+        total = tokens + self.symbols[PAST] if PAST in self.symbols else tokens
+        if not self.folder.prove(tirx.Or(total > extent, condition)):
+            return False
+        self.limits.append(extent)
+        return True
 
     def shape(self, value: Any) -> list[Any]:
         """Dimensions of a value: ints where known, else expressions. Raises ValueError without a shape."""

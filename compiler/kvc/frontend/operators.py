@@ -19,6 +19,7 @@ from . import (
     activation_operators,
     attention_operators,
     elementwise_operators,
+    gather_operators,
     norm_operators,
     quantize_activations,
     quantized_operators,
@@ -103,8 +104,8 @@ def _slice(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> 
     if not kept:
         return data
     for axis, begin, stop, step in kept:
-        proved = importer.folder.prove(expr(begin) >= 0) and importer.folder.prove(
-            expr(stop) <= expr(shape[axis])
+        proved = importer.holds(expr(begin) >= 0, shape[axis]) and importer.holds(
+            expr(stop) <= expr(shape[axis]), shape[axis]
         )
         if not isinstance(step, int) or step < 1 or not proved:
             raise ValueError(
@@ -208,6 +209,7 @@ CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     **activation_operators.CONVERTERS,
     **attention_operators.CONVERTERS,
     **elementwise_operators.CONVERTERS,
+    **gather_operators.CONVERTERS,
     **norm_operators.CONVERTERS,
     **quantize_activations.CONVERTERS,
     **quantized_operators.CONVERTERS,

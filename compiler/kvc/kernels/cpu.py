@@ -57,7 +57,7 @@ class CpuAttention:
             sink_keys=mask.sinks,
             predicate=mask.predicate if mask.kind == "predicate" else None,
             slopes=site.slopes is not None,
-            sink_scores=site.sinks,
+            sink_scores=site.sinks is not None,
             kv_dtype=site.kv_dtype,
             page_size=self.page_size,
         )
