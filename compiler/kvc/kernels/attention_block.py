@@ -88,8 +88,7 @@ class BlockKernel:
         if "sinks" in self.extras:
             highest, total = self.extras["sinks"][head] * f32(vector_math.LOG2E), f32(1)
             if self.share is not None:
-                highest = tirx.Select(self.share == 0, highest, f32(_NEVER))
-                total = tirx.Select(self.share == 0, total, f32(0))
+                total = tirx.Select(self.share == 0, f32(1), f32(0))
         self.e.store(self.maximum, highest, row)
         self.e.store(self.total, total, row)
         for start, width in chunks(self.shape.value_dim, self.lanes):

@@ -66,7 +66,16 @@ class CpuAttention:
         return attention.decode_splits(site.kv_heads, self.traits)
 
     def append(self, site: AttentionSite) -> PrimFunc:
-        return _append_kv(self._shape(site), self.traits)
+        plain = attention.AttentionShape(  # what the mask and the scores are does not matter here
+            site.heads,
+            site.kv_heads,
+            site.head_dim,
+            site.value_dim,
+            scale=1.0,
+            kv_dtype=site.kv_dtype,
+            page_size=self.page_size,
+        )
+        return _append_kv(plain, self.traits)
 
     def prefill(self, site: AttentionSite) -> PrimFunc:
         return attention.prefill_attention(self._shape(site), self.tile, self.traits)
