@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from tools.coverage_compare import without_rings  # noqa: E402
 from tools.coverage_page import Outcome, write_page  # noqa: E402
 from tools.coverage_rows import Row, all_rows, model_file  # noqa: E402
 
@@ -84,18 +85,28 @@ def compare_file(row: Row, path: Path, work: Path) -> dict[str, float]:
     comparison = Comparison(artifact)
     padded = row.with_past and row.exporter != "genai"  # its attention takes lengths, and those from the left
     try:
-        reference = Graph(_widened(path, work) if row.width != "float32" else path)
+        reference = Graph(_reference_file(row, path, work))
         return {each.name: each.error for each in comparison.against(reference, padded)}
     finally:
         comparison.close()
         shutil.rmtree(output)
 
 
-def _widened(path: Path, work: Path) -> Path:
+def _reference_file(row: Row, path: Path, work: Path) -> Path:
+    """What ONNX Runtime runs: the file; widened if it holds 16-bit floats; with caches that only grow."""
     from kvc_models import widen
 
-    out = work / "widened" / f"{path.parent.name}-{path.name}"
-    return out if out.exists() else widen(path, out)
+    out = work / "reference" / (str(row).replace("/", "-") + ".onnx")
+    if "float16" in row.dtype:
+        widen(path, out)
+    elif row.exporter == "genai":
+        without_rings(path, out)
+    else:
+        return path
+    settings = path.with_suffix(".assets")
+    if settings.exists():
+        shutil.copytree(settings, out.with_suffix(".assets"), dirs_exist_ok=True)
+    return out
 
 
 def _failed(row: Row, stage: str, error: Exception, work: Path) -> Outcome:

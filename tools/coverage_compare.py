@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
@@ -43,7 +45,8 @@ class Graph:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.caches = [name for name in self.inputs if name.startswith("past")]
-        self.logits_at = [value.name for value in self.session.get_outputs()].index("logits")
+        self.outputs = ["logits", *(name.replace("past_key_values", "present") for name in self.caches)]
+        self.head_dim = _head_dim(path)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """float32 [len(tokens), V] of one sequence, nothing cached."""
@@ -67,11 +70,11 @@ class Graph:
                 feeds[name] = known[name].astype(_TYPES[value.type])
         for index, name in enumerate(self.caches):
             value = self.inputs[name]
-            empty = (len(ids), value.shape[1], 0, value.shape[3])
+            dim = value.shape[3] if isinstance(value.shape[3], int) else self.head_dim
+            empty = (len(ids), value.shape[1], 0, dim)
             feeds[name] = past[index] if past else np.zeros(empty, _TYPES[value.type])
-        results = self.session.run(None, feeds)
-        logits = results.pop(self.logits_at)
-        return logits.astype(np.float32), results
+        logits, *caches = self.session.run(self.outputs, feeds)
+        return logits.astype(np.float32), caches
 
     def left_padded(self, sequences: Sequence[Sequence[int]], steps: int) -> list[list[Logits]]:
         """What a batch says, padded at the left to equal lengths, one more token a sequence each step.
@@ -96,6 +99,29 @@ class Graph:
             for row, new in zip(rows, logits):
                 row.append(new[-1])
         return rows
+
+
+def without_rings(path: Path, out: Path) -> Path:
+    """Copy a graph of onnxruntime-genai so that it can be run from an empty past.
+
+    GroupQueryAttention may say that the cache of a windowed layer is written in circles, and then takes none
+    that is shorter than the window. Without that attribute it computes the same from a cache that grows.
+    """
+    model = onnx.load(path)
+    for node in model.graph.node:
+        for attribute in [a for a in node.attribute if a.name == "sliding_window_cache"]:
+            node.attribute.remove(attribute)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, out)
+    return out
+
+
+def _head_dim(path: Path) -> int:
+    """What the configuration beside the file says, for graphs that leave it open; 0 without one."""
+    file = path.with_suffix(".assets") / "config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    whole, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    return int(config.get("head_dim") or whole // heads)
 
 
 @dataclass(frozen=True)
