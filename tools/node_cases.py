@@ -1,6 +1,6 @@
 """Runs the backend node cases of the installed onnx package through kvc's importer and LLVM.
 
-    python tools/node_cases.py [--ops Attention,Gather] [--jobs 2] [--output docs/node-cases.md]
+    python -m tools.node_cases [--ops Attention,Gather] [--jobs 2] [--output docs/node-cases.md]
 
 A case passes when every output has the expected type, shape and, within the case's own tolerances, numbers.
 It is refused when the importer says why it does not take it. Anything else is a failure: wrong numbers, an
@@ -27,8 +27,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, version_converter
 from onnx.backend.test.case.node import collect_testcases
-
-sys.path.append(str(Path(__file__).parents[1]))
 from tools.node_cases_report import OPERATORS, Outcome, report, table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -96,7 +96,7 @@ def _row(title: str, outcomes: Sequence[Outcome]) -> str:
 _INTRODUCTION = """\
 # ONNX's node cases
 
-Written by `python tools/node_cases.py`; do not edit.
+Written by `python -m tools.node_cases`; do not edit.
 
 The backend node cases of onnx {version} for operators that decoders use, through kvc's importer,
 `ExpandMarkers` and LLVM, {date}. A case passes when types, shapes and numbers are as expected, within the

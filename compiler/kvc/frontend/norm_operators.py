@@ -15,6 +15,8 @@ from kvc_passes.spelled_out import cast, dtype_of
 if TYPE_CHECKING:
     from .importer import Importer
 
+_TINY = 1e-12  # the default epsilon of ONNX Runtime's fused norms
+
 Converter = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 
 
@@ -92,7 +94,7 @@ def _layer_normalization(importer: Importer, inputs: Sequence[Any], attrs: dict[
 
 def _skip_simplified(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:
     total = _sum(importer, (inputs[0], inputs[1], inputs[3]))
-    epsilon = attrs.get("epsilon", 1e-5)
+    epsilon = attrs.get("epsilon", _TINY)
     result, scale = _rms(importer, total, importer.tensor(inputs[2]), epsilon, -1, _stash(attrs, total))
     if importer.wants(1):
         raise ValueError("its output 1, the mean for training, is used")
@@ -104,7 +106,7 @@ def _skip_layer(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]
     weight, bias = importer.tensor(inputs[2]), inputs[3]
     bias = None if bias is None else importer.tensor(bias)
     wide = _stash(attrs, total)
-    result, mean, scale = _layer(importer, total, weight, bias, attrs.get("epsilon", 1e-5), -1, wide)
+    result, mean, scale = _layer(importer, total, weight, bias, attrs.get("epsilon", _TINY), -1, wide)
     return [result, mean, scale, total]
 
 

@@ -156,9 +156,11 @@ def test_every_unsupported_operator_is_listed_once_with_a_node(tmp_path: Path) -
     assert "/b/Foo" not in text
 
 
-def test_the_attention_operator_is_refused_with_advice(tmp_path: Path) -> None:
-    path = small(tmp_path, node("Attention", ["x", "x", "x"], ["logits"], "/layers.0/attn"))
-    with pytest.raises(UnsupportedModel, match=r"node '/layers.0/attn' .* Attention .* export with opset 22"):
+def test_what_is_wrong_with_a_fused_attention_is_said(tmp_path: Path) -> None:
+    path = small(tmp_path, node("Attention", ["x", "x", "x"], ["logits"], "/layers.0/attn", q_num_heads=5))
+    with pytest.raises(
+        UnsupportedModel, match=r"node '/layers.0/attn' \(Attention\) .* 5 heads do not divide"
+    ):
         import_onnx(path)
 
 

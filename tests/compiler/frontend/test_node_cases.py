@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT))
-from tools import node_cases, node_cases_report
+from tools import node_cases, node_cases_report  # noqa: E402  (no package: it lies in the project's folder)
 
 WHOLE = ("RotaryEmbedding", "RMSNormalization")
 SPREAD = 6  # every sixth of the attention cases runs in the quick test
