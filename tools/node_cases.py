@@ -1,6 +1,6 @@
 """Runs the backend node cases of the installed onnx package through kvc's importer and LLVM.
 
-    python tools/node_cases.py [--ops Attention,Gather] [--jobs 2] [--output docs/node-cases.md]
+    python -m tools.node_cases [--ops Attention,Gather] [--jobs 2] [--output docs/node-cases.md]
 
 A case passes when every output has the expected type, shape and, within the case's own tolerances, numbers.
 It is refused when the importer says why it does not take it. Anything else is a failure: wrong numbers, an
@@ -17,57 +17,22 @@ import re
 import sys
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, version_converter
 from onnx.backend.test.case.node import collect_testcases
+from tools.node_cases_report import OPERATORS, Outcome, report, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 20.0  # seconds a case
 START = 60.0  # seconds for the first case of a process, which imports TVM
 
-OPERATORS = {
-    "attention": ("Attention", "RotaryEmbedding", "RMSNormalization", "FlexAttention"),
-    "state": ("LinearAttention", "CausalConvWithState", "TensorScatter"),
-    "norms and activations": (
-        *("LayerNormalization", "GroupNormalization", "Softmax", "LogSoftmax", "Gelu", "Swish", "SwiGLU"),
-        *("HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Relu", "LeakyRelu", "Elu", "Softplus", "Softsign"),
-        *("Mish", "Erf"),
-    ),
-    "quantized": (
-        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
-        *("MatMulInteger", "QLinearMatMul", "ConvInteger"),
-    ),
-    "arithmetic": (
-        *("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Sqrt", "Exp", "Log", "Neg", "Abs", "Reciprocal"),
-        *("Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Min", "Max", "Mean", "Sum", "Clip", "MatMul"),
-        *("Gemm", "Einsum"),
-    ),
-    "logic": (
-        *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not"),
-        *("IsNaN", "IsInf", "Where"),
-    ),
-    "reductions": (
-        *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare"),
-        *("ReduceL2", "ReduceLogSumExp", "CumSum", "ArgMax", "TopK"),
-    ),
-    "shapes and data": (
-        *("Cast", "CastLike", "Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements"),
-        *("Slice", "Split", "Concat", "Reshape", "Flatten", "Transpose", "Expand", "Squeeze", "Unsqueeze"),
-        *("Tile", "Pad", "Trilu", "Range", "Shape", "Size", "Constant", "ConstantOfShape", "Identity"),
-        *("EyeLike", "OneHot"),
-    ),
-}
-
-Status = Literal["passed", "refused", "failed"]
 Arrays = Sequence[np.ndarray]
 
 
@@ -90,29 +55,12 @@ class Case:
     atol: float
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a case ended.
-
-    Attributes:
-        constants: it passed only after its integer inputs had been made initializers.
-        halves: it passed only because two units in the last place of a float16 were allowed.
-    """
-
-    name: str
-    op: str
-    status: Status
-    reason: str = ""
-    constants: bool = False
-    halves: bool = False
-
-
 def cases(operators: Iterable[str] | None = None) -> list[Case]:
     """The cases of the installed onnx package for `operators`, by default those of `OPERATORS`."""
     wanted = set(operators or (op for group in OPERATORS.values() for op in group))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reference computes with infinities and overflows
-        np.random.seed(0)  # noqa: NPY002  the cases draw their inputs from it
+        np.random.seed(0)
         found = collect_testcases(None)
     single = {c.name: c.model.graph.node[0].op_type for c in found if len(c.model.graph.node) == 1}
     result = []
@@ -139,7 +87,7 @@ def run_case(case: Case) -> Outcome:
         try:
             halves = _run(model, case, range(len(model.graph.input)))
         except UnsupportedModel as error:
-            kept = _constant_integers(model, case)
+            kept = _constant_inputs(model, case)
             if kept is None:
                 raise
             outcome = dataclasses.replace(outcome, constants=True)
@@ -174,7 +122,9 @@ def _run(model: onnx.ModelProto, case: Case, kept: Sequence[int]) -> bool:
 
     module = ExpandMarkers().run(import_graph(model, case.name)).module
     target = tvm.target.Target({"kind": "llvm", "opt-level": 0})
-    machine = relax.VirtualMachine(tvm.compile(relax.transform.AttachGlobalSymbol()(module), target), tvm.cpu())
+    machine = relax.VirtualMachine(
+        tvm.compile(relax.transform.AttachGlobalSymbol()(module), target), tvm.cpu()
+    )
     halves = False
     for inputs, expected in case.data:
         given = [tvm.runtime.tensor(np.array(inputs[i], order="C")) for i in kept]
@@ -193,8 +143,7 @@ def _compare(got: Arrays, expected: Arrays, case: Case) -> bool:
     if len(got) != len(expected):
         raise AssertionError(f"{len(got)} outputs instead of {len(expected)}")
     halves = False
-    for index, (a, b) in enumerate(zip(got, expected)):
-        b = np.asarray(b)
+    for index, (a, b) in enumerate(zip(got, map(np.asarray, expected))):
         if a.dtype != b.dtype or a.shape != b.shape:
             raise AssertionError(f"output {index} is {a.dtype} {a.shape}, not {b.dtype} {b.shape}")
         if a.dtype.kind in "biu":
@@ -209,16 +158,17 @@ def _compare(got: Arrays, expected: Arrays, case: Case) -> bool:
     return halves
 
 
-def _constant_integers(model: onnx.ModelProto, case: Case) -> list[int] | None:
-    """Make inputs that hold axes and shapes into initializers, in place: what decoders' files have.
+def _constant_inputs(model: onnx.ModelProto, case: Case) -> list[int] | None:
+    """Make scalars and integer vectors among the inputs into initializers, in place.
 
     Returns the places of the inputs that stay, None if nothing changed or the sets of data differ.
     """
-    kept, constant = [], []
+    kept: list[int] = []
+    constant: list[int] = []
     for index, value in enumerate(model.graph.input):
         kind = value.type.tensor_type
-        small = kind.elem_type in (TensorProto.INT64, TensorProto.INT32) and len(kind.shape.dim) <= 1
-        (constant if small else kept).append(index)
+        rank, whole = len(kind.shape.dim), kind.elem_type in (TensorProto.INT64, TensorProto.INT32)
+        (constant if rank == 0 or (rank == 1 and whole) else kept).append(index)
     if not constant or len(case.data) != 1:
         return None
     for index in constant:
@@ -292,75 +242,6 @@ def _ask(connection: Any, case: Case, seconds: float) -> Outcome:
         return Outcome(case.name, case.op, "failed", _HUNG)
     except (EOFError, OSError):
         return Outcome(case.name, case.op, "failed", _CRASHED)
-
-
-def plain_reason(outcome: Outcome) -> str:
-    """The reason without names of cases, nodes and shapes, so that equal ones can be counted."""
-    text = re.sub(r"^[\w.]+: ", "", outcome.reason)
-    text = re.sub(r"node '[^']*' \((\w+)\) cannot be imported: ", r"", text)
-    return re.sub(r" \(node '[^']*'\)", "", text)
-
-
-def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """The report's rows, group by group."""
-    yield "| operator | cases | passed | with constant inputs | refused | failed |"
-    yield "|---|---:|---:|---:|---:|---:|"
-    for group, operators in OPERATORS.items():
-        of_group = [o for o in outcomes if o.op in operators]
-        if of_group:
-            yield _row(f"**{group}**", of_group)
-        for op in sorted(operators):
-            mine = [o for o in outcomes if o.op == op]
-            if mine:
-                yield _row(op, mine)
-    yield _row("**all**", outcomes)
-
-
-def _row(title: str, outcomes: Sequence[Outcome]) -> str:
-    count = Counter(o.status for o in outcomes)
-    constant = sum(o.constants and o.status == "passed" for o in outcomes)
-    numbers = [len(outcomes), count["passed"], constant, count["refused"], count["failed"]]
-    return f"| {title} | {' | '.join(str(n) for n in numbers)} |"
-
-
-def report(outcomes: Sequence[Outcome]) -> str:
-    """docs/node-cases.md."""
-    halves = sum(o.halves for o in outcomes)
-    reasons = Counter((o.op, plain_reason(o)) for o in outcomes if o.status == "refused")
-    lines = [
-        "# ONNX's node cases",
-        "",
-        "Written by `python tools/node_cases.py`; do not edit.",
-        "",
-        f"The backend node cases of onnx {onnx.__version__} for operators that decoders use, through kvc's",
-        f"importer, `ExpandMarkers` and LLVM, {date.today().isoformat()}. A case passes when types, shapes and",
-        "numbers are as expected, within the case's own tolerances. Cases that end in `_expanded` (the same",
-        "operator spelled out by onnx) count for their operator. Results in bfloat16 and float16 may differ by two",
-        "units in the last place: onnx's own runner allows that for bfloat16, for float16 it is more than the",
-        f"cases' 1e-3, and {halves} of those that passed needed it.",
-        "",
-        "Many cases give as inputs what models have as constants: axes, shapes, sizes. Where kvc refuses such a",
-        "case, it is tried once more with its integer inputs of rank 0 and 1 as initializers; how many passed only",
-        "then is a column of its own. Models of opsets before 13 are converted to 13 first.",
-        "",
-        *table(outcomes),
-        "",
-        "## Why cases are refused",
-        "",
-        "| cases | operator | reason |",
-        "|---:|---|---|",
-        *(f"| {n} | {op} | {_escape(reason)} |" for (op, reason), n in sorted(reasons.items(), key=_by_count)),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _by_count(item: tuple[tuple[str, str], int]) -> tuple[int, tuple[str, str]]:
-    return -item[1], item[0]
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

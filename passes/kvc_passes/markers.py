@@ -21,6 +21,8 @@ SDPA = "kvc.sdpa"
 ROTARY = "kvc.rotary"
 DEQUANTIZE = "kvc.dequantize"
 
+Extra = Literal["mask", "lengths", "sinks"]
+
 
 @dataclass(frozen=True)
 class Sdpa:
@@ -38,7 +40,7 @@ class Sdpa:
     """The offset of causal and window: 0, or t - s (the keys of a past come first)."""
     window: int | None = None
     """Query i sees keys from i + offset - window + 1 on."""
-    extras: tuple[Literal["mask", "lengths", "sinks"], ...] = ()
+    extras: tuple[Extra, ...] = ()
     """Further operands, in order. mask: bool (true shows) or float (added), broadcast to [b,h,s,t].
     lengths: int [b] or [b,1], the number of keys of each sequence, less one, that are no padding.
     sinks: float [h], a score a head that takes part in the softmax and has no value."""

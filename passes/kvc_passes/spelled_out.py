@@ -146,7 +146,8 @@ def conjunction(emit: Emit, conditions: Sequence[relax.Expr]) -> relax.Expr:
 def _softmax(emit: Emit, scores: relax.Expr, sinks: relax.Expr | None) -> relax.Expr:
     """Softmax over the last axis; a row of -inf gives zeros. Sinks [h] only add to the denominator."""
     dtype = dtype_of(scores)
-    limits = ml_dtypes.finfo(dtype)
+    info: Any = ml_dtypes.finfo
+    limits = info(dtype)
     largest = emit(op.max(scores, axis=-1, keepdims=True))
     largest = emit(op.maximum(largest, relax.const(float(limits.min), dtype)))  # -inf - -inf is NaN
     if sinks is not None:
@@ -199,7 +200,9 @@ def _halves(emit: Emit, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, half: i
 def _interleaved(emit: Emit, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, half: int) -> relax.Expr:
     """(x1 cos - x2 sin, x1 sin + x2 cos) for every pair (x1, x2) of neighbours."""
     shape = dims(x)
-    pairs = emit(op.reshape(x, relax.ShapeExpr([*shape[:3], tirx.IntImm("int64", half), tirx.IntImm("int64", 2)])))
+    pairs = emit(
+        op.reshape(x, relax.ShapeExpr([*shape[:3], tirx.IntImm("int64", half), tirx.IntImm("int64", 2)]))
+    )
     first, second = _part(emit, pairs, 0, 1), _part(emit, pairs, 1, 2)
     cos, sin = (emit(op.expand_dims(t, -1)) for t in (cos, sin))
     left = emit(op.subtract(emit(op.multiply(first, cos)), emit(op.multiply(second, sin))))

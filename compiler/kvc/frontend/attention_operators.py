@@ -16,7 +16,7 @@ from tvm import relax
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
-from kvc_passes.markers import SDPA, Sdpa, marker
+from kvc_passes.markers import SDPA, Extra, Sdpa, marker
 from kvc_passes.spelled_out import attention as spelled_attention
 from kvc_passes.spelled_out import cast, conjunction, dtype_of, visible
 
@@ -91,7 +91,7 @@ def _attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any])
         seen = _visible(importer, wanted, rows, importer.shape(k)[2], past, nonpad, ahead)
         mask = _restricted(importer, mask, seen, dtype_of(q))
         wanted = replace(wanted, causal=False, window=None)
-    extras: dict[str, relax.Expr] = {} if mask is None else {"mask": mask}
+    extras: dict[Extra, relax.Expr] = {} if mask is None else {"mask": mask}
     if nonpad is not None:
         one = relax.const(1, "int64")
         extras["lengths"] = importer.emit(op.subtract(importer.tensor(nonpad), one))
@@ -124,7 +124,13 @@ def _visible(
         count = importer.tensor(importer.integer(rows))
         start = importer.emit(op.subtract(lengths, count))
     conditions = visible(
-        importer.emit, expr(rows), expr(columns), start, causal=wanted.causal, window=wanted.window, ahead=ahead
+        importer.emit,
+        expr(rows),
+        expr(columns),
+        start,
+        causal=wanted.causal,
+        window=wanted.window,
+        ahead=ahead,
     )
     return conjunction(importer.emit, conditions)
 
@@ -139,7 +145,7 @@ def _restricted(importer: Importer, mask: relax.Expr | None, seen: relax.Expr, d
 
 
 def _padded(importer: Importer, mask: relax.Expr, keys: Any) -> relax.Expr:
-    """An Attention mask of at most 4 axes with its last axis made as long as the keys: what it lacks is hidden."""
+    """A mask of at most 4 axes with its last one made as long as the keys: what it lacks is hidden."""
     kind = dtype_of(mask)
     if kind != "bool" and not kind.startswith(("float", "bfloat")):
         raise ValueError(f"its attn_mask is {kind}, neither bool nor a float")
@@ -167,7 +173,9 @@ def _group_query_attention(importer: Importer, inputs: Sequence[Any], attrs: dic
     """com.microsoft GroupQueryAttention: attention with the rotary embedding and the cache inside."""
     _refuse_group_query(importer, inputs, attrs)
     heads, groups = attrs["num_heads"], attrs["kv_num_heads"]
-    q, k, v = (heads_first(importer, x, n) for x, n in zip(_parts(importer, inputs, attrs), (heads, groups, groups)))
+    q, k, v = (
+        heads_first(importer, x, n) for x, n in zip(_parts(importer, inputs, attrs), (heads, groups, groups))
+    )
     if inputs[14] is not None:
         epsilon = attrs.get("qk_norm_epsilon", 1e-6)
         q = rms_normalized(importer, q, importer.tensor(inputs[14]), attrs.get("q_norm_epsilon", epsilon))
@@ -182,7 +190,7 @@ def _group_query_attention(importer: Importer, inputs: Sequence[Any], attrs: dic
         interleaved = bool(attrs.get("rotary_interleaved", 0))
         q, k = (rotate(importer, x, cos, sin, interleaved) for x in (q, k))
     k, v = with_past(importer, inputs[3], k), with_past(importer, inputs[4], v)
-    extras = {"mask": inputs[10], "lengths": inputs[5], "sinks": inputs[11]}
+    extras: dict[Extra, Any] = {"mask": inputs[10], "lengths": inputs[5], "sinks": inputs[11]}
     if attrs.get("smooth_softmax", 0) == 1 and inputs[11] is None:
         extras["sinks"] = relax.const(np.zeros(heads, np.float32))  # one more score, of 0
     given = {name: importer.tensor(x) for name, x in extras.items() if x is not None}
@@ -237,12 +245,16 @@ def _multi_head_attention(importer: Importer, inputs: Sequence[Any], attrs: dict
     if importer.wants(3):
         raise ValueError("its fourth output, the scores, is used")
     parts = _biased(importer, [importer.tensor(x) for x in inputs[:3]], inputs[3])
-    q, k, v = (x if len(importer.shape(x)) == 4 else heads_first(importer, x, attrs["num_heads"]) for x in parts)
+    q, k, v = (
+        x if len(importer.shape(x)) == 4 else heads_first(importer, x, attrs["num_heads"]) for x in parts
+    )
     k, v = with_past(importer, inputs[6], k), with_past(importer, inputs[7], v)
     mask = None if inputs[5] is None else importer.tensor(inputs[5])
     if inputs[4] is not None:
         hidden = float(attrs.get("mask_filter_value", -10000.0))
-        padding = _key_padding(importer, importer.tensor(inputs[4]), importer.shape(k)[2], hidden, dtype_of(q))
+        padding = _key_padding(
+            importer, importer.tensor(inputs[4]), importer.shape(k)[2], hidden, dtype_of(q)
+        )
         mask = padding if mask is None else importer.emit(op.add(mask, padding))
     wanted = Sdpa(
         scale=attrs.get("scale") or 1 / math.sqrt(importer.shape(q)[3]),
@@ -263,7 +275,9 @@ def _biased(importer: Importer, parts: list[relax.Expr], bias: Any) -> list[rela
         width = importer.shape(part)[-1]
         if len(importer.shape(part)) != 3:
             raise ValueError("it has a bias, and keys that are already split into heads")
-        piece = op.strided_slice(importer.tensor(bias), [0], [begin], [begin + width], [1], assume_inbound=True)
+        piece = op.strided_slice(
+            importer.tensor(bias), [0], [begin], [begin + width], [1], assume_inbound=True
+        )
         result.append(importer.emit(op.add(part, importer.emit(piece))))
         begin += width
     return result

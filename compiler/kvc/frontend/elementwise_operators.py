@@ -56,8 +56,21 @@ def _remainder(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any])
     return op.floor_mod(left, right)
 
 
+def _clip(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
+    """Both bounds may be left out; each is a scalar."""
+    x = importer.tensor(inputs[0])
+    for bound, function in ((inputs[1], op.maximum), (inputs[2], op.minimum)):
+        if bound is not None:
+            scalar = importer.tensor(bound)
+            if importer.shape(scalar):
+                scalar = importer.emit(op.reshape(scalar, ()))
+            x = importer.emit(function(x, scalar))
+    return x
+
+
 CONVERTERS: dict[str, Converter] = {
     "And": _binary(op.logical_and),
+    "Clip": _clip,
     "IsInf": _infinite,
     "Mod": _remainder,
     "Not": _not,

@@ -17,7 +17,15 @@ _HALF = ("float16", "bfloat16")
 _SUMMING = frozenset(
     [
         *("Conv", "Einsum", "Gemm", "LogSoftmax", "MatMul", "Mean", "Softmax", "Sum"),
-        *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare"),
+        *(
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceLogSum",
+            "ReduceLogSumExp",
+            "ReduceMean",
+            "ReduceSum",
+            "ReduceSumSquare",
+        ),
     ]
 )
 

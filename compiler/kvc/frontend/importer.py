@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from tvm.relax.frontend.onnx import onnx_frontend as stock
 
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
-from kvc_passes.graph import static
 from kvc_passes.nodes import NodeNames
 
 from .half_precision import narrow, widened
@@ -190,18 +190,8 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
             for name, value in zip(node.output, results):
                 if name:
                     self._nodes[name] = self._bind(value)
-                    self._require_elements(node, self._nodes[name])
         for output in graph.output:
             self._nodes[output.name] = self.tensor(self._nodes[output.name])
-
-    def _require_elements(self, node: onnx.NodeProto, value: Any) -> None:
-        """Refuse tensors that can have no elements: TVM's code for them is wrong, or crashes."""
-        shape = getattr(getattr(value, "ty", None), "shape", None)
-        if isinstance(value, relax.Var) and shape is not None and any(static(d) == 0 for d in shape.values):
-            raise UnsupportedModel(
-                f"{self.file.path}: node '{node.name}' ({node.op_type}) has an output without elements, "
-                f"{list(shape.values)}"
-            )
 
     def _convert(self, node: onnx.NodeProto) -> list[Any]:
         attrs = self._parse_attr(node.attribute)
@@ -222,16 +212,21 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         if convert is not None:
             result = convert(self, inputs, attrs)
         else:
-            attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
-            converter = stock._get_convert_map()[node.op_type].get_converter(self.opset)
-            tensors = stock.onnx_input([self.tensor(value) for value in inputs])
-            dtype = narrow(node.op_type, tensors)
-            if dtype is not None:
-                tensors = stock.onnx_input([widened(self, value) for value in tensors])
-            result = converter(self.bb, tensors, attrs, [self._nodes, self._params])
-            if dtype is not None:
-                return [op.astype(self.emit(value), dtype) for value in self._unpack(result)]
+            result = self.stock(node.op_type, inputs, attrs)
         return self._unpack(result)
+
+    def stock(self, operator: str, inputs: Sequence[Any], attrs: dict[str, Any]) -> Any:
+        """What TVM's own converter makes of the node at hand."""
+        attrs = attrs | {"tvm_custom": {"name": self.hint, "num_outputs": len(self.outputs)}}
+        tensors = stock.onnx_input([self.tensor(value) for value in inputs])
+        dtype = narrow(operator, tensors)
+        if dtype is not None:
+            tensors = stock.onnx_input([widened(self, value) for value in tensors])
+        converter = stock._get_convert_map()[operator].get_converter(self.opset)
+        result = converter(self.bb, tensors, attrs, [self._nodes, self._params])
+        if dtype is None:
+            return result
+        return [op.astype(self.emit(value), dtype) for value in self._unpack(result)]
 
     def _unpack(self, result: Any) -> list[Any]:
         if isinstance(result, (list, tuple)):

@@ -15,11 +15,18 @@ from kvc_passes.spelled_out import cast, dtype_of
 if TYPE_CHECKING:
     from .importer import Importer
 
+_TINY = 1e-12  # the default epsilon of ONNX Runtime's fused norms
+
 Converter = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 
 
 def rms_normalized(
-    importer: Importer, x: relax.Expr, weight: relax.Expr, epsilon: float, axis: int = -1, wide: str = "float32"
+    importer: Importer,
+    x: relax.Expr,
+    weight: relax.Expr,
+    epsilon: float,
+    axis: int = -1,
+    wide: str = "float32",
 ) -> relax.Expr:
     """x / sqrt(mean(x^2) + epsilon) * weight over the axes from `axis` on, computed as `wide`."""
     return _rms(importer, x, weight, epsilon, axis, wide)[0]
@@ -87,9 +94,11 @@ def _layer_normalization(importer: Importer, inputs: Sequence[Any], attrs: dict[
 
 def _skip_simplified(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:
     total = _sum(importer, (inputs[0], inputs[1], inputs[3]))
-    epsilon = attrs.get("epsilon", 1e-5)
+    epsilon = attrs.get("epsilon", _TINY)
     result, scale = _rms(importer, total, importer.tensor(inputs[2]), epsilon, -1, _stash(attrs, total))
-    return [result, _unused(importer, 1), scale, total]
+    if importer.wants(1):
+        raise ValueError("its output 1, the mean for training, is used")
+    return [result, None, scale, total]
 
 
 def _skip_layer(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:
@@ -97,13 +106,8 @@ def _skip_layer(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]
     weight, bias = importer.tensor(inputs[2]), inputs[3]
     bias = None if bias is None else importer.tensor(bias)
     wide = _stash(attrs, total)
-    result, mean, scale = _layer(importer, total, weight, bias, attrs.get("epsilon", 1e-5), -1, wide)
+    result, mean, scale = _layer(importer, total, weight, bias, attrs.get("epsilon", _TINY), -1, wide)
     return [result, mean, scale, total]
-
-
-def _unused(importer: Importer, output: int) -> None:
-    if importer.wants(output):
-        raise ValueError(f"its output {output}, which is for training, is used")
 
 
 def _sum(importer: Importer, inputs: Sequence[Any]) -> relax.Expr:

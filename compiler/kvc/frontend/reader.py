@@ -94,13 +94,17 @@ def read(path: Path) -> OnnxFile:
 
 
 def require_types(graph: onnx.GraphProto, name: object) -> None:
-    """Raise UnsupportedModel unless inputs, outputs and initializers are tensors of plain numbers with elements."""
+    """Raise UnsupportedModel unless inputs, outputs and initializers are tensors of numbers, not empty."""
+    # What is used only for its type may be empty.
+    used = {name for node in graph.node for name in node.input[: 1 if node.op_type == "CastLike" else None]}
+    used |= {value.name for value in graph.output}
     for role, values in (("input", graph.input), ("output", graph.output)):
         for value in values:
             if not value.type.HasField("tensor_type"):
                 raise UnsupportedModel(f"{name}: {role} '{value.name}' is no tensor")
             _require_type(name, role, value.name, value.type.tensor_type.elem_type)
-            if any(d.HasField("dim_value") and d.dim_value == 0 for d in value.type.tensor_type.shape.dim):
+            empty = any(d.HasField("dim_value") and not d.dim_value for d in value.type.tensor_type.shape.dim)
+            if empty and value.name in used:
                 raise UnsupportedModel(f"{name}: {role} '{value.name}' is a tensor without elements")
     for tensor in graph.initializer:
         _require_type(name, "initializer", tensor.name, tensor.data_type)

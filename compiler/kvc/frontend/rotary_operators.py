@@ -22,7 +22,9 @@ def tables(importer: Importer, table: Any, positions: Any) -> relax.Expr:
     return importer.emit(op.expand_dims(rows, 0)) if len(importer.shape(rows)) == 2 else rows
 
 
-def rotate(importer: Importer, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, interleaved: bool) -> relax.Expr:
+def rotate(
+    importer: Importer, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, interleaved: bool
+) -> relax.Expr:
     """The marker for x [b,h,s,e] and tables [b or 1,s,r]."""
     size, half = importer.shape(x)[3], importer.shape(cos)[2]
     if not isinstance(half, int) or not isinstance(size, int) or 2 * half > size:

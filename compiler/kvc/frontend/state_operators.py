@@ -1,4 +1,4 @@
-"""Converters of operators that keep a state of their own: caches written in place, convolutions with a carry."""
+"""Converters of operators with a state of their own: caches written in place, carries of convolutions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def _causal_conv(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any
     kernel = cast(emit, emit(op.squeeze(weight, [1])), wide)
     total: relax.Expr | None = None
     for tap in range(taps):
-        piece = cast(emit, _columns(importer, padded, tap, importer.folder.simplify(expr(length) + tap)), wide)
+        piece = cast(
+            emit, _columns(importer, padded, tap, importer.folder.simplify(expr(length) + tap)), wide
+        )
         term = emit(op.multiply(piece, _columns(importer, kernel, tap, tap + 1)))
         total = term if total is None else emit(op.add(total, term))
     if inputs[2] is not None:
@@ -79,11 +81,17 @@ def _causal_conv(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any
 def _columns(importer: Importer, x: relax.Expr, begin: Any, end: Any) -> relax.Expr:
     """x[..., begin:end]."""
     axis = len(importer.shape(x)) - 1
-    return importer.emit(op.strided_slice(x, [axis], [expr(begin)], [expr(end)], [tirx.IntImm("int64", 1)], assume_inbound=True))
+    return importer.emit(
+        op.strided_slice(
+            x, [axis], [expr(begin)], [expr(end)], [tirx.IntImm("int64", 1)], assume_inbound=True
+        )
+    )
 
 
 def _recurrence(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
-    raise ValueError("it is a recurrence over the tokens, which kvc does not serve; only attention may mix tokens")
+    raise ValueError(
+        "it is a recurrence over the tokens, which kvc does not serve; only attention may mix tokens"
+    )
 
 
 CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {

@@ -53,7 +53,9 @@ def computed(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
     return Compiled(module)(*(a for a in feeds.values() if a is not None))
 
 
-def check(op: str, feeds: Feeds, outputs: Sequence[str] = ("y",), domain: str = MICROSOFT, **attrs: Any) -> None:
+def check(
+    op: str, feeds: Feeds, outputs: Sequence[str] = ("y",), domain: str = MICROSOFT, **attrs: Any
+) -> None:
     """Compare all outputs with ONNX Runtime's."""
     model = model_of(op, feeds, outputs, domain, **attrs)
     options = ort.SessionOptions()
@@ -258,7 +260,12 @@ SKIP: Feeds = X | {"skip": floats(2, 3, 16, seed=1), "gamma": floats(16, seed=2)
 NORMS: list[tuple[str, str, Feeds, tuple[str, ...]]] = [
     ("SimplifiedLayerNormalization", "", X | {"scale": floats(16, seed=2)}, ("y",)),
     ("SkipSimplifiedLayerNormalization", MICROSOFT, SKIP, ("y",)),
-    ("SkipSimplifiedLayerNormalization", MICROSOFT, SKIP | {"bias": floats(16, seed=3)}, ("y", "", "", "sum")),
+    (
+        "SkipSimplifiedLayerNormalization",
+        MICROSOFT,
+        SKIP | {"bias": floats(16, seed=3)},
+        ("y", "", "", "sum"),
+    ),
     ("SkipLayerNormalization", MICROSOFT, SKIP | {"beta": floats(16, seed=4)}, ("y", "", "", "sum")),
     ("SkipLayerNormalization", MICROSOFT, SKIP | {"beta": None, "bias": floats(16, seed=3)}, ("y",)),
 ]

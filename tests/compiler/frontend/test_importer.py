@@ -156,6 +156,14 @@ def test_every_unsupported_operator_is_listed_once_with_a_node(tmp_path: Path) -
     assert "/b/Foo" not in text
 
 
+def test_what_is_wrong_with_a_fused_attention_is_said(tmp_path: Path) -> None:
+    path = small(tmp_path, node("Attention", ["x", "x", "x"], ["logits"], "/layers.0/attn", q_num_heads=5))
+    with pytest.raises(
+        UnsupportedModel, match=r"node '/layers.0/attn' \(Attention\) .* 5 heads do not divide"
+    ):
+        import_onnx(path)
+
+
 def test_an_operator_that_cannot_be_imported_here_is_named(tmp_path: Path) -> None:
     path = small(
         tmp_path, node("MatMul", ["x", "w"], ["logits"], "/head/MatMul"), w=np.zeros((9, 32), np.float32)
