@@ -30,16 +30,19 @@ def _static(value: Any) -> np.ndarray | None:
     return value.value.numpy() if isinstance(value, GenericConst) else None
 
 
-def _top_k(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[relax.Expr]:
+def _top_k(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> Any:
     """The k largest elements of each row, one by one; of equal ones the first, as ONNX wants."""
     x, emit = importer.tensor(inputs[0]), importer.emit
     shape, count = importer.shape(x), _static(inputs[1])
-    axis = attrs.get("axis", -1) % len(shape)
+    axis, dtype = attrs.get("axis", -1) % len(shape), str(x.ty.dtype.dtype)
+    if dtype.startswith("uint"):
+        raise ValueError(f"it sorts {dtype}; only signed integers and floats are supported")
+    if not importer.decoder:
+        return importer.stock("TopK", inputs, attrs)
     if count is None or int(count.reshape(-1)[0]) > _MOST or not isinstance(shape[axis], int):
         raise ValueError(f"it picks a number of elements that is not known, or more than {_MOST}")
     if axis != len(shape) - 1:
         raise ValueError("it picks along another axis than the last")
-    dtype = str(x.ty.dtype.dtype)
     if not dtype.startswith(("float", "bfloat")):
         raise ValueError(f"it picks elements of type {dtype}; floats are supported")
     if not attrs.get("largest", 1):

@@ -49,15 +49,7 @@ def _axes(given: Any, attrs: dict[str, Any]) -> list[int]:
     return [int(a) for a in given.flat()]
 
 
-def _top_k(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> Any:
-    dtype = dtype_of(importer.tensor(inputs[0]))
-    if dtype.startswith("uint"):
-        raise ValueError(f"it sorts {dtype}; only signed integers and floats are supported")
-    return importer.stock("TopK", inputs, attrs)
-
-
 CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "ReduceMax": _extreme(op.max, -np.inf),
     "ReduceMin": _extreme(op.min, np.inf),
-    "TopK": _top_k,
 }
