@@ -11,7 +11,7 @@ from kvc_passes.errors import InputError
 from kvc_passes.facts import ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
-from .options import parse_size, parse_workload
+from .options import parse_permissions, parse_size, parse_workload
 from .runtime.library import without_torch
 from .runtime.overhead import measure
 from .runtime.text import Text
@@ -25,13 +25,13 @@ from tvm.target import Target
 from .compilation import (
     Lowered,
     Model,
-    assets_of,
     build_library,
     costs,
     lower_model,
     packed_weights,
     read_model,
 )
+from .configuration import assets_of
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
 from .pipeline import Runner
@@ -48,6 +48,7 @@ def compile(
     workload: str | Workload | Iterable[str | Workload],
     output: str | os.PathLike[str] | None = None,
     target: str = "cpu",
+    allow: str | Iterable[str] = (),
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
     report: Report | None = None,
@@ -61,6 +62,7 @@ def compile(
         workload: batch x context in tokens, alternatives separated by commas: "8x256,1x2048".
         output: the artifact's folder, `<model>.kvc` beside the model by default.
         target: "cpu" (this machine's) or "cpu:<LLVM name of a CPU>", such as "cpu:x86-64-v3".
+        allow: permissions to change results beyond rounding, of `options.PERMISSIONS`, none by default.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
@@ -82,8 +84,9 @@ def compile(
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: the output would replace the model; give another --output")
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
+    allowed = parse_permissions(allow)
     with ArtifactWriter(destination, force=force) as writer:
-        model, lowered, price = _weigh(source, machine, runner)
+        model, lowered, price = _weigh(source, machine, allowed, runner)
         plan = make_plan(price, size, alternatives)
         build_library(lowered, plan, writer.folder / "model.so", runner)
         writer.add("model.so")
@@ -100,19 +103,22 @@ def plan(
     budget: str | int,
     workload: str | Workload | Iterable[str | Workload],
     target: str = "cpu",
+    allow: str | Iterable[str] = (),
     report: Report | None = None,
 ) -> Plan:
     """The plan that `compile` would build, without generating code. Arguments and errors as for `compile`."""
     source, runner = Path(path), _runner(None, report)
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
-    _, _, price = _weigh(source, machine, runner)
+    _, _, price = _weigh(source, machine, parse_permissions(allow), runner)
     return make_plan(price, size, alternatives)
 
 
-def _weigh(source: Path, target: Target, runner: Runner) -> tuple[Model, Lowered, Costs]:
+def _weigh(
+    source: Path, target: Target, allow: frozenset[str], runner: Runner
+) -> tuple[Model, Lowered, Costs]:
     """Import, prove and lower a model; meanwhile measure what a process takes here."""
     runner.report("import")
-    imported = import_onnx(source)
+    imported = import_onnx(source, allow)
     Text.check(assets_of(source))
     weights = sum(imported.file.parameter_bytes().values())
     with ThreadPoolExecutor(1) as pool:
@@ -122,7 +128,9 @@ def _weigh(source: Path, target: Target, runner: Runner) -> tuple[Model, Lowered
         return model, lowered, costs(model, lowered, runtime.result())
 
 
-def inspect(path: str | os.PathLike[str], *, report: Report | None = None) -> ModelFacts:
+def inspect(
+    path: str | os.PathLike[str], *, allow: str | Iterable[str] = (), report: Report | None = None
+) -> ModelFacts:
     """What can be proved about a model: attention sites, masks, positions, sizes.
 
     Raises:
@@ -131,7 +139,7 @@ def inspect(path: str | os.PathLike[str], *, report: Report | None = None) -> Mo
     """
     runner = _runner(None, report)
     runner.report("import")
-    return read_model(import_onnx(Path(path)), runner).facts
+    return read_model(import_onnx(Path(path), parse_permissions(allow)), runner).facts
 
 
 def _runner(

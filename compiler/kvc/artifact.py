@@ -35,7 +35,7 @@ import kvc
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts, Plan, facts_from_json, plan_from_json, to_json
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 ALIGNMENT: Final = 64
 """Generated code loads whole cache lines: every tensor starts on one, in the file and so in memory."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvc_passes.errors import Error, InputError, PlanningError
+from kvc_passes.facts import ModelFacts
 
 from . import __version__
 
@@ -141,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL.onnx")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a permission to change results beyond rounding: token-scales",
+    )
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +204,16 @@ def _print(*tables: object) -> None:
         console.print(table)
 
 
+def _notes(facts: ModelFacts) -> None:
+    """What a person should know about how the model was understood."""
+    from .options import PERMISSIONS
+
+    for text in facts.warnings:
+        print(f"kvc: note: {text}", file=sys.stderr)
+    for name in facts.allowed:
+        print(f"kvc: allowed: {name}: {PERMISSIONS[name]}", file=sys.stderr)
+
+
 def _compile(options: argparse.Namespace) -> int:
     import time
 
@@ -211,6 +229,7 @@ def _compile(options: argparse.Namespace) -> int:
             workload=options.workload,
             output=options.output,
             target=options.target,
+            allow=options.allow,
             force=options.force,
             dump=options.dump,
             report=report,
@@ -219,6 +238,7 @@ def _compile(options: argparse.Namespace) -> int:
     if options.time_passes:
         _print(timing_table(timings))
     _print(plan_table(artifact.plan, artifact.facts.name))
+    _notes(artifact.facts)
     print(f"{artifact.path}: compiled in {time.perf_counter() - start:.1f} s")
     return 0
 
@@ -235,6 +255,7 @@ def _plan(options: argparse.Namespace) -> int:
             budget=options.budget,
             workload=options.workload,
             target=options.target,
+            allow=options.allow,
             report=report,
         )
     if options.json:
@@ -251,11 +272,12 @@ def _inspect(options: argparse.Namespace) -> int:
     from .report import model_tables
 
     with _progress() as report:
-        facts = inspect(options.model, report=report)
+        facts = inspect(options.model, allow=options.allow, report=report)
     if options.json:
         print(to_json(facts), end="")
     else:
         _print(*model_tables(facts))
+        _notes(facts)
     return 0
 
 

@@ -13,6 +13,11 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _MOST = 1 << 63
+PERMISSIONS = {
+    "token-scales": "activations that a graph quantizes by one scale for all tokens get one for each token"
+}
+"""What a user can allow, and what it changes."""
+
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _WORKLOAD = re.compile(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*")
 
@@ -63,6 +68,20 @@ def _workload(text: str) -> Workload:
     if workload.batch == 0 or workload.context == 0:
         raise InputError(f"the workload '{text}' is empty: batch and context must be at least 1")
     return workload
+
+
+def parse_permissions(text: str | Iterable[str]) -> frozenset[str]:
+    """Permissions to change results beyond rounding, such as "token-scales".
+
+    Raises:
+        InputError: one that does not exist.
+    """
+    given = text.split(",") if isinstance(text, str) else list(text)
+    names = frozenset(name.strip() for name in given if name.strip())
+    for name in sorted(names - PERMISSIONS.keys()):
+        known = ", ".join(f"{n} ({what})" for n, what in PERMISSIONS.items())
+        raise InputError(f"there is no permission '{name}'; there are: {known}")
+    return names
 
 
 def format_size(size: int) -> str:

@@ -71,6 +71,7 @@ def model_tables(facts: ModelFacts) -> list[Table]:
         "scale",
         "softcap",
         "RoPE",
+        "KV",
         "mask",
         "proof",
     ):
@@ -90,17 +91,41 @@ def _geometry(site: AttentionSite) -> tuple[object, ...]:
         site.softcap,
         site.mask,
         site.rope,
+        site.slopes,
+        site.sinks is None,
+        site.kv_dtype,
     )
 
 
 def _site_row(group: Sequence[AttentionSite]) -> list[str]:
     site = group[0]
     dim = str(site.head_dim) if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
-    mask = site.mask.kind if site.mask.window is None else f"window {site.mask.window}"
     indices = str(site.index) if len(group) == 1 else f"{site.index}-{group[-1].index}"
     cap = "" if site.softcap is None else f"{site.softcap:g}"
     numbers = [str(site.heads), str(site.kv_heads), dim, f"{site.scale:.5g}"]
-    return [indices, site.node, *numbers, cap, site.rope or "none", mask, site.mask.proof]
+    return [
+        indices,
+        site.node,
+        *numbers,
+        cap,
+        site.rope or ("ALiBi" if site.slopes else "none"),
+        site.kv_dtype,
+        _mask(site),
+        site.mask.proof,
+    ]
+
+
+def _mask(site: AttentionSite) -> str:
+    """The mask in a few words, and a learned score where there is one."""
+    mask = site.mask
+    names = {
+        "causal": "causal",
+        "window": f"window {mask.window}",
+        "chunk": f"chunks of {mask.chunk}",
+        "sinks": f"first {mask.sinks}, window {mask.window}",
+        "predicate": mask.predicate,
+    }
+    return names[mask.kind] + (", learned score" if site.sinks is not None else "")
 
 
 def check_table(checks: Sequence[Check], name: str) -> Table:

@@ -15,7 +15,7 @@ from .errors import UnsupportedModel
 from .facts import AttentionSite, Roles
 from .graph import Graph, dims, op_name, operands, same_shape, static
 from .indices import bind_index, int64
-from .markers import ROTARY, SDPA
+from .markers import SDPA
 from .nodes import NodeNames
 from .scores import At, ScoreReader, Symbols, Unread
 from .site_masks import MaskProver
@@ -29,7 +29,7 @@ _ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2))
 
 @dataclass(frozen=True)
 class Operand:
-    """q, k or v: a value with the axes batch, heads, tokens and elements at the places `order`, and its factor."""
+    """q, k or v: a value, where its axes batch, heads, tokens and elements are, and its factor."""
 
     value: relax.Var
     order: tuple[int, ...]
@@ -69,6 +69,7 @@ class SiteFinder:
         data = graph.reachable_from(p for p in graph.function.params if p.name not in known)
         self.reader = ScoreReader(graph, self.batch, self.past, self.sequence, data)
         self.prover = MaskProver(graph, roles, self.past, self.sequence, tables)
+        self.from_tokens = graph.reachable_from([self.params[roles.tokens]])
         self._owners: dict[relax.Var, tuple[relax.Var, str]] = {}
 
     def attentions(self) -> list[relax.Var]:
@@ -141,7 +142,7 @@ class SiteFinder:
     def _operand(
         self, softmax: relax.Var, operand: tuple[relax.Expr, At], what: str, symbols: Symbols
     ) -> Operand:
-        """The tensor with axes batch, heads or KV heads, tokens and elements behind one operand of a product, and its scale.
+        """The tensor of batch, heads or KV heads, tokens and elements behind one operand of a product.
 
         Walks back through layout changes and constant factors, and keeps the deepest value for which the
         operand's element of head h is proved to be the value's element [b, h // group, t, d].
@@ -223,12 +224,8 @@ class SiteFinder:
         return output, False
 
     def _rope(self, query: relax.Var) -> str | None:
-        """rotate_half when q = x * cos + concat(-x2, x1) * sin, or an operator that rotates."""
+        """How a query is turned by its position: rotate_half when q = x * cos + concat(-x2, x1) * sin."""
         call = self.graph.resolve(query)
-        if op_name(call) == "permute_dims":
-            call = self.graph.resolve(call.args[0])
-        if op_name(call) == ROTARY:
-            return "rotate_half"
         for product in (self.graph.resolve(a) for a in call.args) if op_name(call) == "add" else ():
             for factor in (
                 (self.graph.resolve(a) for a in product.args) if op_name(product) == "multiply" else ()
@@ -236,4 +233,21 @@ class SiteFinder:
                 first = operands(factor)[0] if op_name(factor) == "concat" else None
                 if first is not None and op_name(self.graph.resolve(first)) == "negative":
                     return "rotate_half"
-        return None
+        return "rotary" if self._is_turned(query) else None
+
+    def _is_turned(self, query: relax.Var) -> bool:
+        """Whether something between the last product and the query is made of positions alone."""
+        stack, seen = [query], set[relax.Var]()
+        while stack:
+            var = stack.pop()
+            if var in seen or var not in self.graph.definitions:
+                continue
+            seen.add(var)
+            call = self.graph.definitions[var]
+            if var not in self.from_tokens:
+                floats = "float" in str(getattr(var.ty, "dtype", ""))
+                if floats and any(d.same_as(self.sequence) for d in dims(var)):
+                    return True
+            elif op_name(call) != "matmul":
+                stack.extend(o for o in operands(call) if isinstance(o, relax.Var))
+        return False

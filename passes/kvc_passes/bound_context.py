@@ -71,7 +71,7 @@ class BoundContext:
             low, high = (middle, high) if holds(text, middle, 0) == value else (low, middle)
         if any(holds(text, length, 0) != value for length in _samples(low)):
             raise UnsupportedModel(
-                f"{self.names.describe(var)} compares the length of the sequence with several numbers ({text})"
+                f"{self.names.describe(var)} compares the sequence's length with several numbers ({text})"
             )
         return value, low
 

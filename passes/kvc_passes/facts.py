@@ -63,7 +63,7 @@ class AttentionSite:
     softcap: float | None
     mask: MaskFact
     rope: str | None
-    """How q and k are rotated before the scores ("rotate_half"), None without rotary positions."""
+    """How q and k are rotated before the scores: "rotate_half", or "rotary" for other forms; None if not."""
     slopes: tuple[float, ...] | None = None
     """ALiBi: slopes[h] * (k - q) is added to the scores of head h, after the softcap; None for no bias."""
     sinks: tuple[float, ...] | None = None
@@ -99,6 +99,10 @@ class ModelFacts:
     """Bytes of the parameters by dtype, as they stand in the ONNX file."""
     nodes: int
     """ONNX nodes in the graph."""
+    warnings: tuple[str, ...] = ()
+    """What files beside the model say otherwise."""
+    allowed: tuple[str, ...] = ()
+    """Permissions that were used: results differ beyond rounding."""
 
     def kv_token_bytes(self) -> int:
         """Bytes of KV state that one token of context takes over all layers."""
@@ -203,7 +207,7 @@ def facts_from_json(text: str) -> ModelFacts:
     """The inverse of `to_json` for ModelFacts. Raises KeyError or TypeError on other JSON."""
     data = json.loads(text)
     sites = tuple(_site(s) for s in data["sites"])
-    return ModelFacts(**{**data, "sites": sites, "positions": tuple(data["positions"])})
+    return ModelFacts(**{**data, "sites": sites, "positions": tuple(data["positions"]), "warnings": tuple(data["warnings"]), "allowed": tuple(data["allowed"])})
 
 
 def _site(data: dict[str, Any]) -> AttentionSite:

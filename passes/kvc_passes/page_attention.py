@@ -67,7 +67,8 @@ class PageAttention:
                 builder.emit(relax.TupleGetItem(updated, 1)),
             )
             current[site.index] = pair
-            extras = [relax.const(np.array(x, np.float32)) for x in (site.slopes, site.sinks) if x is not None]
+            numbers = (x for x in (site.slopes, site.sinks) if x is not None)
+            extras = [relax.const(np.array(x, np.float32)) for x in numbers]
             out = relax.TensorType((1, n, site.heads, site.value_dim), "float32")
             if self.phase == "prefill":
                 attend = self._kernel(builder, names, "prefill_attention", site)

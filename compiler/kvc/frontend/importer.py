@@ -47,6 +47,7 @@ class Imported:
         roles: what every input is for, by the name of the Relax parameter.
         weights: initializer of each weight parameter, by the parameter's name, in parameter order.
         names: from bindings back to ONNX nodes.
+        allowed: permissions of the user's that were needed.
         limit: most tokens of a sequence for which the graph is what was imported, None for any number.
     """
 
@@ -56,6 +57,7 @@ class Imported:
     weights: dict[str, np.ndarray]
     names: NodeNames
     limit: int | None = None
+    allowed: tuple[str, ...] = ()
 
 
 def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
@@ -81,7 +83,7 @@ def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
     )
     names = NodeNames(tuple((n.name or f"#{i}", n.op_type) for i, n in enumerate(file.graph.node)))
     limit = min(importer.limits, default=None)
-    return Imported(module, file, roles, importer.weights, names, limit)
+    return Imported(module, file, roles, importer.weights, names, limit, tuple(sorted(importer.used)))
 
 
 def import_graph(model: onnx.ModelProto, name: str = "graph") -> IRModule:
@@ -112,6 +114,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         super().__init__(None, "float32", keep_params_in_input=True)
         self.file = file
         self.allow = allow
+        self.used: set[str] = set()  # permissions that were needed
         self.decoder = decoder  # inputs have roles, large initializers are parameters
         self.outputs: list[str] = []
         self.folder = Folder()

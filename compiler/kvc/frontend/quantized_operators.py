@@ -154,6 +154,7 @@ def _dynamic_quantize(importer: Importer, inputs: Sequence[Any], attrs: dict[str
             "it chooses one scale for all tokens of a batch, so that a token's result depends on the others; "
             "--allow token-scales gives every token a scale of its own"
         )
+    importer.used.add("token-scales")
     x = importer.tensor(inputs[0])
     zero = relax.const(0, "float32")
     low = importer.emit(op.minimum(importer.emit(op.min(x, axis=-1, keepdims=True)), zero))
