@@ -12,7 +12,7 @@ from tvm.sym import Analyzer
 from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import Graph, dims, graph_of, op_name, operands, static
+from .graph import Graph, dims, graph_of, numbers, op_name, operands, static
 from .markers import ATTENTION
 from .nodes import NodeNames
 from .regroup import regroup
@@ -135,14 +135,15 @@ class _TokenAxes:
         inputs = [o for o in operands(call) if self.of(o)]
         if name == "shape_to_tensor" and any(self.depends(d) for d in graph.resolve(call.args[0]).values):
             raise _Mixes("reads the number of tokens as a value")
-        if not inputs:
-            if self.of(var) and name not in _UNIFORM:
-                raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
-            return
-        rule = _RULES.get(name)
-        if rule is None:
-            raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
-        rule(self, call, inputs)
+        if inputs:
+            rule = _RULES.get(name)
+            if rule is None:
+                raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
+            rule(self, call, inputs)
+        elif self.of(var) and name not in _UNIFORM:
+            raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
+        if any(self.depends(number) for number in numbers(call)):
+            raise _Mixes("reads the number of tokens as a value")
 
 
 def _mentions(dim: Any, symbol: tirx.Var) -> bool:
