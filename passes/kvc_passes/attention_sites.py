@@ -236,7 +236,7 @@ class SiteFinder:
         return "rotary" if self._is_turned(query) else None
 
     def _is_turned(self, query: relax.Var) -> bool:
-        """Whether something between the last product and the query is made of positions alone."""
+        """Whether an angle or a table's row for the position enters between the last product and the query."""
         stack, seen = [query], set[relax.Var]()
         while stack:
             var = stack.pop()
@@ -245,8 +245,8 @@ class SiteFinder:
             seen.add(var)
             call = self.graph.definitions[var]
             if var not in self.from_tokens:
-                floats = "float" in str(getattr(var.ty, "dtype", ""))
-                if floats and any(d.same_as(self.sequence) for d in dims(var)):
+                behind = (op_name(self.graph.definitions.get(v, v)) for v in self.graph.ancestors([var]))
+                if any(d.same_as(self.sequence) for d in dims(var)) and {"cos", "sin", "take"} & set(behind):
                     return True
             elif op_name(call) != "matmul":
                 stack.extend(o for o in operands(call) if isinstance(o, relax.Var))
