@@ -11,6 +11,8 @@ from tvm.relax import op
 
 from kvc_passes.spelled_out import cast, dtype_of
 
+from .integers import Integers
+
 if TYPE_CHECKING:
     from .importer import Importer
 
@@ -30,11 +32,13 @@ def _not(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> re
 
 def _power(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     """The result has the base's type; an exponent of another type is cast to it."""
-    base, exponent = importer.tensor(inputs[0]), importer.tensor(inputs[1])
+    base, exponent = importer.tensor(inputs[0]), inputs[1]
     dtype = dtype_of(base)
     if not dtype.startswith(("float", "bfloat")):
         raise ValueError(f"it raises {dtype} to a power; only floats are supported")
-    return op.power(base, cast(importer.emit, exponent, dtype))
+    if isinstance(exponent, Integers) and exponent.static:  # stays a constant, which SimplifyPowers looks for
+        return op.power(base, relax.const(exponent.numpy().astype(dtype), dtype))
+    return op.power(base, cast(importer.emit, importer.tensor(exponent), dtype))
 
 
 def _infinite(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:

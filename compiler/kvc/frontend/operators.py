@@ -146,7 +146,10 @@ def _constant_of_shape(importer: Importer, inputs: Sequence[Any], attrs: dict[st
         if "value" in attrs
         else np.zeros(1, np.float32)
     )
-    return op.full(shape, relax.const(value[0].item(), str(value.dtype)), str(value.dtype))
+    fill = relax.const(value[0].item(), str(value.dtype))
+    if value.dtype.kind not in "biu" and not np.isfinite(value[0]):
+        return op.broadcast_to(fill, shape)  # TVM's lowering of full stumbles over infinities
+    return op.full(shape, fill, str(value.dtype))
 
 
 def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
