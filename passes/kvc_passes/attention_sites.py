@@ -236,7 +236,7 @@ class SiteFinder:
         return "rotary" if self._is_turned(query) else None
 
     def _is_turned(self, query: relax.Var) -> bool:
-        """Whether an angle or a table's row for the position enters between the last product and the query."""
+        """Whether an angle, or a table's row for the position, enters behind the last product."""
         stack, seen = [query], set[relax.Var]()
         while stack:
             var = stack.pop()

@@ -69,7 +69,9 @@ class BoundContext:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if holds(text, middle, 0) == value else (low, middle)
-        if any(holds(text, length, 0) != value for length in _samples(low)):
+        behind = {high + step for step in range(64)} | {high << shift for shift in range(31)}
+        fits = all(holds(text, length, 0) == value for length in _samples(low))
+        if not fits or any(holds(text, length, 0) == value for length in behind):
             raise UnsupportedModel(
                 f"{self.names.describe(var)} compares the sequence's length with several numbers ({text})"
             )
@@ -113,7 +115,9 @@ class _Lengths:
             return None
         try:
             element = self._elements()[0].at(var, [0] * len(dims(var)))
-            return None if isinstance(element, (bool, Choice)) else self._text(element)
+            if isinstance(element, bool):
+                return str(element)
+            return None if isinstance(element, Choice) else self._text(element)
         except Unprovable:
             return None
 
