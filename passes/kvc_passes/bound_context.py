@@ -108,11 +108,10 @@ class _Lengths:
             return None
         if op_name(call) == "max" and self._is_over_tokens(call):
             self._note(var, call)
-            return None
-        if op_name(call) not in _COMPARISONS or any(static(d) != 1 for d in dims(var)):
-            return None
-        if not self.lengths & self.graph.ancestors([var]):
-            return None
+        one = op_name(call) in _COMPARISONS and all(static(d) == 1 for d in dims(var))
+        return self._condition(var) if one and self.lengths & self.graph.ancestors([var]) else None
+
+    def _condition(self, var: relax.Var) -> str | None:
         try:
             element = self._elements()[0].at(var, [0] * len(dims(var)))
             if isinstance(element, bool):

@@ -165,7 +165,8 @@ def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) ->
 
 
 def _concat(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
-    return op.concat([importer.tensor(value) for value in inputs], axis=attrs["axis"])
+    parts = [importer.tensor(value) for value in inputs]
+    return parts[0] if len(parts) == 1 else op.concat(parts, axis=attrs["axis"])
 
 
 def _cast(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
