@@ -241,7 +241,7 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
     def inline(self, graph: onnx.GraphProto, inputs: Sequence[relax.Expr]) -> list[Any]:
         """The outputs of a graph that is an attribute of the node at hand, for the given inputs."""
         outer, outputs = dict(self._nodes), self.outputs
-        missing = [n.op_type for n in graph.node if not _known(_key(n))]
+        missing = ", ".join(_key(n) for n in graph.node if not _known(_key(n)))
         if missing:
             raise ValueError(f"its graph '{graph.name}' has operators that kvc cannot import: {missing}")
         for tensor in graph.initializer:
