@@ -160,15 +160,6 @@ def _padded(importer: Importer, mask: relax.Expr, keys: Any) -> relax.Expr:
     return importer.emit(op.concat([mask, importer.emit(hidden)], axis=len(outer)))
 
 
-def _flex_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
-    """ai.onnx.preview FlexAttention without the graphs that change scores or probabilities."""
-    if "score_mod" in attrs or "prob_mod" in attrs:
-        raise ValueError("it changes scores or probabilities with a graph of its own (score_mod, prob_mod)")
-    q, k, v = (importer.tensor(x) for x in inputs[:3])
-    scale = attrs.get("scale", 1 / math.sqrt(importer.shape(q)[3]))
-    return _result(importer, Sdpa(scale=scale), [q, k, v], attrs)[0]
-
-
 def _group_query_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:
     """com.microsoft GroupQueryAttention: attention with the rotary embedding and the cache inside."""
     _refuse_group_query(importer, inputs, attrs)
@@ -295,7 +286,6 @@ def _key_padding(importer: Importer, mask: relax.Expr, keys: Any, hidden: float,
 
 CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Attention": _attention,
-    "ai.onnx.preview::FlexAttention": _flex_attention,
     "com.microsoft::GroupQueryAttention": _group_query_attention,
     "com.microsoft::MultiHeadAttention": _multi_head_attention,
 }
