@@ -111,7 +111,7 @@ def cache_of(model: Any, batch: int, past: int) -> list[torch.Tensor]:
     """Keys and values k_0, v_0, k_1, ... [batch, Hkv, past, D], as the model itself makes them."""
     from transformers.cache_utils import DynamicCache
 
-    ids = torch.arange(batch * past).reshape(batch, past)
+    ids = torch.arange(1, batch * past + 1).reshape(batch, past)
     with torch.no_grad():
         layers = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
     return [x.clone() for layer in layers for x in (layer.keys, layer.values)]
