@@ -24,21 +24,21 @@ from tools.coverage_rows import Row, all_rows, model_file  # noqa: E402
 from kvc.runtime.overhead import measure  # noqa: E402
 
 ROWS = [
-    "llama/dynamo-20-past/float32",
     "gpt2/dynamo-20-past/float32",
     "mistral/dynamo-20-past/float32",
     "gemma2/dynamo-20-past/float32",
     "gemma3/dynamo-20-past/float32",
-    "phi3/dynamo-20-past/float32",
     "phi/dynamo-20-past/float32",
     "opt/dynamo-20-past/float32",
     "starcoder2/dynamo-20-past/float32",
-    "gemma/dynamo-20/float32",
-    "qwen3/dynamo-20/float32",
     "llama3/dynamo-20/float32",
     "llama/torchscript-17/float32",
 ]
 SLOW_ROWS = [
+    "qwen3/dynamo-20/float32",
+    "gemma/dynamo-20/float32",
+    "phi3/dynamo-20-past/float32",
+    "llama/dynamo-20-past/float32",
     "qwen2/dynamo-20-past/float32",
     "qwen3/dynamo-20-past/float32",
     "gemma/dynamo-20-past/float32",
