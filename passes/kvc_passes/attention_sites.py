@@ -203,17 +203,20 @@ class SiteFinder:
             return operand
         parts = operands(call) if op_name(call) == "concat" else []
         past = {self.params[name] for name in self.roles.past}
-        if (
-            len(parts) != 2
-            or self.graph.alias(parts[0]) not in past
-            or int(call.attrs.axis) % 4 != operand.order[2]
-        ):
+        before = self._past_behind(parts[0]) if len(parts) == 2 else None
+        if before not in past or int(call.attrs.axis) % 4 != operand.order[2]:
             raise self.refusal(softmax, f"{what} is not concat(past, new) along the token axis")
-        owner = self._owners.setdefault(self.graph.alias(parts[0]), (softmax, what))
+        owner = self._owners.setdefault(before, (softmax, what))
         if owner != (softmax, what):
             other = f"{owner[1]} at {self.names.describe(owner[0])}"
             raise self.refusal(softmax, f"{what} and {other} read the same past; pages keep each one's own")
         return replace(operand, value=parts[1])
+
+    def _past_behind(self, value: relax.Expr) -> relax.Expr:
+        """The input behind a past; one whose head size is not known is given its size by a reshape."""
+        call = self.graph.resolve(value)
+        sized = op_name(call) == "reshape" and static(dims(call.args[0])[-1]) is None
+        return self.graph.alias(call.args[0] if sized else value)
 
     def _output(self, output: relax.Var) -> tuple[relax.Var, bool]:
         users = self.graph.users[output]

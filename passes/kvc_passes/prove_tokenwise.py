@@ -258,9 +258,9 @@ def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
     left, right = call.args[:2]
     if len(dims(left)) - 1 in axes.of(left) or max(len(dims(right)) - 2, 0) in axes.of(right):
         raise _Mixes("sums over the tokens")
-    if len(dims(right)) - 1 in axes.of(right):
+    if len(dims(right)) - 1 in axes.of(right) and len(dims(left)) - 2 in axes.of(left):
         raise _Mixes("pairs every token with every token")
-    _aligned(axes, call, [left])
+    _aligned(axes, call, [left, right])
 
 
 def _along(what: str) -> Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]:

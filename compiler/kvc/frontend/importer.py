@@ -147,6 +147,15 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         self.weights[wanted] = array
         return var
 
+    def parameter(self, value: Any) -> Any:
+        """The parameter of which a value is another shape, else the value."""
+        while isinstance(value, relax.Var) and value.name not in self.weights:
+            call = self.bb.lookup_binding(value)
+            if not isinstance(call, relax.Call) or getattr(call.op, "name", "") != "relax.reshape":
+                break
+            value = call.args[0]
+        return value
+
     def initializer(self, value: Any) -> str:
         """The initializer that a parameter holds, "" for any other value."""
         return self.sources.get(value.name, "") if isinstance(value, relax.Var) else ""

@@ -81,7 +81,11 @@ def _broadcast(a: list[Any], b: list[Any]) -> list[Any]:
 def _expand(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     data = importer.tensor(inputs[0])
     source = importer.shape(data)
-    target = _broadcast(source, _known(importer, inputs[1], "target shape").flat())
+    wanted = _known(importer, inputs[1], "target shape").flat()
+    target = _broadcast(source, wanted)
+    for extent, other in zip(target[::-1], wanted[::-1]):
+        if not (isinstance(other, int) and other == 1) and not importer.folder.equal(extent, other):
+            raise ValueError(f"it expands an axis of extent {extent} to {other}, which fits only if it is 1")
     if len(target) == len(source) and all(importer.folder.equal(a, b) for a, b in zip(target, source)):
         return data
     return op.broadcast_to(data, relax.ShapeExpr([expr(v) for v in target]))

@@ -178,7 +178,7 @@ def test_group_query_attention_becomes_markers() -> None:
 @pytest.mark.parametrize(
     ("attrs", "changes", "reason"),
     [
-        ({"sliding_window_cache": 1, "local_window_size": 4}, {}, "sliding_window_cache"),
+        ({"sliding_window_cache": 1}, {}, "sliding_window_cache"),
         ({"k_quant_type": "PER_TENSOR"}, {}, "its KV cache is quantized"),
         ({"do_rotary": 1}, {}, "has no cos_cache"),
         ({"kv_num_heads": 3}, {}, "do not divide a width of 32"),
