@@ -1,4 +1,9 @@
-"""The command line: `python -m kvc_models list | export NAME OUT.onnx [--with-past] [--opset N]`."""
+"""The command line.
+
+python -m kvc_models list
+python -m kvc_models export NAME OUT.onnx [--with-past] [--opset N]
+python -m kvc_models make-big OUT.onnx --params 7b [--dtype float16] [--sparse]
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvc_models.export import DEFAULT_OPSET, ModelError, assets_folder
+from kvc_models.big import SIZES, make_big
+from kvc_models.export import DEFAULT_OPSET, DTYPES, ModelError, assets_folder
 from kvc_models.registry import ENTRIES, export_named
 
 
@@ -21,6 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT.onnx", type=Path, help="the ONNX file to write")
     export.add_argument("--with-past", action="store_true", help="take and return keys and values")
     export.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="ONNX operator set (%(default)s)")
+    big = commands.add_parser("make-big", help="write a graph of real size with random weights")
+    big.add_argument("out", metavar="OUT.onnx", type=Path, help="the ONNX file; weights go beside it")
+    big.add_argument("--params", choices=sorted(SIZES), required=True, help="which size")
+    big.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the weights (%(default)s)")
+    big.add_argument("--sparse", action="store_true", help="weights are zeros that take no room on the disk")
+    big.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="ONNX operator set (%(default)s)")
     return parser
 
 
@@ -30,13 +42,24 @@ def _export(name: str, out: Path, with_past: bool, opset: int) -> None:
     def say(line: str) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {line}", flush=True)
 
-    if out.suffix != ".onnx":
-        raise ModelError(f"the output file must be named something.onnx, not {out}")
+    _check_name(out)
     export_named(name, out, with_past=with_past, opset=opset, say=say)
     for file in (out, out.with_name(out.name + ".data")):
         if file.exists():
             say(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
     say(f"wrote {assets_folder(out)}/")
+
+
+def _check_name(out: Path) -> None:
+    if out.suffix != ".onnx":
+        raise ModelError(f"the output file must be named something.onnx, not {out}")
+
+
+def _make_big(options: argparse.Namespace) -> None:
+    _check_name(options.out)
+    make_big(options.out, options.params, dtype=options.dtype, opset=options.opset, sparse=options.sparse)
+    for file in (options.out, options.out.with_name(options.out.name + ".data")):
+        print(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{entry.name:14} {entry.about}")
         return 0
     try:
+        if options.command == "make-big":
+            _make_big(options)
+            return 0
         _export(options.name, options.out, options.with_past, options.opset)
     except (ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

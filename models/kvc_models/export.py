@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -111,7 +111,7 @@ def cache_of(model: Any, batch: int, past: int) -> list[torch.Tensor]:
     """Keys and values k_0, v_0, k_1, ... [batch, Hkv, past, D], as the model itself makes them."""
     from transformers.cache_utils import DynamicCache
 
-    ids = torch.arange(batch * past).reshape(batch, past)
+    ids = torch.arange(1, batch * past + 1).reshape(batch, past)
     with torch.no_grad():
         layers = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
     return [x.clone() for layer in layers for x in (layer.keys, layer.values)]
@@ -140,7 +140,7 @@ def export_decoder(
         ModelError: PyTorch cannot export this model at this opset.
     """
     older = exporter == "torchscript"
-    traced = _trace_with_past(model) if with_past else _trace_no_past(model, masked=older)
+    traced = trace_with_past(model, cache_of) if with_past else _trace_no_past(model, masked=older)
     with without_complex_numbers(), known_maxima():
         if older:
             return _export_torchscript(traced, out, opset=opset)
@@ -158,7 +158,8 @@ def _trace_no_past(model: Any, masked: bool) -> Traced:
     return Traced(_NoPast(model), (ids,), {"input_ids": both}, ["input_ids"], ["logits"])
 
 
-def _trace_with_past(model: Any) -> Traced:
+def trace_with_past(model: Any, caches: Callable[[Any, int, int], list[torch.Tensor]]) -> Traced:
+    """The module and the arguments of the form with past; `caches` makes them as `cache_of` does."""
     dynamic = torch.export.Dim.DYNAMIC
     positions = torch.arange(EXAMPLE_PAST, EXAMPLE_PAST + EXAMPLE_SEQ).repeat(EXAMPLE_BATCH, 1)
     tokens = {
@@ -170,7 +171,7 @@ def _trace_with_past(model: Any) -> Traced:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         del tokens["position_ids"]
         module = _WithPastNoPositions(model)
-    past = cache_of(model, EXAMPLE_BATCH, EXAMPLE_PAST)
+    past = caches(model, EXAMPLE_BATCH, EXAMPLE_PAST)
     shapes: dict[str, Any] = {name: {0: dynamic, 1: dynamic} for name in tokens}
     shapes["past"] = [{0: dynamic, 2: dynamic}] * len(past)
     pairs = [f"{layer}.{kind}" for layer in range(len(past) // 2) for kind in ("key", "value")]
@@ -192,6 +193,14 @@ class Traced:
 
 def export_traced(traced: Traced, out: Path, *, opset: int, external_data: bool) -> Path:
     """Export any module to `out`; see `export_decoder` for what is written and raised."""
+    program = capture(traced, out.name, opset=opset)
+    with replacing(out) as part, _quiet():
+        program.save(part, external_data=external_data)
+    return out
+
+
+def capture(traced: Traced, name: str, *, opset: int) -> Any:
+    """The ONNXProgram of a module, not yet written; `name` is for messages. Raises as `export_decoder`."""
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -206,18 +215,15 @@ def export_traced(traced: Traced, out: Path, *, opset: int, external_data: bool)
             )
     except Exception as error:
         raise ModelError(
-            f"PyTorch cannot export {out.name} at opset {opset}: {_reason(error)}; "
-            "try another opset (18 to 23)"
+            f"PyTorch cannot export {name} at opset {opset}: {_reason(error)}; try another opset (18 to 23)"
         ) from error
     assert program is not None
     written = program.model.opset_imports[""]
     if written != opset:  # PyTorch falls back to another one without a word
         raise ModelError(
-            f"PyTorch cannot export {out.name} at opset {opset}, only at {written}; try opset 18 to 23"
+            f"PyTorch cannot export {name} at opset {opset}, only at {written}; try opset 18 to 23"
         )
-    with replacing(out) as part, _quiet():
-        program.save(part, external_data=external_data)
-    return out
+    return program
 
 
 def _export_torchscript(traced: Traced, out: Path, *, opset: int) -> Path:

@@ -134,7 +134,7 @@ class SiteFinder:
         )
         if self._static(softmax, value, 1, "value heads") != site.kv_heads:
             self.refuse(softmax, "k and v have different numbers of heads")
-        pasts = tuple((self._past_of(o), o.value) for o in (keys, values)) if self.roles.past else ()
+        pasts = tuple((self._past_of(o), o.value) for o in (keys, values) if self.roles.past)
         return Match(site, query, key, value, output, transposed, pasts)
 
     def _static(self, softmax: relax.Var, value: Operand, axis: int, what: str) -> int:
@@ -207,13 +207,10 @@ class SiteFinder:
             return operand
         parts = operands(call) if op_name(call) == "concat" else []
         past = {self.params[name] for name in self.roles.past}
-        if (
-            len(parts) != 2
-            or self.graph.alias(parts[0]) not in past
-            or int(call.attrs.axis) % 4 != operand.order[2]
-        ):
+        before = self._past_behind(parts[0]) if len(parts) == 2 else None
+        if before not in past or int(call.attrs.axis) % 4 != operand.order[2]:
             raise self.refusal(softmax, f"{what} is not concat(past, new) along the token axis")
-        owner = self._owners.setdefault(self.graph.alias(parts[0]), (softmax, what))
+        owner = self._owners.setdefault(before, (softmax, what))
         if owner != (softmax, what):
             other = f"{owner[1]} at {self.names.describe(owner[0])}"
             raise self.refusal(softmax, f"{what} and {other} read the same past; pages keep each one's own")
@@ -221,7 +218,13 @@ class SiteFinder:
 
     def _past_of(self, operand: Operand) -> str:
         """The name of the past that a value begins with."""
-        return str(self.graph.alias(operands(self.graph.resolve(operand.value))[0]).name)
+        return str(self._past_behind(operands(self.graph.resolve(operand.value))[0]).name)
+
+    def _past_behind(self, value: relax.Expr) -> relax.Expr:
+        """The input behind a past; one whose head size is not known is given its size by a reshape."""
+        call = self.graph.resolve(value)
+        sized = op_name(call) == "reshape" and static(dims(call.args[0])[-1]) is None
+        return self.graph.alias(call.args[0] if sized else value)
 
     def _output(self, output: relax.Var) -> tuple[relax.Var, bool]:
         users = self.graph.users[output]
@@ -244,7 +247,7 @@ class SiteFinder:
         return "rotary" if self._is_turned(query) else None
 
     def _is_turned(self, query: relax.Var) -> bool:
-        """Whether something between the last product and the query is made of positions alone."""
+        """Whether an angle, or a table's row for the position, enters behind the last product."""
         stack, seen = [query], set[relax.Var]()
         while stack:
             var = stack.pop()
@@ -253,8 +256,8 @@ class SiteFinder:
             seen.add(var)
             call = self.graph.definitions[var]
             if var not in self.from_tokens:
-                floats = "float" in str(getattr(var.ty, "dtype", ""))
-                if floats and any(d.same_as(self.sequence) for d in dims(var)):
+                behind = (op_name(self.graph.definitions.get(v, v)) for v in self.graph.ancestors([var]))
+                if any(d.same_as(self.sequence) for d in dims(var)) and {"cos", "sin", "take"} & set(behind):
                     return True
             elif op_name(call) != "matmul":
                 stack.extend(o for o in operands(call) if isinstance(o, relax.Var))

@@ -88,6 +88,8 @@ class _Condition:
 
     def is_up_to(self, most: int, value: bool) -> bool:
         """Whether it is proved to be `value` for all lengths from 1 to `most`."""
+        if isinstance(self.expression, bool):
+            return self.expression == value
         analyzer = Analyzer()
         analyzer.bind(self.q, Range(int64(1), int64(most + 1)), True)
         claim = self.expression if value else tirx.Not(self.expression)
@@ -118,14 +120,13 @@ class _Lengths:
             return None
         if op_name(call) == "max" and self._is_over_tokens(call):
             self._note(var, call)
-            return None
-        if op_name(call) not in _COMPARISONS or any(static(d) != 1 for d in dims(var)):
-            return None
-        if not self.lengths & self.graph.ancestors([var]):
-            return None
+        one = op_name(call) in _COMPARISONS and all(static(d) == 1 for d in dims(var))
+        return self._condition(var) if one and self.lengths & self.graph.ancestors([var]) else None
+
+    def _condition(self, var: relax.Var) -> _Condition | None:
         try:
             element = self._elements()[0].at(var, [0] * len(dims(var)))
-            return None if isinstance(element, (bool, Choice)) else self._condition(element)
+            return None if isinstance(element, Choice) else self._over(element)
         except Unprovable:
             return None
 
@@ -159,8 +160,9 @@ class _Lengths:
         self.leaves[var] = lambda at: last
         self.lengths.add(var)
 
-    def _condition(self, element: Any) -> _Condition:
+    def _over(self, element: Any) -> _Condition:
         """Over q, the number of all tokens: sequence = q - past, where past must cancel."""
         q = tirx.Var("q", "int64")
-        shifted = Analyzer().simplify(replaced(element, self.sequence, q - self.past))
+        shifted = replaced(element, self.sequence, q - self.past)
+        shifted = shifted if isinstance(element, bool) else Analyzer().simplify(shifted)
         return _Condition(q, shifted, to_text(shifted, {q: "q"}))

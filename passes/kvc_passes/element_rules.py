@@ -11,7 +11,7 @@ from .affine import Affine
 from .arithmetic_rules import ARITHMETIC
 from .conditions import Unprovable, as_condition, both, choose, either, is_condition, lift, negate
 from .graph import dims, operands, static
-from .indices import bind_index, int64
+from .indices import bind_index, divided, int64
 from .regroup import regroup
 
 if TYPE_CHECKING:
@@ -142,10 +142,12 @@ def _reshape(elements: Elements, call: relax.Call, index: Index) -> Any:
             position = elements.simplify(position * dim + int64(i))
         group: list[Any] = []
         for axis in reversed(range(low, high)):
-            group.append(
-                position if axis == low else elements.simplify(tirx.floormod(position, source[axis]))
-            )
-            position = elements.simplify(tirx.floordiv(position, source[axis])) if axis != low else position
+            if axis == low:
+                group.append(position)
+                continue
+            position, inner = divided(position, source[axis], elements.prove)
+            group.append(elements.simplify(inner))
+            position = elements.simplify(position)
         parts += [0 if static(d) == 1 else i for d, i in zip(source[low:high], group[::-1])]
     return elements.at(call.args[0], parts)
 

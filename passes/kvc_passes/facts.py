@@ -207,7 +207,8 @@ def facts_from_json(text: str) -> ModelFacts:
     """The inverse of `to_json` for ModelFacts. Raises KeyError or TypeError on other JSON."""
     data = json.loads(text)
     sites = tuple(_site(s) for s in data["sites"])
-    return ModelFacts(**{**data, "sites": sites, "positions": tuple(data["positions"]), "warnings": tuple(data["warnings"]), "allowed": tuple(data["allowed"])})
+    lists = {name: tuple(data[name]) for name in ("positions", "warnings", "allowed")}
+    return ModelFacts(**{**data, **lists, "sites": sites})
 
 
 def _site(data: dict[str, Any]) -> AttentionSite:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, graph_of, numbers, op_name, operands, static
+from .indices import replaced
 from .markers import ATTENTION
 from .nodes import NodeNames
 from .regroup import regroup
@@ -75,6 +77,10 @@ _UNIFORM = frozenset(["broadcast_to", "full", "ones", "zeros"])
 _NORMS = frozenset(["softmax", "log_softmax", "layer_norm", "rms_norm"])
 
 
+_PLACED = _ELEMENTWISE | _REDUCTIONS | _NORMS | {"broadcast_to", "concat", "matmul", "split", "strided_slice"}
+"""Operations whose result has its token axes where the operands have them, counted from the last."""
+
+
 class _Mixes(Exception):
     """Why an operation mixes tokens."""
 
@@ -115,6 +121,9 @@ class _TokenAxes:
     def __init__(self, symbols: list[tirx.Var]) -> None:
         self.symbols = symbols
         self.analyzer = Analyzer()
+        self.outer: dict[relax.Expr, dict[int, int]] = {}
+        """Elements that stand before the tokens in an axis that has both, where there are any: an axis of
+        extent 4 * sequence may be 4 times all tokens, or each token 4 times."""
 
     def of(self, value: relax.Expr) -> list[int]:
         return [axis for axis, dim in enumerate(dims(value)) if self.depends(dim)]
@@ -135,15 +144,85 @@ class _TokenAxes:
         inputs = [o for o in operands(call) if self.of(o)]
         if name == "shape_to_tensor" and any(self.depends(d) for d in graph.resolve(call.args[0]).values):
             raise _Mixes("reads the number of tokens as a value")
-        if inputs:
-            rule = _RULES.get(name)
-            if rule is None:
-                raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
-            rule(self, call, inputs)
-        elif self.of(var) and name not in _UNIFORM:
-            raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
+        if not inputs:
+            if self.of(var) and name not in _UNIFORM:
+                raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
+        elif name == "reshape":
+            self.regrouped(var, call)
+        else:
+            self._ruled(var, call, name, inputs)
         if any(self.depends(number) for number in numbers(call)):
             raise _Mixes("reads the number of tokens as a value")
+
+    def _ruled(self, var: relax.Var, call: relax.Call, name: str, inputs: list[relax.Expr]) -> None:
+        rule = _RULES.get(name)
+        if rule is None:
+            raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
+        rule(self, call, inputs)
+        if any(self.outer.get(o) for o in inputs):
+            self._carry(var, call, name, inputs)
+
+    def _carry(self, var: relax.Var, call: relax.Call, name: str, inputs: list[relax.Expr]) -> None:
+        """Note what stands before the tokens in a result's axes, where it does in an operand's."""
+        if name == "permute_dims" and call.attrs.axes is not None:
+            before = self.outer[inputs[0]]
+            found = {i: before[int(a)] for i, a in enumerate(call.attrs.axes) if int(a) in before}
+        elif name in _PLACED and not (name in _REDUCTIONS and not call.attrs.keepdims):
+            found = {}
+            for axis in self.of(var):
+                kinds = {
+                    self.outer.get(o, {}).get(axis - len(dims(var)) + len(dims(o)), 1)
+                    for o in inputs
+                    if axis - len(dims(var)) + len(dims(o)) in self.of(o)
+                }
+                if len(kinds) > 1:
+                    raise _Mixes("pairs tokens with tokens in another order")
+                found[axis] = kinds.pop() if kinds else 1
+        else:
+            raise _Mixes("takes an axis in which tokens stand behind another axis")
+        self.outer[var] = {axis: count for axis, count in found.items() if count != 1}
+
+    def regrouped(self, var: relax.Var, call: relax.Call) -> None:
+        """A reshape: tokens keep their order, and what stands before all of them stays there."""
+        source, target = dims(call.args[0]), dims(call)
+        before = self.outer.get(call.args[0], {})
+        found: dict[int, int] = {}
+        for low, high, first, last in regroup(self.analyzer, source, target):
+            given = self._standing(source[low:high], {a - low: n for a, n in before.items()})
+            if given is None:
+                continue
+            wanted = [a for a in range(first, last) if self.depends(target[a])]
+            between = [a for a in range(wanted[0], wanted[-1]) if static(target[a]) not in (None, 1)]
+            outside, behind = _count(target[first : wanted[0]]), _count(target[wanted[-1] + 1 : last])
+            inside = self._elements(source[low:high]) // given
+            if between or given % outside or inside % behind:
+                raise _Mixes("merges the token axis with another axis")
+            if given != outside:
+                found[wanted[0]] = given // outside
+        self.outer[var] = found
+
+    def _standing(self, group: Sequence[Any], before: Mapping[int, int]) -> int | None:
+        """How many elements stand before the tokens of a group of axes; None for a group without tokens."""
+        tokens = [a for a, d in enumerate(group) if self.depends(d)]
+        if not tokens:
+            return None
+        inside = [a for a in range(tokens[0], tokens[-1]) if static(group[a]) not in (None, 1)]
+        if inside or any(before.get(a, 1) != 1 for a in tokens[1:]):
+            raise _Mixes("merges the token axis with another axis")
+        return _count(group[: tokens[0]]) * before.get(tokens[0], 1)
+
+    def _elements(self, group: Sequence[Any]) -> int:
+        """Elements of a group of axes for one token."""
+        total: Any = 1
+        for dim in group:
+            total = total * dim
+        for symbol in self.symbols:
+            total = replaced(total, symbol, 1)
+        return int(static(self.analyzer.simplify(total)) or 1)
+
+
+def _count(extents: Sequence[Any]) -> int:
+    return math.prod(static(d) or 1 for d in extents)
 
 
 def _mentions(dim: Any, symbol: tirx.Var) -> bool:
@@ -183,21 +262,9 @@ def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
     left, right = call.args[:2]
     if len(dims(left)) - 1 in axes.of(left) or max(len(dims(right)) - 2, 0) in axes.of(right):
         raise _Mixes("sums over the tokens")
-    if len(dims(right)) - 1 in axes.of(right):
+    if len(dims(right)) - 1 in axes.of(right) and len(dims(left)) - 2 in axes.of(left):
         raise _Mixes("pairs every token with every token")
-    _aligned(axes, call, [left])
-
-
-def _regrouped(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
-    """Tokens stay in front of what they are merged with: their elements stay next to each other."""
-    source, target = dims(call.args[0]), dims(call)
-    for low, high, first, last in regroup(axes.analyzer, source, target):
-        for group in (source[low:high], target[first:last]):
-            kinds = [axes.depends(d) for d in group if static(d) != 1]
-            if any(kinds) and kinds != sorted(kinds, reverse=True):
-                raise _Mixes("merges the token axis with another axis")
-            if not kinds and any(axes.depends(d) for d in source[low:high]):
-                raise _Mixes("merges the token axis with another axis")
+    _aligned(axes, call, [left, right])
 
 
 def _along(what: str) -> Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]:
@@ -236,7 +303,6 @@ _RULES: dict[str, Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]] = 
     "expand_dims": _kept,
     "matmul": _product,
     "permute_dims": _kept,
-    "reshape": _regrouped,
     "split": _along("splits"),
     "squeeze": _kept,
     "strided_slice": _sliced,

@@ -67,7 +67,7 @@ def attention(
         capped = emit(op.multiply(bounded, relax.const(attrs.softcap, wide)))
     masked = _mask(emit, attrs, capped, extras)
     scores = cast(emit, masked, precision or wide)
-    probabilities = cast(emit, _softmax(emit, scores, extras.get("sinks")), wide)
+    probabilities = cast(emit, softmax(emit, scores, extras.get("sinks")), wide)
     output = emit(op.matmul(probabilities, values))
     return Stages(*(cast(emit, x, own) for x in (raw, capped, masked, probabilities, output)))
 
@@ -143,7 +143,7 @@ def conjunction(emit: Emit, conditions: Sequence[relax.Expr]) -> relax.Expr:
     return result
 
 
-def _softmax(emit: Emit, scores: relax.Expr, sinks: relax.Expr | None) -> relax.Expr:
+def softmax(emit: Emit, scores: relax.Expr, sinks: relax.Expr | None) -> relax.Expr:
     """Softmax over the last axis; a row of -inf gives zeros. Sinks [h] only add to the denominator."""
     dtype = dtype_of(scores)
     info: Any = ml_dtypes.finfo

@@ -89,7 +89,11 @@ def table_of(graph: Graph, value: relax.Expr) -> PackedWeight | None:
     if len(dims(value)) != 2:
         return None
     rows, depth = (static(d) for d in dims(value))
-    found = _rows(graph, value, rows or 0, transposed=False)
+    table, transposed = _widened(graph, value), False
+    swap = graph.resolve(table)
+    if op_name(swap) == "permute_dims":
+        table, transposed = swap.args[0], True
+    found = _rows(graph, table, rows or 0, transposed)
     return PackedWeight((found[0],), depth, found[1]) if found is not None and depth else None
 
 

@@ -35,6 +35,12 @@ def heads(emit: Any) -> Any:
     return emit(op.reshape(X, [B, S, 2, 4]))
 
 
+def experts(emit: Any) -> Any:
+    """x three times, one after the other: [3 b s, 8]."""
+    rows = emit(op.reshape(X, [1, B * S, D]))
+    return emit(op.reshape(emit(op.broadcast_to(rows, [3, B * S, D])), [3 * B * S, D]))
+
+
 ACCEPTED = {
     "elementwise with a weight": lambda e, *_: e(op.multiply(X, SCALE)),
     "elementwise with itself": lambda e, *_: e(op.add(X, e(op.exp(X)))),
@@ -57,6 +63,21 @@ ACCEPTED = {
     "heads moved before tokens": lambda e, *_: e(op.permute_dims(heads(e), [0, 2, 1, 3])),
     "heads joined": lambda e, *_: e(op.reshape(heads(e), [B, S, D])),
     "batch and tokens joined": lambda e, *_: e(op.reshape(e(op.reshape(X, [B * S, D])), [B, S, D])),
+    "each token twice": lambda e, *_: e(
+        op.reshape(
+            e(op.reshape(e(op.broadcast_to(e(op.expand_dims(X, 2)), [B, S, 2, D])), [B * S * 2, D])),
+            [B, S, 2, D],
+        )
+    ),
+    "tokens once for each expert": lambda e, *_: e(
+        op.reshape(e(op.multiply(experts(e), SCALE)), [3, B * S, D])
+    ),
+    "tokens joined with features and back": lambda e, *_: e(
+        op.reshape(e(op.tanh(e(op.reshape(X, [B, S * D])))), [B, S, D])
+    ),
+    "features joined with tokens and back": lambda e, *_: e(
+        op.reshape(e(op.tanh(e(op.reshape(e(op.permute_dims(X, [0, 2, 1])), [B, D * S])))), [B, D, S])
+    ),
     "expanded": lambda e, *_: e(op.expand_dims(X, 2)),
     "squeezed": lambda e, *_: e(op.squeeze(e(op.expand_dims(X, 2)), [2])),
     "broadcast": lambda e, *_: e(op.broadcast_to(e(op.expand_dims(X, 2)), [B, S, 3, D])),
@@ -110,9 +131,13 @@ REFUSED = {
     "cumulative sum over tokens": (
         lambda e, *_: e(op.cumsum(X, axis=1)),
         "cumsum",
-        "is not known to keep tokens apart",
+        r"is of the operation \w+, which is not known to keep tokens apart",
     ),
-    "reversal": (lambda e, *_: e(op.flip(X, axis=1)), "flip", "is not known to keep tokens apart"),
+    "reversal": (
+        lambda e, *_: e(op.flip(X, axis=1)),
+        "flip",
+        r"is of the operation \w+, which is not known to keep tokens apart",
+    ),
     "reversal by a slice": (
         lambda e, *_: e(op.strided_slice(X, [1], [S - 1], [-S - 1], [-1])),
         "strided_slice",
@@ -158,10 +183,20 @@ REFUSED = {
         "matmul",
         "sums over the tokens",
     ),
-    "features joined with tokens": (
-        lambda e, *_: e(op.reshape(transposed(e), [B, D * S])),
+    "every third row of tokens and features": (
+        lambda e, *_: e(op.reshape(e(op.reshape(X, [B, S * D])), [B, D, S])),
         "reshape",
         "merges the token axis with another axis",
+    ),
+    "tokens behind features, added to features behind tokens": (
+        lambda e, *_: e(op.add(e(op.reshape(transposed(e), [B, D * S])), e(op.reshape(X, [B, S * D])))),
+        "add",
+        "pairs tokens with tokens in another order",
+    ),
+    "rows looked up by tokens that stand behind experts": (
+        lambda e, *_: e(op.take(TABLE, e(op.argmax(experts(e), axis=-1)), axis=0)),
+        "argmax",
+        "takes an axis in which tokens stand behind another axis",
     ),
     "tokens cut out of features": (
         lambda e, *_: e(op.reshape(transposed(e), [B, S, D])),
@@ -208,8 +243,16 @@ REFUSED = {
         "tril",
         "reads the number of tokens as a value",
     ),
-    "sorted tokens": (lambda e, *_: e(op.sort(X, axis=1)), "sort", "is not known to keep tokens apart"),
-    "triangle": (lambda e, *_: e(op.tril(X)), "tril", "is not known to keep tokens apart"),
+    "sorted tokens": (
+        lambda e, *_: e(op.sort(X, axis=1)),
+        "sort",
+        r"is of the operation \w+, which is not known to keep tokens apart",
+    ),
+    "triangle": (
+        lambda e, *_: e(op.tril(X)),
+        "tril",
+        r"is of the operation \w+, which is not known to keep tokens apart",
+    ),
 }
 
 

@@ -11,10 +11,11 @@ from tvm import relax
 from tvm.relax import op
 
 from kvc_passes.errors import UnsupportedModel
+from kvc_passes.expand_markers import ExpandMarkers
 from kvc_passes.graph import Graph, op_name
-from kvc_passes.markers import ATTENTION
+from kvc_passes.markers import ATTENTION, SDPA, Sdpa, marker
 from kvc_passes.recognize_attention import RecognizeAttention
-from support import attend, module_of, ops, param, run, run_markers, symbol
+from support import attend, floats, module_of, ops, param, run, run_markers, symbol
 
 TOLERANCE = 2e-6  # float32 against float64 sums of 8 products and a softmax over 11 keys, values of order 1
 
@@ -48,6 +49,39 @@ def choose_hidden(emit: Any, c: Context, scores: Any, mask: Any) -> Any:
     return emit(op.where(emit(op.logical_not(mask)), f32(-np.inf), scores))
 
 
+def joined(emit: Any, c: Context, x: Any) -> Any:
+    """[b, heads, .., ..] as [b * heads, .., ..]."""
+    return emit(op.reshape(x, [c.batch * HEADS, *x.ty.shape.values[2:]]))
+
+
+def scores_in_three_axes(emit: Any, c: Context, q: Any, k: Any) -> Any:
+    """Batch and heads in one axis, as batched products of three axes have it."""
+    keys = emit(op.permute_dims(joined(emit, c, k), [0, 2, 1]))
+    scores = emit(op.multiply(emit(op.matmul(joined(emit, c, q), keys)), f32(0.25)))
+    return emit(op.reshape(scores, [c.batch, HEADS, c.sequence, c.total]))
+
+
+def weigh_in_three_axes(emit: Any, c: Context, weights: Any, v: Any) -> Any:
+    mixed = emit(op.matmul(joined(emit, c, weights), joined(emit, c, v)))
+    return emit(op.reshape(mixed, [c.batch, HEADS, c.sequence, DIM]))
+
+
+def less_the_largest(emit: Any, c: Context, x: Any) -> Any:
+    shifted = emit(op.subtract(x, emit(op.max(x, axis=-1, keepdims=True))))
+    return emit(op.nn.softmax(shifted, axis=-1), "/layers.0/Softmax")
+
+
+def learned_score(emit: Any, c: Context, x: Any) -> Any:
+    """One more column, whose weight is left out."""
+    table = emit(op.reshape(relax.const(np.array(LEARNED, np.float32)), [1, HEADS, 1, 1]))
+    column = emit(op.broadcast_to(table, [c.batch, HEADS, c.sequence, 1]))
+    wide = emit(op.concat([x, column], axis=-1))
+    weights = emit(op.nn.softmax(wide, axis=-1), "/layers.0/Softmax")
+    return emit(op.strided_slice(weights, [3], [0], [c.total], assume_inbound=True))
+
+
+LEARNED = (0.5, -1.0, 2.0, 0.0)
+
 SPELLINGS = {
     "plain": Attention(),
     "every head of its own": Attention(kv_heads=HEADS),
@@ -59,6 +93,11 @@ SPELLINGS = {
     "guarded against NaN": Attention(weigh=nan_guard),
     "scores chosen by the mask": Attention(apply=choose_scores),
     "scores chosen against the mask": Attention(apply=choose_hidden),
+    "three axes": Attention(scores=scores_in_three_axes, weigh=weigh_in_three_axes),
+    "three axes, past": Attention(scores=scores_in_three_axes, weigh=weigh_in_three_axes, past=True),
+    "scores less the largest": Attention(softmax=less_the_largest),
+    "a learned score a head": Attention(softmax=learned_score),
+    "a learned score a head, past": Attention(softmax=learned_score, past=True),
     "heads stay in front": Attention(finish=lambda emit, c, x: emit(op.add(x, f32(0.0)))),
 }
 
@@ -76,9 +115,102 @@ def test_a_spelling_becomes_one_marker_that_computes_the_same(attention: Attenti
     assert site.scale == pytest.approx(0.25)
     assert site.softcap == (2.0 if attention is SPELLINGS["softcap"] else None)
     assert (site.node, site.index, site.mask.kind, site.rope) == ("/layers.0/Softmax", 0, "causal", None)
+    assert site.sinks == (LEARNED if attention.softmax is learned_score else None)
     inputs = arrays(attention)
     expected, got = run(module, *inputs), run_markers(result.module, result.facts, *inputs)
     np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=TOLERANCE)
+
+
+def test_keys_that_are_moved_at_once_are_put_in_order() -> None:
+    """The keys of one token stand together, head by head."""
+    c = Context(past=False, kv_heads=HEADS)
+    k = param("k_by_token", [c.batch, c.sequence, HEADS, DIM])
+
+    def body(emit: Any, *_: Any) -> Any:
+        scores = emit(op.matmul(c.q, emit(op.permute_dims(k, [0, 2, 3, 1]))))
+        scores = emit(op.add(scores, emit(op.where(causal(emit, c), f32(0.0), f32(MIN)))))
+        return emit(op.matmul(emit(op.nn.softmax(scores, axis=-1)), c.v))
+
+    module, names = module_of([*c.params, k], body)
+    result = RecognizeAttention(c.roles, names).run(module)
+    inputs = [*arrays(Attention(kv_heads=HEADS)), floats(2, 11, HEADS, DIM, seed=9)]
+    expected, got = run(module, *inputs), run_markers(result.module, result.facts, *inputs)
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=TOLERANCE)
+
+
+def marked(attrs: Sdpa, *extras: Any, past: bool = False) -> Any:
+    """An attention that is one operator, recognized: the result, the module and its inputs' context."""
+    c = Context(past)
+
+    def body(emit: Any, *_: Any) -> Any:
+        k, v = (emit(op.concat([p, n], axis=2)) if past else n for p, n in zip(c.past or "kv", (c.k, c.v)))
+        more = [extra(emit, c) for extra in extras]
+        type_ = relax.TensorType([c.batch, HEADS, c.sequence, DIM], "float32")
+        return emit(marker(SDPA, [c.q, k, v, *more], attrs, type_), "/layers.0/Attention")
+
+    module, names = module_of(c.params, body)
+    return RecognizeAttention(c.roles, names).run(module), module
+
+
+def seen(emit: Any, c: Context) -> Any:
+    return causal(emit, c)
+
+
+def counted_keys(emit: Any, c: Context) -> Any:
+    """As genai's exports count: the sum of the attention mask, less one."""
+    return emit(op.astype(emit(op.subtract(emit(op.sum(c.padding, axis=1)), i64(1))), "int32"))
+
+
+def miscounted_keys(emit: Any, c: Context) -> Any:
+    return emit(op.astype(emit(op.sum(c.padding, axis=1)), "int32"))
+
+
+MARKED = {
+    "causal": (Sdpa(0.25, causal=True), [], False, "causal"),
+    "causal behind a past": (Sdpa(0.25, causal=True, offset="past"), [], True, "causal"),
+    "window": (Sdpa(0.25, causal=True, offset="past", window=4), [], True, "window"),
+    "a mask": (Sdpa(0.25, extras=("mask",)), [seen], True, "causal"),
+    "causal, and the keys counted": (
+        Sdpa(0.25, 2.0, causal=True, offset="past", extras=("lengths",)),
+        [counted_keys],
+        True,
+        "causal",
+    ),
+}
+
+
+@pytest.mark.parametrize(("attrs", "extras", "past", "kind"), MARKED.values(), ids=MARKED)
+def test_an_operator_keeps_its_attributes(attrs: Sdpa, extras: Any, past: bool, kind: str) -> None:
+    result, module = marked(attrs, *extras, past=past)
+    (site,) = result.facts
+    assert (site.scale, site.softcap, site.mask.kind) == (attrs.scale, attrs.softcap, kind)
+    assert site.mask.window == attrs.window
+    inputs = arrays(Attention(past=past), past=7 if past else 0)
+    (expected,) = run(ExpandMarkers().run(module).module, *inputs)
+    q, k, v = inputs[-3:]
+    if past:
+        k, v = (np.concatenate(pair, axis=2) for pair in zip(inputs[3:5], (k, v)))
+    np.testing.assert_allclose(attend(q, k, v, site), expected.transpose(0, 2, 1, 3), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "extras", "past", "reason"),
+    [
+        (Sdpa(0.25), [], False, "the attention is bidirectional"),
+        (Sdpa(0.25, causal=True), [], True, "is not proved to show a token itself"),
+        (
+            Sdpa(0.25, causal=True, offset="past", extras=("lengths",)),
+            [miscounted_keys],
+            True,
+            r"counts .* keys before the last one",
+        ),
+    ],
+)
+def test_an_operator_whose_mask_is_no_decoders_is_refused(
+    attrs: Sdpa, extras: Any, past: bool, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=f"attention at node '/layers.0/Attention' .*{reason}"):
+        marked(attrs, *extras, past=past)
 
 
 def test_the_marker_takes_new_keys_and_values_only() -> None:

@@ -46,7 +46,13 @@ def heads_last(importer: Importer, x: relax.Expr) -> relax.Expr:
 
 def with_past(importer: Importer, past: Any, new: relax.Expr) -> relax.Expr:
     """The keys or values [b,g,t,e] that are attended to: those of the past come first."""
-    return new if past is None else importer.emit(op.concat([importer.tensor(past), new], axis=2))
+    if past is None:
+        return new
+    given = importer.tensor(past)
+    extents = [*importer.shape(given)[:3], importer.shape(new)[3]]
+    if not isinstance(importer.shape(given)[3], int):  # some exporters do not say how large a head is
+        given = importer.emit(op.reshape(given, [expr(d) for d in extents]))
+    return importer.emit(op.concat([given, new], axis=2))
 
 
 def sdpa(importer: Importer, attrs: Sdpa, operands: Sequence[relax.Expr]) -> relax.Expr:
@@ -160,15 +166,6 @@ def _padded(importer: Importer, mask: relax.Expr, keys: Any) -> relax.Expr:
     return importer.emit(op.concat([mask, importer.emit(hidden)], axis=len(outer)))
 
 
-def _flex_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
-    """ai.onnx.preview FlexAttention without the graphs that change scores or probabilities."""
-    if "score_mod" in attrs or "prob_mod" in attrs:
-        raise ValueError("it changes scores or probabilities with a graph of its own (score_mod, prob_mod)")
-    q, k, v = (importer.tensor(x) for x in inputs[:3])
-    scale = attrs.get("scale", 1 / math.sqrt(importer.shape(q)[3]))
-    return _result(importer, Sdpa(scale=scale), [q, k, v], attrs)[0]
-
-
 def _group_query_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> list[Any]:
     """com.microsoft GroupQueryAttention: attention with the rotary embedding and the cache inside."""
     _refuse_group_query(importer, inputs, attrs)
@@ -211,8 +208,9 @@ def _refuse_group_query(importer: Importer, inputs: Sequence[Any], attrs: dict[s
         raise ValueError("its KV cache is quantized")
     if inputs[12] is not None or inputs[13] is not None:
         raise ValueError("its KV cache has scales")
-    if attrs.get("sliding_window_cache", 0):
-        raise ValueError("its cache holds only a window (sliding_window_cache); export with a full cache")
+    # A cache of the window's size (a ring) drops keys that the window hides: the same as all keys and a window.
+    if attrs.get("sliding_window_cache", 0) and attrs.get("local_window_size", -1) < 1:
+        raise ValueError("its cache holds only a window (sliding_window_cache), of no known size")
     if inputs[16] is not None:
         raise ValueError("it has query_seqlens, chunks that are padded on the right")
     if importer.wants(3):
@@ -295,7 +293,6 @@ def _key_padding(importer: Importer, mask: relax.Expr, keys: Any, hidden: float,
 
 CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "Attention": _attention,
-    "ai.onnx.preview::FlexAttention": _flex_attention,
     "com.microsoft::GroupQueryAttention": _group_query_attention,
     "com.microsoft::MultiHeadAttention": _multi_head_attention,
 }

@@ -148,6 +148,15 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         self.weights[wanted] = array
         return var
 
+    def parameter(self, value: Any) -> Any:
+        """The parameter of which a value is another shape, else the value."""
+        while isinstance(value, relax.Var) and value.name not in self.weights:
+            call = self.bb.lookup_binding(value)
+            if not isinstance(call, relax.Call) or getattr(call.op, "name", "") != "relax.reshape":
+                break
+            value = call.args[0]
+        return value
+
     def initializer(self, value: Any) -> str:
         """The initializer that a parameter holds, "" for any other value."""
         return self.sources.get(value.name, "") if isinstance(value, relax.Var) else ""
@@ -170,11 +179,10 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
                     self.folder.analyzer.bind(dim, bounds, True)
 
     def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
-        stock_map = stock._get_convert_map()
         missing: dict[str, str] = {}
         for node in graph.node:
             key = _key(node)
-            if key not in CONVERTERS and key not in stock_map and key not in ("Constant", "Shape", "Size"):
+            if not _known(key):
                 missing.setdefault(key, node.name)
         if missing:
             listed = ", ".join(f"{op} (node '{name}')" for op, name in missing.items())
@@ -278,6 +286,26 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
             raise ValueError("an input has no known shape")
         return [self.folder.simplify(dim) for dim in value.ty.shape.values]
 
+    def inline(self, graph: onnx.GraphProto, inputs: Sequence[relax.Expr]) -> list[Any]:
+        """The outputs of a graph that is an attribute of the node at hand, for the given inputs."""
+        outer, outputs = dict(self._nodes), self.outputs
+        missing = ", ".join(_key(n) for n in graph.node if not _known(_key(n)))
+        if missing:
+            raise ValueError(f"its graph '{graph.name}' has operators that kvc cannot import: {missing}")
+        for tensor in graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor)
+            self._nodes[tensor.name] = from_array(array) or relax.const(array, str(array.dtype))
+        self._nodes.update(zip((value.name for value in graph.input), inputs))
+        for node in graph.node:
+            self.outputs = list(node.output)
+            for name, value in zip(node.output, self._convert(node)):
+                self._nodes[name] = self._bind(value)
+        results = [self.tensor(self._nodes[output.name]) for output in graph.output]
+        self._nodes.clear()
+        self._nodes.update(outer)
+        self.outputs = outputs
+        return results
+
     @staticmethod
     def integer(value: Any) -> Integers:
         """A dimension as a scalar tensor."""
@@ -295,6 +323,10 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         if value.dtype != "int64":
             result = self.emit(relax.op.astype(result, value.dtype))
         return result
+
+
+def _known(key: str) -> bool:
+    return key in CONVERTERS or key in stock._get_convert_map() or key in ("Constant", "Shape", "Size")
 
 
 def _key(node: onnx.NodeProto) -> str:

@@ -19,6 +19,7 @@ from . import (
     activation_operators,
     attention_operators,
     elementwise_operators,
+    flex_attention,
     gather_operators,
     norm_operators,
     quantize_activations,
@@ -80,7 +81,11 @@ def _broadcast(a: list[Any], b: list[Any]) -> list[Any]:
 def _expand(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     data = importer.tensor(inputs[0])
     source = importer.shape(data)
-    target = _broadcast(source, _known(importer, inputs[1], "target shape").flat())
+    wanted = _known(importer, inputs[1], "target shape").flat()
+    target = _broadcast(source, wanted)
+    for extent, other in zip(target[::-1], wanted[::-1]):
+        if not (isinstance(other, int) and other == 1) and not importer.folder.equal(extent, other):
+            raise ValueError(f"it expands an axis of extent {extent} to {other}, which fits only if it is 1")
     if len(target) == len(source) and all(importer.folder.equal(a, b) for a, b in zip(target, source)):
         return data
     return op.broadcast_to(data, relax.ShapeExpr([expr(v) for v in target]))
@@ -146,7 +151,10 @@ def _constant_of_shape(importer: Importer, inputs: Sequence[Any], attrs: dict[st
         if "value" in attrs
         else np.zeros(1, np.float32)
     )
-    return op.full(shape, relax.const(value[0].item(), str(value.dtype)), str(value.dtype))
+    fill = relax.const(value[0].item(), str(value.dtype))
+    if value.dtype.kind not in "biu" and not np.isfinite(value[0]):
+        return op.broadcast_to(fill, shape)  # TVM's lowering of full stumbles over infinities
+    return op.full(shape, fill, str(value.dtype))
 
 
 def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
@@ -162,7 +170,8 @@ def _gather(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) ->
 
 
 def _concat(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
-    return op.concat([importer.tensor(value) for value in inputs], axis=attrs["axis"])
+    parts = [importer.tensor(value) for value in inputs]
+    return parts[0] if len(parts) == 1 else op.concat(parts, axis=attrs["axis"])
 
 
 def _cast(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
@@ -210,6 +219,7 @@ CONVERTERS: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     **attention_operators.CONVERTERS,
     **elementwise_operators.CONVERTERS,
     **gather_operators.CONVERTERS,
+    **flex_attention.CONVERTERS,
     **norm_operators.CONVERTERS,
     **quantize_activations.CONVERTERS,
     **quantized_operators.CONVERTERS,

@@ -32,9 +32,12 @@ def coded_initializers(graph: onnx.GraphProto, key: Callable[[onnx.NodeProto], s
     """Initializers that are codes, or scales and zero points of such: they become parameters of any size."""
     large = {t.name for t in graph.initializer if len(t.dims) > 1}
     found: set[str] = set()
+    shaped: dict[str, str] = {}
     for node in graph.node:
+        if node.op_type == "Reshape":
+            shaped[node.output[0]] = shaped.get(node.input[0], node.input[0])
         places = _CODED_INPUTS.get(key(node), ())
-        names = [node.input[i] for i in places if i < len(node.input)]
+        names = [shaped.get(node.input[i], node.input[i]) for i in places if i < len(node.input)]
         if names and names[0] in large:
             found.update(name for name in names if name)
     return found & {t.name for t in graph.initializer}
@@ -83,8 +86,9 @@ def _matmul_nbits(importer: Importer, inputs: Sequence[Any], attrs: dict[str, An
 
 def _gather_quantized(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
     """Rows of a table [rows, columns] in blocks along its last axis."""
-    codes, indices, scales, zeros = (inputs[i] for i in range(4))
-    rows, last = importer.shape(codes)
+    shaped, indices, scales, zeros = (inputs[i] for i in range(4))
+    rows, last = importer.shape(shaped)
+    codes = importer.parameter(shaped)
     bits, block = attrs.get("bits", 4), attrs.get("block_size", 128)
     if attrs.get("gather_axis", 0) != 0 or attrs.get("quantize_axis", 1) not in (1, -1):
         raise ValueError("it gathers along another axis than the first, or has blocks along the first")

@@ -9,6 +9,8 @@ from kvc_passes.facts import Roles
 
 BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
 LOGITS = "logits"
+_TABLES = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose")
+"""Operators that make tables of other tables."""
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
@@ -51,9 +53,9 @@ def find_roles(graph: onnx.GraphProto, path: object) -> Roles:
 
 
 def _token_input(graph: onnx.GraphProto, inputs: list[onnx.ValueInfoProto]) -> str | None:
-    rows = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 2 and t.data_type not in _INTEGERS}
-    alias: dict[str, str] = {}
-    best: tuple[int, str] | None = None
+    """The integer input [batch, sequence] that indexes a table of weights, the one with the most rows."""
+    rows = {t.name: t.dims[0] if len(t.dims) == 2 else 0 for t in graph.initializer}
+    index = {t.name for t in graph.initializer if t.data_type in _INTEGERS}
     names = {
         v.name
         for v in inputs
@@ -61,14 +63,23 @@ def _token_input(graph: onnx.GraphProto, inputs: list[onnx.ValueInfoProto]) -> s
         and len(v.type.tensor_type.shape.dim) == 2
         and "position" not in v.name.lower()
         and "type" not in v.name.lower()
+        and "mask" not in v.name.lower()
     }
+    alias = {name: name for name in names}
+    best: tuple[int, str] | None = None
     for node in graph.node:
-        if node.op_type in ("Cast", "Identity", "Reshape") and node.input[0] in names | alias.keys():
-            alias[node.output[0]] = alias.get(node.input[0], node.input[0])
-        if node.op_type == "Gather" and node.input[0] in rows:
-            source = alias.get(node.input[1], node.input[1])
-            if source in names and (best is None or rows[node.input[0]] > best[0]):
-                best = (rows[node.input[0]], source)
+        given = [name for name in node.input if name]
+        if not given:
+            continue
+        if given[0] in alias and node.op_type in ("Cast", "Identity", "Reshape"):
+            alias[node.output[0]] = alias[given[0]]
+        elif node.op_type in _TABLES and given[0] in rows:
+            size = rows[given[0]]
+            rows |= dict.fromkeys(node.output, 1 if node.op_type in ("Reshape", "Transpose") else size)
+        elif node.op_type in ("Gather", "GatherBlockQuantized") and given[0] in rows.keys() - index:
+            source = alias.get(given[1])
+            if source is not None and (best is None or rows[given[0]] > best[0]):
+                best = (rows[given[0]], source)
     return best[1] if best else None
 
 

@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 class Mask:
-    """Emits the mask of a shape."""
+    """Emits the mask of a shape. Raises ValueError for one that is none."""
 
     def __init__(self, e: Emitter, shape: AttentionShape, lanes: int) -> None:
+        if shape.sink_keys is not None and shape.window is None:
+            raise ValueError("sink keys need a window beside them")
+        if min(n for n in (shape.window, shape.chunk, 1) if n is not None) < 1:
+            raise ValueError(
+                f"a window or chunk of {shape.window or shape.chunk} keys hides a token from itself"
+            )
         self.e, self.shape, self.lanes = e, shape, lanes
         self.hole: Expr | None = None
         """Pages left out, once `pages_of` was emitted for a window behind sink keys."""

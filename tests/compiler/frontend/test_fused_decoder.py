@@ -1,4 +1,4 @@
-"""A whole decoder of fused operators: symbols stay, attention is markers, numbers are ONNX Runtime's."""
+"""A decoder of fused operators: symbols stay, attention comes as markers, numbers are ONNX Runtime's."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_group_query_attention_becomes_markers() -> None:
 @pytest.mark.parametrize(
     ("attrs", "changes", "reason"),
     [
-        ({"sliding_window_cache": 1, "local_window_size": 4}, {}, "sliding_window_cache"),
+        ({"sliding_window_cache": 1}, {}, "sliding_window_cache"),
         ({"k_quant_type": "PER_TENSOR"}, {}, "its KV cache is quantized"),
         ({"do_rotary": 1}, {}, "has no cos_cache"),
         ({"kv_num_heads": 3}, {}, "do not divide a width of 32"),
@@ -292,3 +292,15 @@ def test_norms(op: str, domain: str, feeds: Feeds, outputs: tuple[str, ...]) -> 
 )
 def test_activations_and_products(op: str, feeds: Feeds, attrs: dict[str, Any]) -> None:
     check(op, feeds, **attrs)
+
+
+def test_a_graph_inside_flex_attention_needs_known_operators() -> None:
+    def value(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, 3, 3])
+
+    body = [helper.make_node("Foo", ["scores"], ["changed"], domain="com.example")]
+    change = helper.make_graph(body, "change", [value("scores")], [value("changed")])
+    feeds: Feeds = {name: floats(1, 2, 3, 8, seed=i) for i, name in enumerate("qkv")}
+    model = model_of("FlexAttention", feeds, ("y",), "ai.onnx.preview", score_mod=change)
+    with pytest.raises(UnsupportedModel, match=r"node 'node' \(FlexAttention\).*'change' .*com.example::Foo"):
+        import_graph(model)

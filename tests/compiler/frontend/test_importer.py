@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from tvm import relax, tirx
 
-from kvc.frontend.importer import Imported, import_onnx
+from kvc.frontend.importer import Imported, import_graph, import_onnx
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.graph import Graph, dims, op_name
 from support import Compiled, OnnxRuntime, onnx_model, ops
@@ -229,6 +229,31 @@ def test_shape_arithmetic_leaves_no_trace(tmp_path: Path) -> None:
     tokens = np.array([[1, 2, 31]])
     (got,) = Compiled(model.module)(tokens, TABLE)
     np.testing.assert_array_equal(got, TABLE[tokens].reshape(1, 3, 2, 4).transpose(0, 2, 1, 3))
+
+
+def test_a_tensor_of_infinities_can_be_lowered() -> None:
+    fill = numpy_helper.from_array(np.array([-np.inf], np.float32))
+    nodes = [
+        node("Shape", ["x"], ["shape"], "/shape"),
+        node("ConstantOfShape", ["shape"], ["logits"], "/full", value=fill),
+    ]
+    module = import_graph(onnx_model(nodes, {"x": (TensorProto.FLOAT, ["n", 3])}, {}))
+    (got,) = Compiled(module)(np.zeros((2, 3), np.float32))
+    np.testing.assert_array_equal(got, np.full((2, 3), -np.inf, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "reason"),
+    [
+        (TensorProto.INT4, [2], "input 'x' has the element type INT4"),
+        (TensorProto.STRING, [2], "input 'x' has the element type STRING"),
+        (TensorProto.FLOAT, [0, 2], "input 'x' is a tensor without elements"),
+    ],
+)
+def test_inputs_that_no_graph_may_have(kind: int, shape: list[int], reason: str) -> None:
+    model = onnx_model([node("Identity", ["x"], ["logits"], "/identity")], {"x": (kind, shape)}, {})
+    with pytest.raises(UnsupportedModel, match=reason):
+        import_graph(model)
 
 
 def test_a_count_of_tokens_stays_symbolic(tmp_path: Path) -> None:

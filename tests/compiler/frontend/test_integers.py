@@ -69,6 +69,28 @@ def check(made: onnx.NodeProto, inputs: list[Array]) -> None:
 arrays = st.lists(st.integers(-9, 9), min_size=1, max_size=4).map(lambda v: np.array(v, np.int64))
 
 
+@given(arrays, st.integers(-9, 9).filter(bool))
+def test_remainders_and_signs(a: Array, divisor: int) -> None:
+    check(node("Mod", 2), [a, np.array([divisor], np.int64)])
+    check(node("Neg", 1), [a])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=4), st.booleans())
+def test_logic(a: list[bool], b: bool) -> None:
+    left, right = np.array(a), np.array([b])
+    check(node("And", 2), [left, right])
+    check(node("Or", 2), [left, right])
+    check(node("Not", 1), [left])
+
+
+def test_remainders_that_are_not_folded() -> None:
+    two, zero = from_array(np.array([2])), from_array(np.array([0]))
+    with pytest.raises(NotFolded):
+        fold(node("Mod", 2), [two, zero])
+    with pytest.raises(NotFolded):
+        fold(node("Mod", 2, fmod=1), [two, two])
+
+
 @given(st.sampled_from(["Add", "Sub", "Mul", "Max", "Min", "Equal"]), arrays, st.data())
 def test_arithmetic(operator: str, a: Array, data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([1, len(a)]))

@@ -57,3 +57,12 @@ def test_wrong_numbers_types_and_shapes_fail(cases: Callable[..., list[node_case
         outcome = node_cases.run_case(changed)
         assert outcome.status == "failed"
         assert reason in outcome.reason
+
+
+def test_a_crash_is_the_failure_of_its_case_alone(cases: Callable[..., list[node_cases.Case]]) -> None:
+    good = next(c for c in cases("Neg") if c.name == "neg_example")
+    bad: Any = node_cases.dataclasses.replace(good, name="bad", model=b"\xff")  # the worker dies of it
+    after: Any = node_cases.dataclasses.replace(good, name="after")
+    outcomes = node_cases.run_all([good, bad, after], jobs=1)
+    assert [o.status for o in outcomes] == ["passed", "failed", "passed"]
+    assert outcomes[1].reason == "the process crashed"

@@ -291,3 +291,17 @@ def test_a_page_that_no_vector_fits_is_refused(machine: Machine) -> None:
     shape = AttentionShape(2, 1, 16, 16, 0.25, page_size=machine.traits.lanes * 3)
     with pytest.raises(ValueError, match="page size"):
         prefill_attention(shape, 4, machine.traits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sink_keys": 4}, "sink keys need a window"),
+        ({"window": 0}, "hides a token from itself"),
+        ({"chunk": 0}, "hides a token from itself"),
+        ({"predicate": "k <= q + x"}, "'x' is no number"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_attention(AttentionShape(2, 1, 16, 16, 0.25, **options), MACHINES["native"].traits)
