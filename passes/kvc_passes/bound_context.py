@@ -71,7 +71,8 @@ class BoundContext:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if holds(text, middle, 0) == value else (low, middle)
-        if not found.is_up_to(low, value):
+        once = low == LARGEST or found.is_between(low + 1, LARGEST, not value)
+        if not (once and found.is_between(1, low, value)):
             raise UnsupportedModel(
                 f"{self.names.describe(var)} compares the sequence's length with several numbers ({text})"
             )
@@ -86,12 +87,12 @@ class _Condition:
     expression: Any
     text: str
 
-    def is_up_to(self, most: int, value: bool) -> bool:
-        """Whether it is proved to be `value` for all lengths from 1 to `most`."""
+    def is_between(self, least: int, most: int, value: bool) -> bool:
+        """Whether it is proved to be `value` for all lengths from `least` to `most`."""
         if isinstance(self.expression, bool):
             return self.expression == value
         analyzer = Analyzer()
-        analyzer.bind(self.q, Range(int64(1), int64(most + 1)), True)
+        analyzer.bind(self.q, Range(int64(least), int64(most + 1)), True)
         claim = self.expression if value else tirx.Not(self.expression)
         return bool(analyzer.can_prove(claim, ProofStrength.SYMBOLIC_BOUND))
 
