@@ -1,4 +1,4 @@
-"""Attack on the reader: a small .onnx file with bytes changed ends in one message, or in a correct import.
+"""Attack on the reader: a small .onnx file with bytes or fields changed ends in one message, or is imported.
 
     python tools/fuzz_files.py                       2,000 files
     python tools/fuzz_files.py --count 100 --first 500
@@ -86,6 +86,161 @@ def mutated(data: bytes, number: int) -> bytes:
         if not changed:
             changed += b"\x08"
     return bytes(changed)
+
+
+def damaged(data: bytes, number: int) -> bytes:
+    """Mutation `number` of a model's fields, which are still a valid protobuf: sizes, types, names, order."""
+    model, source = onnx.load_model_from_string(data), random.Random(number)
+    for _ in range(source.choice((1, 1, 2))):
+        try:
+            source.choice(_DAMAGES)(model, source)
+        except (IndexError, ValueError):  # nothing to choose from
+            continue
+    return bytes(model.SerializeToString())
+
+
+def _node(model: onnx.ModelProto, source: random.Random) -> onnx.NodeProto:
+    return source.choice(model.graph.node)
+
+
+def _value(model: onnx.ModelProto, source: random.Random) -> onnx.TypeProto.Tensor:
+    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    return source.choice(values).type.tensor_type
+
+
+def _sizes(model: onnx.ModelProto, source: random.Random) -> None:
+    dims = source.choice(model.graph.initializer).dims
+    wrong = source.choice((-1, 0, 1, 3, 1 << 40, (1 << 63) - 1, -(1 << 63)))
+    if dims and source.random() < 0.7:
+        dims[source.randrange(len(dims))] = wrong
+    else:
+        dims.append(wrong)
+
+
+def _extents(model: onnx.ModelProto, source: random.Random) -> None:
+    dim = source.choice(_value(model, source).shape.dim)
+    if source.random() < 0.3:
+        dim.Clear()
+    elif source.random() < 0.3:
+        dim.dim_param = source.choice(("batch", "", "past", "a + b", "\n", "n" * 300))
+    else:
+        dim.dim_value = source.choice((-1, 0, 1, 7, 1 << 40, (1 << 63) - 1))
+
+
+def _rank(model: onnx.ModelProto, source: random.Random) -> None:
+    value = _value(model, source)
+    if source.random() < 0.3:
+        value.ClearField("shape")
+    elif source.random() < 0.5:
+        value.shape.dim.add()
+    else:
+        del value.shape.dim[source.randrange(len(value.shape.dim)) :]
+
+
+def _types(model: onnx.ModelProto, source: random.Random) -> None:
+    wrong = source.choice((0, 2, 3, 7, 8, 10, 14, 17, 23, 99, -5))
+    if source.random() < 0.5:
+        source.choice(model.graph.initializer).data_type = wrong
+    else:
+        _value(model, source).elem_type = wrong
+
+
+def _inputs(model: onnx.ModelProto, source: random.Random) -> None:
+    names = _node(model, source).input
+    how = source.randrange(5)
+    if how == 0:
+        del names[source.randrange(len(names) + 1) :]
+    elif how == 1:
+        names.append(source.choice((*names, "", "nothing")))
+    else:
+        others = ("", "nothing", *_node(model, source).output, *_node(model, source).input)
+        names[source.randrange(len(names))] = source.choice(others)
+
+
+def _outputs(model: onnx.ModelProto, source: random.Random) -> None:
+    names = _node(model, source).output
+    how = source.randrange(4)
+    if how == 0:
+        del names[:]
+    elif how == 1:
+        names.append("more")
+    else:
+        names[0] = source.choice(("", *_node(model, source).output, *_node(model, source).input))
+
+
+def _order(model: onnx.ModelProto, source: random.Random) -> None:
+    nodes = list(model.graph.node)
+    at, to = source.randrange(len(nodes)), source.randrange(len(nodes))
+    nodes.insert(to, nodes.pop(at))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _operator(model: onnx.ModelProto, source: random.Random) -> None:
+    node = _node(model, source)
+    if source.random() < 0.2:
+        node.domain = source.choice(("com.microsoft", "nowhere", "ai.onnx"))
+    else:
+        names = ("If", "Loop", "Constant", "Shape", "Range", "Split", "TopK", "Attention", "", "Nothing")
+        node.op_type = source.choice((*names, _node(model, source).op_type, _node(model, source).op_type))
+
+
+def _attribute(model: onnx.ModelProto, source: random.Random) -> None:
+    attributes = [a for node in model.graph.node for a in node.attribute]
+    attribute = source.choice(attributes)
+    how = source.randrange(4)
+    if how == 0:
+        attribute.type = source.choice((0, 1, 2, 3, 4, 5, 6, 7, 8))
+    elif how == 1:
+        attribute.name = source.choice([a.name for a in attributes] + [""])
+    else:
+        wrong = (-1, 1, 1 << 62, 1.5, float("nan"), "text", [1, 2, 3], [-7], [0.5])
+        made = onnx.helper.make_attribute(attribute.name or "x", source.choice(wrong))
+        attribute.CopyFrom(made)
+
+
+def _removed(model: onnx.ModelProto, source: random.Random) -> None:
+    names = ("node", "initializer", "input", "output", "opset_import")
+    name = source.choice(names)
+    values = getattr(model if name == "opset_import" else model.graph, name)
+    at = source.randrange(len(values))
+    if source.random() < 0.3:
+        values.add().CopyFrom(values[at])
+    else:
+        del values[at]
+
+
+def _content(model: onnx.ModelProto, source: random.Random) -> None:
+    tensor = source.choice(model.graph.initializer)
+    how = source.randrange(4)
+    if how == 0:
+        tensor.raw_data = tensor.raw_data[: source.randrange(len(tensor.raw_data) + 1)]
+    elif how == 1:
+        tensor.ClearField("raw_data")
+    elif how == 2:
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key in ("location", "offset", "length"):
+            wrong = ("", "-1", "x", "nothing.data", "../up", "/etc/passwd", str(1 << 62))
+            tensor.external_data.add(key=key, value=source.choice(wrong))
+    else:
+        tensor.name = source.choice((*[t.name for t in model.graph.initializer], "", "tokens"))
+
+
+_DAMAGES: Final = (
+    _sizes,
+    _extents,
+    _rank,
+    _types,
+    _inputs,
+    _inputs,
+    _outputs,
+    _order,
+    _operator,
+    _attribute,
+    _attribute,
+    _removed,
+    _content,
+)
 
 
 def make_model(out: Path) -> Path:
@@ -203,7 +358,10 @@ def _ending(error: BaseException) -> str:
 
 
 def fuzz(model: Path, numbers: Sequence[int], workers: int = 2, keep: Path | None = None) -> Iterator[Fate]:
-    """The fates of mutations of a file, in order; files of bugs are copied into the folder `keep`."""
+    """The fates of mutations of a file, in order; files of bugs are copied into the folder `keep`.
+
+    Even numbers change bytes, odd ones fields.
+    """
     data = model.read_bytes()
     with tempfile.TemporaryDirectory() as name:
 
@@ -212,7 +370,7 @@ def fuzz(model: Path, numbers: Sequence[int], workers: int = 2, keep: Path | Non
             with Worker() as worker:
                 for number in numbers[first::workers]:
                     path = Path(name) / f"{number}.onnx"
-                    path.write_bytes(mutated(data, number))
+                    path.write_bytes((damaged if number % 2 else mutated)(data, number))
                     fates.append(worker.inspect(path, number))
                     if keep is not None and fates[-1].kind in BUGS:
                         shutil.copy(path, keep)
