@@ -55,6 +55,8 @@ BASES: Final = (
 PROMPTS: Final = (1, 7, 30, 61)
 CHUNKS: Final = (1, 7, 13, 3, 17, 14)
 DECODED: Final = 4
+VOCAB: Final = 64
+"""Tokens that are used: no more than the smallest base has."""
 _NUMBERS: Final = itertools.count()
 LIMIT: Final = 1e-4
 """Most that a logit may differ, relative to the largest one where that is above 1."""
@@ -180,7 +182,7 @@ def judge(base: str, mutant: str, path: Path, original: np.ndarray | None = None
 
 
 def sample_tokens(length: int, seed: int = 0) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed + length).integers(0, 512, length)]
+    return [int(t) for t in np.random.default_rng(seed + length).integers(0, VOCAB, length)]
 
 
 def error_of(got: np.ndarray, expected: np.ndarray) -> float:

@@ -528,7 +528,7 @@ def _placed(editor: Editor) -> Iterator[Mutation]:
 
         def replace(e: Editor, chain: Any = chain) -> None:
             value = e.tokens
-            users = [n for n in e.nodes if n.op_type == "Gather" and value in n.input]
+            users = [n for n in e.nodes if n.op_type != "Shape" and value in n.input]
             new = chain(e, value)
             for node in users:
                 e.rewire(node, value, new[-1].output[0])
