@@ -95,10 +95,10 @@ def compare_file(row: Row, path: Path, work: Path) -> dict[str, float]:
 
 def _reference_file(row: Row, path: Path, work: Path) -> Path:
     """What ONNX Runtime runs: the file; widened if it holds 16-bit floats; with caches that only grow."""
-    from kvc_models import widen
+    from kvc.widen import widen
 
     out = work / "reference" / (str(row).replace("/", "-") + ".onnx")
-    if "float16" in row.dtype:
+    if "float16" in row.dtype or (row.exporter == "genai" and "int4" in row.dtype):
         widen(path, out)
     elif row.exporter == "genai":
         without_rings(path, out)

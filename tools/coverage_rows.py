@@ -163,7 +163,7 @@ def _versions() -> str:
     """Names what the files depend on."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / "models" / "kvc_models").glob("*.py")):
-        if file.stem in ("tiny", "export", "families", "adapt", "quantize", "widen"):
+        if file.stem in ("tiny", "export", "families", "adapt", "quantize"):
             digest.update(file.read_bytes())
     for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
         digest.update(importlib.metadata.version(package).encode())
