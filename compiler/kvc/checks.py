@@ -21,8 +21,8 @@ from .runtime.executor import Executor, Segment
 TOLERANCE = 1e-3
 """Largest difference of a logit: rounding of sums in another order, over some tens of layers."""
 TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 2e-1}
-"""The same by what keys and values are kept in: a unit in the last place of a key of order 1 is 2^-10 or 2^-7,
-and the logits that are compared were computed without that rounding."""
+"""The same by what keys and values are kept in: a unit in the last place of a key of order 1 is 2^-10 or
+2^-7, and the logits that are compared were computed without that rounding."""
 
 
 @dataclass(frozen=True)
