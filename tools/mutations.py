@@ -1,4 +1,4 @@
-"""Mutations of ONNX decoders: each changes one thing, most of them so that the graph is no decoder any more."""
+"""Mutations of ONNX decoders: each changes one thing; most results are no decoders any more."""
 
 from __future__ import annotations
 
@@ -76,12 +76,10 @@ class Editor:
     def number(self, name: str) -> np.ndarray | None:
         """A constant by the name of its value."""
         if name in self.tensors:
-            array: np.ndarray = numpy_helper.to_array(self.tensors[name])
-            return array
+            return np.asarray(numpy_helper.to_array(self.tensors[name]))
         node = self.producers.get(name)
         if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
-            array = numpy_helper.to_array(node.attribute[0].t)
-            return array
+            return np.asarray(numpy_helper.to_array(node.attribute[0].t))
         return None
 
     def length(self) -> list[NodeProto]:
@@ -239,8 +237,8 @@ def _length_exact(e: Editor, v: str) -> list[NodeProto]:
     numbers = e.node("Range", [e.constant(0), count.output[0], e.constant(1)])
     most = e.node("ReduceMax", [numbers.output[0]], keepdims=0)
     exact = e.node("Equal", [most.output[0], e.constant(29)])
-    half = e.node("Mul", [v, e.constant(0.5, np.float32)])
-    return [*nodes, count, numbers, most, exact, half, e.node("Where", [exact.output[0], half.output[0], v])]
+    more = e.node("Add", [v, e.constant(np.linspace(-1, 1, _width(e)), np.float32)])
+    return [*nodes, count, numbers, most, exact, more, e.node("Where", [exact.output[0], more.output[0], v])]
 
 
 def _length_masked(e: Editor, v: str) -> list[NodeProto]:
@@ -466,6 +464,18 @@ def _near_hidden(e: Editor, v: str) -> list[NodeProto]:
     return _plus(e, v, [shape, last, keys, parity, odd, mask])
 
 
+def _off(e: Editor, v: str, operator: str, axis: int) -> list[NodeProto]:
+    top = e.node(operator, [v, e.constant([axis])])
+    return [top, e.node("Sub", [v, top.output[0]])]
+
+
+def _rolled_last(e: Editor, v: str) -> list[NodeProto]:
+    one, most, axis = e.constant([1]), e.constant([1 << 60]), e.constant([3])
+    tail = e.node("Slice", [v, one, most, axis])
+    head = e.node("Slice", [v, e.constant([0]), one, axis])
+    return [tail, head, e.node("Concat", [tail.output[0], head.output[0]], axis=3)]
+
+
 _ON_SCORES: Final[dict[str, Callable[[Editor, str], list[NodeProto]]]] = {
     "a constant": lambda e, v: [e.node("Add", [v, e.constant(3.0, np.float32)])],
     "a bias by the key": lambda e, v: _by_key(e, v, 1, 0.03),
@@ -477,22 +487,10 @@ _ON_SCORES: Final[dict[str, Callable[[Editor, str], list[NodeProto]]]] = {
     "the largest taken off": lambda e, v: _off(e, v, "ReduceMax", -1),
     "the largest of all queries taken off": lambda e, v: _off(e, v, "ReduceMax", 2),
     "a transposition": lambda e, v: [e.node("Transpose", [v], perm=[0, 1, 3, 2])],
-    "keys rolled": lambda e, v: _rolled_last(e, v),
+    "keys rolled": _rolled_last,
     "an odd mask that wears off": _hidden_by_key,
     "an odd mask of one": _near_hidden,
 }
-
-
-def _off(e: Editor, v: str, operator: str, axis: int) -> list[NodeProto]:
-    top = e.node(operator, [v, e.constant([axis])])
-    return [top, e.node("Sub", [v, top.output[0]])]
-
-
-def _rolled_last(e: Editor, v: str) -> list[NodeProto]:
-    one, most, axis = e.constant([1]), e.constant([1 << 60]), e.constant([3])
-    tail = e.node("Slice", [v, one, most, axis])
-    head = e.node("Slice", [v, e.constant([0]), one, axis])
-    return [tail, head, e.node("Concat", [tail.output[0], head.output[0]], axis=3)]
 
 
 def _positions(editor: Editor) -> list[str]:
@@ -614,10 +612,7 @@ def _cached(editor: Editor) -> Iterator[Mutation]:
             other = past[(index + step) % len(past)] if step == 2 else past[index ^ 1]
             if index < 2:
                 yield Mutation(f"{name} exchanged with that of {what}", _swapped(name, other))
-                yield Mutation(
-                    f"{other} read for {name}",
-                    lambda e, a=name, b=other: [e.rewire(n, a, b) for n in e.nodes] and None,
-                )
+                yield Mutation(f"{other} read for {name}", _renamed(name, other))
     for number in editor.of("Concat"):
         node = editor.nodes[number]
         if node.input[0] in past and number < len(editor.nodes):
@@ -642,6 +637,14 @@ def _swapped(a: str, b: str) -> Change:
             if node.op_type != "Shape":
                 node.ClearField("input")
                 node.input.extend(names)
+
+    return change
+
+
+def _renamed(old: str, new: str) -> Change:
+    def change(e: Editor) -> None:
+        for node in e.nodes:
+            e.rewire(node, old, new)
 
     return change
 

@@ -53,6 +53,8 @@ class Match:
     """[batch, heads, sequence, value dim], or with batch and heads in one, or (if `transposed`) [batch,
     sequence, heads, value dim]."""
     transposed: bool
+    pasts: tuple[tuple[str, relax.Var], ...] = ()
+    """Names of the pasts of k and v, and the values that are concat(past, new)."""
 
 
 class SiteFinder:
@@ -101,8 +103,9 @@ class SiteFinder:
             self.refuse(softmax, str(reason))
         heads = scores.symbols.place.heads
         query = self._operand(softmax, scores.query, "q", scores.symbols)
-        key = self._without_past(softmax, self._operand(softmax, scores.key, "k", scores.symbols), "k")
-        value = self._without_past(softmax, self._operand(softmax, scores.value, "v", scores.symbols), "v")
+        keys = self._operand(softmax, scores.key, "k", scores.symbols)
+        values = self._operand(softmax, scores.value, "v", scores.symbols)
+        key, value = self._without_past(softmax, keys, "k"), self._without_past(softmax, values, "v")
         if value.scale != 1.0:
             self.refuse(softmax, f"the values are scaled by {value.scale}")
         for name, operand in (("q", query), ("k", key), ("v", value)):
@@ -131,7 +134,8 @@ class SiteFinder:
         )
         if self._static(softmax, value, 1, "value heads") != site.kv_heads:
             self.refuse(softmax, "k and v have different numbers of heads")
-        return Match(site, query, key, value, output, transposed)
+        pasts = tuple((self._past_of(o), o.value) for o in (keys, values) if self.roles.past)
+        return Match(site, query, key, value, output, transposed, pasts)
 
     def _static(self, softmax: relax.Var, value: Operand, axis: int, what: str) -> int:
         size = static(value.shape[axis])
@@ -211,6 +215,10 @@ class SiteFinder:
             other = f"{owner[1]} at {self.names.describe(owner[0])}"
             raise self.refusal(softmax, f"{what} and {other} read the same past; pages keep each one's own")
         return replace(operand, value=parts[1])
+
+    def _past_of(self, operand: Operand) -> str:
+        """The name of the past that a value begins with."""
+        return str(self._past_behind(operands(self.graph.resolve(operand.value))[0]).name)
 
     def _past_behind(self, value: relax.Expr) -> relax.Expr:
         """The input behind a past; one whose head size is not known is given its size by a reshape."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import IRModule, relax, tirx
-from tvm.sym import Analyzer
+from tvm.ir import Range
+from tvm.sym import Analyzer, ProofStrength
 
 from .base import Result
 from .conditions import Choice, Unprovable
@@ -14,7 +15,7 @@ from .element import Elements
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, graph_of, op_name, static
-from .indices import LARGEST, bind_extent, bind_index, replaced
+from .indices import LARGEST, bind_extent, bind_index, int64, replaced
 from .nodes import NodeNames
 from .predicates import holds, to_text
 from .rebuild import rebuild
@@ -60,28 +61,40 @@ class BoundContext:
 
         return Result(rebuild(mod, mod["main"].params, place), len(decided), limit)
 
-    def _decide(self, var: relax.Var, text: str) -> tuple[bool, int | None]:
-        """What a condition of the length q says for one token, and up to which length it says so."""
+    def _decide(self, var: relax.Var, found: _Condition) -> tuple[bool, int | None]:
+        """What a condition of the length says for one token, and up to which length it provably does."""
+        text = found.text
         value = holds(text, 1, 0)
         low, high = 1, LARGEST
         if holds(text, high, 0) == value:
-            return value, None
+            low = high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if holds(text, middle, 0) == value else (low, middle)
-        behind = {high + step for step in range(64)} | {high << shift for shift in range(31)}
-        fits = all(holds(text, length, 0) == value for length in _samples(low))
-        if not fits or any(holds(text, length, 0) == value for length in behind):
+        once = low == LARGEST or found.is_between(low + 1, LARGEST, not value)
+        if not (once and found.is_between(1, low, value)):
             raise UnsupportedModel(
                 f"{self.names.describe(var)} compares the sequence's length with several numbers ({text})"
             )
-        return value, low
+        return value, None if low == LARGEST else low
 
 
-def _samples(most: int) -> list[int]:
-    """Lengths up to `most`: all small ones, then a grid, for what is no comparison with one number."""
-    grid = [most - i * (most // 512 or 1) for i in range(512)]
-    return [n for n in {*range(1, min(most, 4096) + 1), *grid} if 1 <= n <= most]
+@dataclass(frozen=True)
+class _Condition:
+    """A condition of the length q of a sequence, as an expression and as text."""
+
+    q: tirx.Var
+    expression: Any
+    text: str
+
+    def is_between(self, least: int, most: int, value: bool) -> bool:
+        """Whether it is proved to be `value` for all lengths from `least` to `most`."""
+        if isinstance(self.expression, bool):
+            return self.expression == value
+        analyzer = Analyzer()
+        analyzer.bind(self.q, Range(int64(least), int64(most + 1)), True)
+        claim = self.expression if value else tirx.Not(self.expression)
+        return bool(analyzer.can_prove(claim, ProofStrength.SYMBOLIC_BOUND))
 
 
 class _Lengths:
@@ -101,7 +114,7 @@ class _Lengths:
             self.leaves[params[roles.positions]] = lambda index: index[-1] + self.past
         self.lengths: set[relax.Var] = set()
 
-    def comparison(self, var: relax.Var) -> str | None:
+    def comparison(self, var: relax.Var) -> _Condition | None:
         """The condition of the length q that `var` is, None for anything else; maxima are noted."""
         call = self.graph.definitions[var]
         if var in self.data:
@@ -111,12 +124,10 @@ class _Lengths:
         one = op_name(call) in _COMPARISONS and all(static(d) == 1 for d in dims(var))
         return self._condition(var) if one and self.lengths & self.graph.ancestors([var]) else None
 
-    def _condition(self, var: relax.Var) -> str | None:
+    def _condition(self, var: relax.Var) -> _Condition | None:
         try:
             element = self._elements()[0].at(var, [0] * len(dims(var)))
-            if isinstance(element, bool):
-                return str(element)
-            return None if isinstance(element, Choice) else self._text(element)
+            return None if isinstance(element, Choice) else self._over(element)
         except Unprovable:
             return None
 
@@ -150,8 +161,9 @@ class _Lengths:
         self.leaves[var] = lambda at: last
         self.lengths.add(var)
 
-    def _text(self, element: Any) -> str:
+    def _over(self, element: Any) -> _Condition:
         """Over q, the number of all tokens: sequence = q - past, where past must cancel."""
         q = tirx.Var("q", "int64")
-        shifted = Analyzer().simplify(replaced(element, self.sequence, q - self.past))
-        return to_text(shifted, {q: "q"})
+        shifted = replaced(element, self.sequence, q - self.past)
+        shifted = shifted if isinstance(element, bool) else Analyzer().simplify(shifted)
+        return _Condition(q, shifted, to_text(shifted, {q: "q"}))

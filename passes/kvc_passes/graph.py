@@ -85,6 +85,12 @@ def operands(value: relax.Expr) -> list[relax.Expr]:
     return [value] if isinstance(value, relax.Var) else []
 
 
+def numbers(value: relax.Expr) -> list[relax.Expr]:
+    """The integers among a call's arguments, such as bounds of a range; no shapes of results."""
+    parts = operands(value) if isinstance(value, relax.Call) else []
+    return [p for p in parts if isinstance(getattr(p, "ty", None), tvm.ir.PrimType)]
+
+
 def op_name(value: relax.Expr) -> str:
     """`add` for a call of relax.add, the symbol for an extern call, "" for anything else."""
     if not isinstance(value, relax.Call):

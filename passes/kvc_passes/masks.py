@@ -15,7 +15,7 @@ from .affine import Affine, slope
 from .conditions import Choice, Unprovable, as_condition, both, either, lift, negate
 from .element import Elements
 from .facts import MaskFact
-from .indices import replaced
+from .indices import int64, replaced
 from .mask_families import decoder_families, other_families
 from .predicates import CAUSAL, counter_example, to_text
 
@@ -57,7 +57,7 @@ def predicate_of(elements: Elements, masks: Sequence[Mask]) -> Any:
     for mask in masks:
         value = elements.at(mask.value, list(mask.index))
         if mask.use == "add":
-            part = as_condition(lift(_shown, value))
+            part = as_condition(lift(lambda v: _shown(elements, v), value))
         else:
             part = as_condition(value)
             part = negate(part) if mask.use == "drop" else part
@@ -65,19 +65,42 @@ def predicate_of(elements: Elements, masks: Sequence[Mask]) -> Any:
     return shown
 
 
-def _shown(value: Any) -> Any:
+def _shown(elements: Elements, value: Any) -> bool:
     """Whether a mask's number shows the key: what is added to shown scores is their bias."""
     number = value.constant if isinstance(value, Affine) else value
-    return not (isinstance(number, (int, float)) and not isinstance(number, bool) and number <= HIDDEN)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number > HIDDEN:
+        return True
+    if isinstance(value, Affine) and number + _most(elements, value.terms) > HIDDEN:
+        raise Unprovable(f"hides keys by a number that depends on the position ({_describe(value)})")
+    return False
+
+
+def _most(elements: Elements, terms: Sequence[tuple[Any, float]]) -> float:
+    """An upper bound of a sum of index expressions times numbers."""
+    total = 0.0
+    for expression, factor in terms:
+        bound = elements.analyzer.const_int_bound(int64(expression))
+        total += max(factor * bound.min_value, factor * bound.max_value)
+    return total
+
+
+def adds_nothing(elements: Elements, masks: Sequence[Mask]) -> None:
+    """Raises Unprovable unless the masks add 0 to all shown scores: beside learned scores that matters."""
+    for mask in (m for m in masks if m.use == "add"):
+        number = _only(_visible(elements, elements.at(mask.value, list(mask.index))))
+        if isinstance(number, (Affine, tirx.Expr)) or number != 0:
+            raise Unprovable(
+                f"adds {_describe(number)} to the scores, but not to the learned score beside them"
+            )
 
 
 def bias_of(elements: Elements, masks: Sequence[Mask], key: Any) -> float:
     """The number by which the sum of the masks grows from one shown key to the next. Raises Unprovable."""
     total = 0.0
     for mask in (m for m in masks if m.use == "add"):
-        here = _only(_visible(elements.at(mask.value, list(mask.index))))
+        here = _only(_visible(elements, elements.at(mask.value, list(mask.index))))
         after = [replaced(i, key, key + 1) for i in mask.index]
-        there = _only(_visible(elements.at(mask.value, after)))
+        there = _only(_visible(elements, elements.at(mask.value, after)))
         step = slope(here, there, elements.simplify)
         if step is None:
             raise Unprovable(f"adds an expression of the position ({_describe(here)}) to the scores")
@@ -85,11 +108,11 @@ def bias_of(elements: Elements, masks: Sequence[Mask], key: Any) -> float:
     return total
 
 
-def _visible(value: Any) -> Iterator[Any]:
+def _visible(elements: Elements, value: Any) -> Iterator[Any]:
     if isinstance(value, Choice):
-        yield from _visible(value.then)
-        yield from _visible(value.other)
-    elif _shown(value):
+        yield from _visible(elements, value.then)
+        yield from _visible(elements, value.other)
+    elif _shown(elements, value):
         yield value
 
 
@@ -102,6 +125,8 @@ def _only(values: Iterator[Any]) -> Any:
             f"adds {_describe(found[-1])} to some scores and {_describe(first)} to others: it neither shows "
             "nor hides a key"
         )
+    if isinstance(first, (int, float)) and first < HIDDEN / 2:
+        raise Unprovable(f"adds {_describe(first)} to shown scores, which is no more than what hides others")
     return first
 
 

@@ -13,8 +13,8 @@ from .conditions import Unprovable
 from .element import Elements
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import Graph, dims, graph_of, op_name, static
-from .indices import bind_extent, bind_index, int64
+from .graph import Graph, dims, graph_of, numbers, op_name, static
+from .indices import bind_extent, bind_index, int64, replaced
 from .nodes import NodeNames
 from .rebuild import drop_params, rebuild
 
@@ -57,7 +57,8 @@ class PositionsToInput:
         old = [function.params[0], positions, *function.params[1:]]
         module = rebuild(mod, old, place, values=values)
         gone = {self.roles.attention_mask, self.roles.positions, *self.roles.past}
-        self._check(graph_of(module["main"]), gone)
+        past = dims(params[self.roles.past[0]])[2] if self.roles.past else None
+        self._check(graph_of(module["main"]), gone, past)
         names = tuple(self.names.name(v) for v in sources) + ((given.name,) if given is not None else ())
         return Result(drop_params(module, gone), len(names), names)
 
@@ -95,7 +96,7 @@ class PositionsToInput:
                     found[var] = offset
         return found
 
-    def _check(self, graph: Graph, gone: set[str | None]) -> None:
+    def _check(self, graph: Graph, gone: set[str | None], past: Any) -> None:
         for param in graph.function.params:
             if param.name in gone and graph.users[param]:
                 user = self.names.describe(graph.users[param][0])
@@ -108,3 +109,12 @@ class PositionsToInput:
                 raise UnsupportedModel(
                     f"{self.names.describe(var)} counts over tokens, but is not proved to be their positions"
                 )
+            if isinstance(past, tirx.Var) and _mentions(graph.definitions[var], var, past):
+                raise UnsupportedModel(
+                    f"{self.names.describe(var)} depends on the length of the past; only attention may"
+                )
+
+
+def _mentions(value: relax.Expr, var: relax.Var, symbol: tirx.Var) -> bool:
+    """Whether a value's numbers or dimensions depend on a symbol."""
+    return any(not replaced(d, symbol, 0).same_as(d) for d in [*numbers(value), *dims(var)])

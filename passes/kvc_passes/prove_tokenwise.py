@@ -13,7 +13,7 @@ from tvm.sym import Analyzer
 from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import Graph, dims, graph_of, op_name, operands, static
+from .graph import Graph, dims, graph_of, numbers, op_name, operands, static
 from .indices import replaced
 from .markers import ATTENTION
 from .nodes import NodeNames
@@ -147,10 +147,14 @@ class _TokenAxes:
         if not inputs:
             if self.of(var) and name not in _UNIFORM:
                 raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
-            return
-        if name == "reshape":
+        elif name == "reshape":
             self.regrouped(var, call)
-            return
+        else:
+            self._ruled(var, call, name, inputs)
+        if any(self.depends(number) for number in numbers(call)):
+            raise _Mixes("reads the number of tokens as a value")
+
+    def _ruled(self, var: relax.Var, call: relax.Call, name: str, inputs: list[relax.Expr]) -> None:
         rule = _RULES.get(name)
         if rule is None:
             raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")

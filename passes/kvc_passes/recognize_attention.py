@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from .attention_sites import Match, Operand, SiteFinder
 from .base import Result
 from .errors import UnsupportedModel
 from .facts import Roles
-from .graph import graph_of
+from .graph import Graph, graph_of
 from .markers import ATTENTION
 from .nodes import NodeNames
 from .rebuild import rebuild
@@ -29,7 +29,7 @@ class RecognizeAttention:
     Needs: the importer's binding names; inputs in the roles of `roles`.
     Refuses: a softmax that is no attention, heads that are not repeated in order (GQA), a mask that lets a
         token see later ones or has no predicate, a bias that is not linear in the key's position, a past that
-        is not concatenated before the new keys.
+        is not concatenated before the new keys, an output in a past's place that is not it and the new keys.
     """
 
     roles: Roles
@@ -46,6 +46,7 @@ class RecognizeAttention:
             raise UnsupportedModel(
                 "the model has no attention: no softmax over scores was found; it is no decoder"
             )
+        self._check_presents(graph_of(function), matches)
         by_output = {m.output: m for m in matches}
         output = graph_of(function).resolve(function.body.body)
         logits = output.fields[0] if isinstance(output, relax.Tuple) else function.body.body
@@ -57,6 +58,20 @@ class RecognizeAttention:
 
         module = rebuild(mod, function.params, place, values=remap, output=logits)
         return Result(module, len(matches), tuple(m.site for m in matches))
+
+    def _check_presents(self, graph: Graph, matches: Sequence[Match]) -> None:
+        """What comes out in the place of a past is what attention reads: it goes in with the next call."""
+        output = graph.resolve(graph.function.body.body)
+        presents = list(output.fields)[1:] if isinstance(output, relax.Tuple) else []
+        if len(presents) != len(self.roles.past):
+            return
+        read = {past: whole for m in matches for past, whole in m.pasts}
+        for name, present in zip(self.roles.past, presents):
+            if name in read and graph.alias(present) != graph.alias(read[name]):
+                raise UnsupportedModel(
+                    f"the output in the place of the past '{name}' is not what attention reads: the past and "
+                    "what is new"
+                )
 
 
 def _marker(builder: relax.BlockBuilder, match: Match, values: dict[relax.Var, relax.Expr]) -> relax.Expr:

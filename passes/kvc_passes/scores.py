@@ -178,9 +178,9 @@ class ScoreReader:
                 at.value = call.args[0]
             elif name == "reshape":
                 self._through(at, call)
-            elif name == "subtract" and self._is_shift(call):
+            elif name == "subtract" and not at.masks and at.sinks is None and self._is_shift(call):
                 at.value = call.args[0]
-            elif name == "concat" and at.sinks is None and self._is_sinks(call):
+            elif name == "concat" and not at.masks and at.sinks is None and self._is_sinks(call):
                 at.value, sinks = operands(call)
                 at.sinks = sinks, (*at.index[:-1], 0)
             elif (found := self._mask(call, name)) is not None:
@@ -208,8 +208,13 @@ class ScoreReader:
         return constant is not None and constant <= HIDDEN
 
     def _is_shift(self, call: relax.Call) -> bool:
-        """x - y with one y for all keys, such as the largest score: a softmax does not change."""
-        return len(dims(call.args[1])) == len(dims(call)) and static(dims(call.args[1])[-1]) == 1
+        """x - max(x) over all keys, which changes no softmax; a number that is too large would."""
+        top = self.graph.resolve(call.args[1])
+        if op_name(top) != "max" or top.attrs.axis is None or not top.attrs.keepdims:
+            return False
+        rank = len(dims(call))
+        same = self.graph.alias(top.args[0]) == self.graph.alias(call.args[0])
+        return same and [int(a) % rank for a in top.attrs.axis] == [rank - 1]
 
     def _is_sinks(self, call: relax.Call) -> bool:
         """concat(scores, one column)."""

@@ -14,7 +14,17 @@ from .element import Elements, Index
 from .facts import MaskFact, Roles
 from .graph import Graph, dims, static
 from .indices import bind_index, int64, replaced
-from .masks import Mask, Place, bias_of, equivalent, predicate_of, prove_mask, prove_padding, with_padding
+from .masks import (
+    Mask,
+    Place,
+    adds_nothing,
+    bias_of,
+    equivalent,
+    predicate_of,
+    prove_mask,
+    prove_padding,
+    with_padding,
+)
 from .scores import Scores, Symbols
 from .tables import read_table
 
@@ -37,9 +47,9 @@ class MaskProver:
         """Raises Unprovable with what the mask is or does instead."""
         if scores.condition is True and not scores.masks:
             raise Unprovable("shows every key: the attention is bidirectional")
-        if scores.condition is not True:
+        if scores.condition is not True or scores.lengths is not None:
             return self._prove(scores)
-        used = ((self.graph.alias(m.value), m.use, len(m.index)) for m in scores.masks)
+        used = ((self.graph.alias(m.value), m.use, _pattern(m, scores.symbols)) for m in scores.masks)
         key = (scores.symbols.place.heads, *used)
         if key not in self._proved:
             self._proved[key] = self._prove(scores)
@@ -120,6 +130,7 @@ class MaskProver:
         value, index = scores.sinks
         elements, place = self._elements(scores.symbols, lambda index: 1), scores.symbols.place
         aligned = tuple(0 if static(d) == 1 else i for i, d in zip(index, dims(value)))
+        adds_nothing(elements, scores.masks)
         found = []
         for head in range(place.heads):
             at = _at_head(Mask(value, "add", aligned), place, head)
@@ -128,6 +139,15 @@ class MaskProver:
                 raise Unprovable("has something beside the scores that is not one number a head")
             found.append(score)
         return tuple(found)
+
+
+def _pattern(mask: Mask, symbols: Symbols) -> str:
+    """Where a mask is read, written the same for the same place of any attention."""
+    place = symbols.place
+    index = list(mask.index)
+    for number, var in enumerate((symbols.b, place.head, place.query, place.key)):
+        index = [replaced(i, var, tirx.Var(f"i{number}", "int64")) for i in index]
+    return str([str(i) for i in index])
 
 
 def _at_head(mask: Mask, place: Place, head: int) -> Mask:

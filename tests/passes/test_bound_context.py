@@ -93,6 +93,20 @@ def test_a_choice_that_changes_twice_is_refused() -> None:
         chosen(parity)
 
 
+def at_one_length(emit: Any, largest: Any) -> Any:
+    return emit(op.equal(largest, i64(5000)))
+
+
+def between(emit: Any, largest: Any) -> Any:
+    return emit(op.less(emit(op.floor_mod(largest, i64(100000))), i64(60000)))
+
+
+@pytest.mark.parametrize("choice", [at_one_length, between])
+def test_a_choice_at_lengths_that_no_sample_meets_is_refused(choice: Any) -> None:
+    with pytest.raises(UnsupportedModel, match=r"node '\w+' .* with several numbers"):
+        chosen(choice)
+
+
 def test_a_maximum_of_data_is_left_for_the_proof_that_tokens_do_not_mix() -> None:
     mod, names = module_of([TOKENS], lambda emit, t: emit(op.greater(emit(op.max(t)), i64(3))))
     assert BoundContext(Roles("input_ids"), names).run(mod).sites == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_graphs import MIN, Attention, Context, arrays, causal, f32, i64
+from attention_graphs import HEADS, MIN, Attention, Context, arrays, causal, f32, i64
 from tvm import relax
 from tvm.relax import op
 
@@ -373,7 +373,7 @@ def fixed_blocks(emit: Emit, c: Context) -> Mask:
 
 def broken_table(emit: Emit, c: Context) -> Mask:
     array = TRIANGLE.copy()
-    array[TABLE - 1, 0] = False
+    array[TABLE - 1, 5] = False
     return table(emit, c, array)
 
 
@@ -401,7 +401,90 @@ def from_data(emit: Emit, c: Context) -> Mask:
     return emit(op.logical_and(causal(emit, c), near))
 
 
+def wearing_off(emit: Emit, c: Context) -> Mask:
+    """Later keys are hidden by -1e4 + 100.5 * key: no more from position 100 on."""
+    slope = emit(op.multiply(emit(op.astype(c.key(emit), "float32")), f32(100.5)))
+    return emit(op.where(causal(emit, c), f32(0.0), emit(op.add(slope, f32(-1e4)))))
+
+
+def low(emit: Emit, c: Context) -> Mask:
+    return emit(op.where(causal(emit, c), f32(-9999.0), f32(-10000.0)))
+
+
+def shifted_by_mean(emit: Emit, c: Context, scores: Any, mask: Mask) -> Any:
+    """With -3.4e38 among the scores, the mean is so large that nothing is left of the others."""
+    masked = add(emit, c, scores, emit(op.where(mask, f32(0.0), f32(MIN))))
+    return emit(op.subtract(masked, emit(op.mean(masked, axis=[-1], keepdims=True))))
+
+
+def column(emit: Emit, c: Context) -> Any:
+    """A score a head, beside the keys' [b,h,s,1]."""
+    table = relax.const(np.linspace(-1, 1, HEADS, dtype=np.float32).reshape(1, HEADS, 1, 1))
+    return emit(op.broadcast_to(table, relax.ShapeExpr([c.batch, HEADS, c.sequence, 1])))
+
+
+def with_sinks(change: Any) -> Attention:
+    """A learned score beside the masked scores, and `change` made to something."""
+
+    def apply(emit: Emit, c: Context, scores: Any, mask: Mask) -> Any:
+        return change(emit, c, add(emit, c, scores, mask), column(emit, c))
+
+    def weigh(emit: Emit, c: Context, weights: Any, v: Any) -> Any:
+        kept = emit(op.strided_slice(weights, [3], [0], [c.total], assume_inbound=True))
+        return emit(op.matmul(kept, v))
+
+    hidden = lambda e, c: e(op.where(causal(e, c), f32(0.0), f32(MIN)))  # noqa: E731
+    return Attention(hidden, apply=apply, weigh=weigh)
+
+
+def beside(emit: Emit, c: Context, scores: Any, sinks: Any) -> Any:
+    return emit(op.concat([scores, sinks], axis=3))
+
+
+def largest_off(emit: Emit, x: Any) -> Any:
+    return emit(op.subtract(x, emit(op.max(x, axis=[-1], keepdims=True))))
+
+
+WITH_SINKS = {
+    "beside": with_sinks(beside),
+    "and the largest taken off": with_sinks(lambda e, c, x, s: largest_off(e, beside(e, c, x, s))),
+}
+
+
+@pytest.mark.parametrize("attention", WITH_SINKS.values(), ids=WITH_SINKS)
+def test_learned_scores_are_read(attention: Attention) -> None:
+    (site,) = attention.recognize().facts
+    np.testing.assert_allclose(site.sinks, np.linspace(-1, 1, HEADS), rtol=1e-6)
+    check_numbers(attention, site)
+
+
 REFUSED = {
+    "a number that wears off": (
+        Attention(wearing_off, apply=add),
+        "hides keys by a number that depends on the position",
+    ),
+    "hidden keys hardly lower than shown ones": (Attention(low, apply=add), "adds -9999 to shown scores"),
+    "the mean taken off": (Attention(apply=shifted_by_mean), "found subtract"),
+    "the largest taken off, but not off the learned score": (
+        with_sinks(lambda e, c, x, s: beside(e, c, largest_off(e, x), s)),
+        "found subtract",
+    ),
+    "a constant added, but not to the learned score": (
+        with_sinks(
+            lambda e, c, x, s: beside(e, c, add(e, c, x, e(op.full([1, 1, 1, c.total], f32(2.0)))), s)
+        ),
+        "not to the learned score beside them",
+    ),
+    "a bias beside a learned score": (
+        with_sinks(lambda e, c, x, s: beside(e, c, add(e, c, x, alibi(e, c)), s)),
+        "not to the learned score beside them",
+    ),
+    "a learned score that a mask changes": (
+        with_sinks(
+            lambda e, c, x, s: add(e, c, beside(e, c, x, s), e(op.full([1, 1, 1, c.total + 1], f32(2.0))))
+        ),
+        "",
+    ),
     "off by one: without itself": (
         Attention(lambda e, c: e(op.less(c.key(e), c.query(e))), past=True),
         "not proved to show a token itself",
@@ -461,8 +544,8 @@ REFUSED = {
         "",
     ),
     "block-diagonal": (Attention(blocks), "lets the token at position 0 see the later key 1"),
-    "block-diagonal table": (Attention(fixed_blocks), "neither uniform nor triangular"),
-    "a hole in the table": (Attention(broken_table), "neither uniform nor triangular"),
+    "block-diagonal table": (Attention(fixed_blocks), "neither uniform, nor triangular"),
+    "a hole in the table": (Attention(broken_table), "neither uniform, nor triangular"),
     "a constant that hides little": (
         Attention(lambda e, c: e(op.where(causal(e, c), f32(0.0), f32(-1.0))), apply=add),
         "adds -1 to some scores and 0 to others",

@@ -155,3 +155,25 @@ def test_other_uses_of_mask_and_past_are_refused(name: str) -> None:
         UnsupportedModel, match=rf"node '.*' \(max\) uses the input '{name}' for something other"
     ):
         PositionsToInput(c.roles, names).run(built)
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        lambda e, c: e(op.arange(c.start, c.start + 1, 1, "int64")),
+        lambda e, c: e(
+            op.strided_slice(i64(np.arange(64)), [0], [c.start], [c.start + 1], assume_inbound=True)
+        ),
+        lambda e, c: e(op.sum(e(op.zeros([c.total], "int64")), keepdims=True)),
+    ],
+    ids=["counted", "read", "summed"],
+)
+def test_the_length_of_the_past_as_a_number_is_refused(length: Any) -> None:
+    c = Context(past=True)
+
+    def body(emit: Any, *_: Any) -> Any:
+        return emit(op.add(c.tokens, length(emit, c)))
+
+    built, names = module_of([c.tokens, c.padding, c.positions, *c.past], body)
+    with pytest.raises(UnsupportedModel, match="depends on the length of the past; only attention may"):
+        PositionsToInput(c.roles, names).run(built)

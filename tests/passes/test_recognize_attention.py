@@ -244,6 +244,40 @@ def test_layers_are_numbered_in_order_and_only_the_logits_are_returned() -> None
     assert not isinstance(result.module["main"].ret_ty, relax.TupleType)
 
 
+def returned(c: Context, presents: Any) -> Any:
+    """The pass's result for one layer that also returns `presents(emit, k, v)` of its keys and values."""
+
+    def body(emit: Any, *_: Any) -> Any:
+        extended = {}
+
+        def extend(emit: Any, c: Context, which: int, new: Any) -> Any:
+            extended[which] = emit(op.concat([c.past[which], new], axis=2))
+            return extended[which]
+
+        logits = Attention(past=True, extend=extend).layer(emit, c)
+        return [logits, *presents(emit, extended[0], extended[1])]
+
+    module, names = module_of(c.params, body)
+    return RecognizeAttention(c.roles, names).run(module)
+
+
+def test_presents_are_what_attention_reads() -> None:
+    assert returned(Context(past=True), lambda e, k, v: [k, v]).sites == 1
+    assert returned(Context(past=True), lambda e, k, v: [k]).sites == 1  # not as many as pasts: other outputs
+
+
+@pytest.mark.parametrize(
+    "presents",
+    [lambda e, k, v: [v, k], lambda e, k, v: [k, e(op.multiply(v, f32(2.0)))], lambda e, k, v: [k, k]],
+    ids=["exchanged", "doubled", "twice the same"],
+)
+def test_other_presents_are_refused(presents: Any) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"in the place of the past 'past_.' is not what attention reads"
+    ):
+        returned(Context(past=True), presents)
+
+
 def test_layers_have_a_past_each() -> None:
     c = Context(past=True)
     attention = Attention(past=True)

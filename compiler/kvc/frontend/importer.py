@@ -30,7 +30,7 @@ from .integers import Folder, Integers, NotFolded, expr, from_array
 from .operators import CONVERTERS
 from .quantized_operators import coded_initializers
 from .reader import OnnxFile, from_model, read, require_types
-from .roles import PAST, SEQUENCE, find_roles, unify_dimensions
+from .roles import PAST, SEQUENCE, find_roles, order_outputs, unify_dimensions
 
 _RESERVED = re.compile(r"[kv]_\d+|tokens|positions|slots|tiles|block_table|rows|logits")
 """Names of the compiled functions' other parameters."""
@@ -70,6 +70,7 @@ def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
     file = read(path)
     roles = find_roles(file.graph, path)
     unify_dimensions(file.graph, roles, path)
+    order_outputs(file.graph, roles)
     importer = Importer(file, allow=allow)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stock importer warns about every renamed input

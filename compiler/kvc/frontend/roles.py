@@ -8,6 +8,7 @@ from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
 
 BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
+LOGITS = "logits"
 _TABLES = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose")
 """Operators that make tables of other tables."""
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
@@ -118,3 +119,23 @@ def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None
         for axis, symbol in enumerate(symbols):
             if symbol is not None and not dims[name][axis].dim_value:
                 dims[name][axis].dim_param = symbol
+
+
+def order_outputs(graph: onnx.GraphProto, roles: Roles) -> None:
+    """Put the output called logits first, if there is one, presents in the order of their pasts, in place.
+
+    Presents are known by the names of their pasts, such as present.0.key by past_key_values.0.key.
+    """
+    presents = {_kind(name): number for number, name in enumerate(roles.past)}
+
+    def rank(value: onnx.ValueInfoProto) -> tuple[bool, int]:
+        return value.name != LOGITS, presents.get(_kind(value.name), -1)
+
+    outputs = sorted(graph.output, key=rank)
+    del graph.output[:]
+    graph.output.extend(outputs)
+
+
+def _kind(name: str) -> str:
+    """What the names of a past and of its present have in common."""
+    return name.lower().replace("past_key_values", "present").replace("past", "present")
