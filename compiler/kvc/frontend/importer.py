@@ -6,6 +6,7 @@ and operator, and names every binding after its ONNX node, so that later refusal
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -163,7 +164,12 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
 
     def from_onnx(self, graph: onnx.GraphProto, opset: int) -> IRModule:
         """The module, without the base class's `params` attribute."""
-        module = super().from_onnx(graph, opset)
+        try:
+            module = super().from_onnx(graph, opset)
+        except Exception:
+            with contextlib.suppress(Exception):  # TVM warns about builders that have an open block
+                self.bb._end_block()
+            raise
         module["main"] = module["main"].without_attr("params")
         return module
 
