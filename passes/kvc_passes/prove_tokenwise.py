@@ -11,6 +11,7 @@ from tvm import IRModule, relax, tirx
 from tvm.sym import Analyzer
 
 from .base import Result
+from .conditions import Unprovable
 from .errors import UnsupportedModel
 from .facts import Roles
 from .graph import Graph, dims, graph_of, numbers, op_name, operands, static
@@ -187,11 +188,17 @@ class _TokenAxes:
         source, target = dims(call.args[0]), dims(call)
         before = self.outer.get(call.args[0], {})
         found: dict[int, int] = {}
-        for low, high, first, last in regroup(self.analyzer, source, target):
+        try:
+            groups = regroup(self.analyzer, source, target)
+        except Unprovable as reason:
+            raise _Mixes(str(reason)) from None
+        for low, high, first, last in groups:
             given = self._standing(source[low:high], {a - low: n for a, n in before.items()})
             if given is None:
                 continue
             wanted = [a for a in range(first, last) if self.depends(target[a])]
+            if not wanted:
+                raise _Mixes("merges the token axis with another axis")
             between = [a for a in range(wanted[0], wanted[-1]) if static(target[a]) not in (None, 1)]
             outside, behind = _count(target[first : wanted[0]]), _count(target[wanted[-1] + 1 : last])
             inside = self._elements(source[low:high]) // given

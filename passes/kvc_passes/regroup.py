@@ -8,6 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.sym import Analyzer
 
+from .conditions import Unprovable
 from .graph import static
 
 
@@ -16,7 +17,8 @@ def regroup(
 ) -> list[tuple[int, int, int, int]]:
     """Split two shapes with the same number of elements into the smallest ranges of equal product.
 
-    Returns (source start, source end, target start, target end) of every range, in order.
+    Returns (source start, source end, target start, target end) of every range, in order. Raises Unprovable
+    if one shape ends before the other.
     """
     groups = []
     i = j = 0
@@ -26,6 +28,9 @@ def regroup(
             i += 1
         elif j < len(target) and static(target[j]) == 1:
             j += 1
+        elif i == len(source) or j == len(target):
+            shapes = " to ".join(f"[{', '.join(map(str, shape))}]" for shape in (source, target))
+            raise Unprovable(f"reshapes {shapes}, which are not proved to have as many elements")
         else:
             left, right = source[i], target[j]
             i, j = i + 1, j + 1

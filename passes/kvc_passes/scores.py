@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,6 +211,8 @@ class ScoreReader:
     def _is_shift(self, call: relax.Call) -> bool:
         """x - max(x) over all keys, which changes no softmax; a number that is too large would."""
         top = self.graph.resolve(call.args[1])
+        if op_name(top) == "where" and scalar(top.args[2], self.graph) == -math.inf:  # of rows without keys
+            top = self.graph.resolve(top.args[1])
         if op_name(top) != "max" or top.attrs.axis is None or not top.attrs.keepdims:
             return False
         rank = len(dims(call))

@@ -445,7 +445,18 @@ def largest_off(emit: Emit, x: Any) -> Any:
     return emit(op.subtract(x, emit(op.max(x, axis=[-1], keepdims=True))))
 
 
+def largest_of_some_off(emit: Emit, x: Any) -> Any:
+    """As the importer writes ReduceMax: -inf of rows in which all is -inf."""
+    top = emit(op.max(x, axis=[-1], keepdims=True))
+    finite = emit(op.astype(emit(op.not_equal(x, f32(-np.inf))), "int8"))
+    some = emit(op.astype(emit(op.max(finite, axis=[-1], keepdims=True)), "bool"))
+    return emit(op.subtract(x, emit(op.where(some, top, f32(-np.inf)))))
+
+
 WITH_SINKS = {
+    "and the largest of some taken off": with_sinks(
+        lambda e, c, x, s: largest_of_some_off(e, beside(e, c, x, s))
+    ),
     "beside": with_sinks(beside),
     "and the largest taken off": with_sinks(lambda e, c, x, s: largest_off(e, beside(e, c, x, s))),
 }

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tvm import tirx
 from tvm.sym import Analyzer
 
+from kvc_passes.conditions import Unprovable
 from kvc_passes.regroup import regroup
 from support import symbol
 
@@ -64,3 +65,9 @@ def test_groups_cover_both_shapes_and_hold_the_same(shapes: tuple[list[int], lis
         assert math.prod(source[low:high]) == math.prod(target[first:last])
         i, j = high, last
     assert (i, j) == (len(source), len(target))
+
+
+@pytest.mark.parametrize(("source", "target"), [((6,), (2, 3, 4)), ((2, 3, 4), (6,)), ((2,), (1, 2, 3))])
+def test_shapes_of_other_sizes_are_refused(source: Any, target: Any) -> None:
+    with pytest.raises(Unprovable, match="not proved to have as many elements"):
+        regroup(Analyzer(), dims(*source), dims(*target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -11,6 +12,8 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from kvc_passes.errors import InputError, UnsupportedModel
+
+from .structure import check_structure
 
 OLDEST_OPSET = 13  # Squeeze, Unsqueeze and Reduce* take their axes as inputs from here on.
 
@@ -78,8 +81,9 @@ def read(path: Path) -> OnnxFile:
     """Parse `path` and map its tensors.
 
     Raises:
-        InputError: not a file, not ONNX, truncated, external data missing or short.
-        UnsupportedModel: no ai.onnx operators, an opset that is too old, or model-local functions.
+        InputError: not a file, not ONNX, truncated, not well formed, external data missing or short.
+        UnsupportedModel: no ai.onnx operators, an opset that is too old, model-local functions, or an
+            initializer of a type that kvc has no numbers for.
     """
     require_file(path)
     try:
@@ -90,7 +94,9 @@ def read(path: Path) -> OnnxFile:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not model.graph.node or not model.opset_import:
         raise InputError(f"{path}: not an ONNX model: it holds no graph (empty or truncated file?)")
-    return OnnxFile(path, model, _opset(path, model), _tensors(path, model.graph), _packed(model.graph))
+    opset = _opset(path, model)
+    check_structure(model.graph, opset, path)
+    return OnnxFile(path, model, opset, _tensors(path, model.graph), _packed(model.graph))
 
 
 def require_types(graph: onnx.GraphProto, name: object) -> None:
@@ -112,7 +118,8 @@ def require_types(graph: onnx.GraphProto, name: object) -> None:
 
 def _require_type(path: object, role: str, name: str, kind: int) -> None:
     if kind not in _DTYPES:
-        text = onnx.TensorProto.DataType.Name(kind)
+        known = onnx.TensorProto.DataType.values()
+        text = onnx.TensorProto.DataType.Name(kind) if kind in known else f"{kind}, which ONNX does not have"
         raise UnsupportedModel(f"{path}: {role} '{name}' has the element type {text}")
 
 
@@ -180,19 +187,21 @@ def _inline(path: Path, tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def _tensor(path: Path, tensor: onnx.TensorProto, maps: dict[Path, np.memmap]) -> np.ndarray:
+    four = tensor.data_type in _FOUR_BITS
+    if not four:
+        _require_type(path, "initializer", tensor.name, tensor.data_type)
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return _inline(path, tensor)
-    four = tensor.data_type in _FOUR_BITS
-    dtype = np.dtype(np.uint8) if four else _DTYPES.get(tensor.data_type)
-    if dtype is None:
-        name = onnx.TensorProto.DataType.Name(tensor.data_type)
-        raise UnsupportedModel(f"{path}: initializer '{tensor.name}' has the element type {name}")
+    dtype = np.dtype(np.uint8) if four else _DTYPES[tensor.data_type]
     info = {entry.key: entry.value for entry in tensor.external_data}
     file = _data_file(path, tensor.name, info.get("location", ""))
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    shape = (-(-count // 2),) if four else tuple(tensor.dims)
-    offset = int(info.get("offset", 0))
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    shape = (-(-math.prod(tensor.dims) // 2),) if four else tuple(tensor.dims)
+    start = info.get("offset", "0")
+    if not (start.isascii() and start.isdigit()) or any(extent < 0 for extent in tensor.dims):
+        raise InputError(
+            f"{path}: initializer '{tensor.name}' is damaged (shape {list(tensor.dims)}, offset '{start}')"
+        )
+    offset, size = int(start), math.prod(shape) * dtype.itemsize
     if offset + size > file.stat().st_size:
         raise InputError(
             f"{path}: external data is short: initializer '{tensor.name}' ends at byte {offset + size} of "

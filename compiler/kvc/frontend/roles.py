@@ -77,7 +77,7 @@ def _token_input(graph: onnx.GraphProto, inputs: list[onnx.ValueInfoProto]) -> s
             size = rows[given[0]]
             rows |= dict.fromkeys(node.output, 1 if node.op_type in ("Reshape", "Transpose") else size)
         elif node.op_type in ("Gather", "GatherBlockQuantized") and given[0] in rows.keys() - index:
-            source = alias.get(given[1])
+            source = alias.get(given[1]) if len(given) > 1 else None
             if source is not None and (best is None or rows[given[0]] > best[0]):
                 best = (rows[given[0]], source)
     return best[1] if best else None

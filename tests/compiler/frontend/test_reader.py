@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -232,4 +233,103 @@ def test_an_element_type_without_a_numpy_form_is_refused(tmp_path: Path) -> None
     proto.graph.initializer[0].data_type = TensorProto.STRING
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(UnsupportedModel, match="initializer 'table' has the element type STRING"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("dims", "offset"),
+    [
+        ([32, -4], "0"),
+        ([-32, -4], "0"),
+        ([1 << 62, 4], "0"),
+        ([32, 4], "-8"),
+        ([32, 4], "x"),
+        ([32, 4], "1" * 30),
+    ],
+)
+def test_external_data_of_impossible_size_or_place(tmp_path: Path, dims: list[int], offset: str) -> None:
+    path = external(tmp_path)
+    broken = onnx.load(path, load_external_data=False)
+    (tensor,) = (t for t in broken.graph.initializer if t.name == "table")
+    del tensor.dims[:]
+    tensor.dims.extend(dims)
+    (entry,) = (e for e in tensor.external_data if e.key == "offset")
+    entry.value = offset
+    path.write_bytes(broken.SerializeToString())
+    with pytest.raises(InputError, match=r"model\.onnx: .*'table'"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", [99, -1, TensorProto.COMPLEX64, TensorProto.STRING])
+def test_initializers_of_types_without_numbers(tmp_path: Path, kind: int) -> None:
+    broken = model()
+    broken.graph.initializer[0].data_type = kind
+    path = tmp_path / "model.onnx"
+    path.write_bytes(broken.SerializeToString())
+    with pytest.raises(UnsupportedModel, match="initializer 'table' has the element type"):
+        read(path)
+
+
+def rewritten(change: Callable[[onnx.GraphProto], None], old: bytes = b"", new: bytes = b"") -> bytes:
+    broken = model()
+    change(broken.graph)
+    return bytes(broken.SerializeToString()).replace(old, new)
+
+
+MALFORMED = {
+    "an input that nothing makes": (
+        lambda g: g.node.append(helper.make_node("Add", ["logits", "lost"], ["sum"], "add")),
+        "node 'add' \\(Add\\) reads 'lost', which nothing before it makes",
+    ),
+    "a cycle": (
+        lambda g: g.node.append(helper.make_node("Neg", ["sum"], ["sum"], "neg")),
+        "node 'neg' \\(Neg\\) reads 'sum', which nothing before it makes",
+    ),
+    "made twice": (
+        lambda g: g.node.append(helper.make_node("Neg", ["logits"], ["logits"], "neg")),
+        "node 'neg' \\(Neg\\) makes 'logits', which is there already",
+    ),
+    "a required input left out": (
+        lambda g: g.node.append(helper.make_node("Concat", ["logits", ""], ["sum"], "cat", axis=-1)),
+        "node 'cat' \\(Concat\\) lacks its input 'inputs'",
+    ),
+    "too few inputs": (
+        lambda g: g.node.append(helper.make_node("Add", ["logits"], ["sum"], "add")),
+        "node 'add' \\(Add\\) has 1 inputs, not 2",
+    ),
+    "no outputs": (
+        lambda g: g.node.append(helper.make_node("Neg", ["logits"], [], "neg")),
+        "node 'neg' \\(Neg\\) has 0 outputs, not 1",
+    ),
+    "a required attribute left out": (
+        lambda g: g.node.append(helper.make_node("Concat", ["logits"], ["sum"], "cat")),
+        "node 'cat' \\(Concat\\) lacks its attribute 'axis'",
+    ),
+    "an attribute of another type": (
+        lambda g: g.node.append(helper.make_node("Concat", ["logits"], ["sum"], "cat", axis=1.0)),
+        "node 'cat' \\(Concat\\) has an attribute 'axis' that is no INT",
+    ),
+    "an attribute that the operator lacks": (
+        lambda g: g.node.append(helper.make_node("Neg", ["logits"], ["sum"], "neg", axes=[1])),
+        "node 'neg' \\(Neg\\) has an attribute 'axes', which the operator does not have",
+    ),
+    "an output that nothing makes": (
+        lambda g: g.output.append(helper.make_tensor_value_info("lost", TensorProto.FLOAT, None)),
+        "the output 'lost' is made by no node",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_a_graph_that_is_not_well_formed(tmp_path: Path, change: Any, reason: str) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(rewritten(change))
+    with pytest.raises(InputError, match=rf"model\.onnx: {reason}"):
+        read(path)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(rewritten(lambda g: None, b"/embed/Gather", b"/embed/\xff\xfether"))
+    with pytest.raises(InputError, match=r"not an ONNX file|the name of a node is no text"):
         read(path)
