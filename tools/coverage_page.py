@@ -120,7 +120,8 @@ def _node_cases(page: Path) -> list[str]:
     """The totals of the page of ONNX's own cases."""
     lines = page.read_text().splitlines() if page.exists() else []
     totals = [line for line in lines if line.startswith(("| operator", "|---", "| **all"))]
-    return ["## ONNX's own node cases", "", f"By operator in [{page.name}]({page.name}).", "", *totals[:3], ""]
+    about = f"By operator in [{page.name}]({page.name})."
+    return ["## ONNX's own node cases", "", about, "", *totals[:3], ""]
 
 
 def _machine() -> str:

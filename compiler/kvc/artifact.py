@@ -224,7 +224,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"manifest.json cannot be read ({error})") from None
     if form != FORMAT:
-        advice = "upgrade kvc, or compile the model again with this one" if form > FORMAT else "compile it again"
+        newer = form > FORMAT
+        advice = "upgrade kvc, or compile the model again with this one" if newer else "compile it again"
         raise InputError(
             f"{path} has format {form}, written by kvc {manifest.get('kvc', '?')}; this kvc reads format "
             f"{FORMAT}: {advice}"

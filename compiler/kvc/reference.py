@@ -52,6 +52,7 @@ class Reference:
                 self.types |= floats
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32
             try:
                 self.session = onnxruntime.InferenceSession(
                     str(exact), options, providers=["CPUExecutionProvider"]
