@@ -41,8 +41,8 @@ LIMITS: Final = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 """Most that a logit of up to 8 may differ, by what the graph computes in. The two 16-bit types are compared
 with the graph widened to float32; roundings between operators differ from it by some units of 2^-11, 2^-8."""
 ALIKE: Final = ("prompt of 1",)
-"""What is compared of activations that are quantized at run time: ONNX Runtime has one scale for all tokens of a
-call, kvc (with the permission token-scales) one for each. For one token that is the same."""
+"""What is compared of activations that are quantized at run time: ONNX Runtime has one scale for all tokens
+of a call, kvc (with the permission token-scales) one for each. For one token that is the same."""
 ACTIVATIONS_LIMIT: Final = 2e-1
 """The same for integer activations, which a rounding can move by a whole step."""
 
