@@ -97,7 +97,8 @@ class Reference:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.caches = [name for name in self.inputs if name.startswith("past")]
-        config = json.loads((path.with_suffix(".assets") / "config.json").read_text())
+        settings = path.with_suffix(".assets") / "config.json"
+        config = json.loads(settings.read_text()) if settings.exists() else {"head_dim": 1}
         whole, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
         self.head_dim = config.get("head_dim") or whole // heads
 

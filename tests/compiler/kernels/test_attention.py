@@ -34,6 +34,8 @@ SHAPES = {
         kv_dtype="bfloat16",
     ),
     "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, kv_dtype="bfloat16"),
+    "heads of odd sizes": AttentionShape(3, 3, 6, 10, 0.4),
+    "one head of four and a half vectors": AttentionShape(1, 1, 36, 20, 0.2),
     "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
 }
 PAGE = 16
