@@ -56,6 +56,11 @@ def _even(part: np.ndarray, symbol: Any) -> Any:
     """first + i * step."""
     if np.array_equal(part, np.arange(part.size)):
         return symbol
+    if part.dtype.kind in "iu":
+        whole = part.astype(np.int64)
+        growth = int(whole[1] - whole[0])
+        even = whole[0] + growth * np.arange(part.size)
+        return int64(symbol) * growth + int(whole[0]) if np.array_equal(whole, even) else None
     if part.dtype.kind not in "fV":
         return None
     numbers = part.astype(np.float64)

@@ -326,7 +326,8 @@ class Writer:
             first = self("Less", self.columns()[1], self.const(2, np.int64))
             shown = self("And", shown, self("Or", first, self.near(size)))
         elif mask == "windows of heads":
-            sizes = self.const(s.window + 3 * np.arange(s.heads).reshape(-1, 1, 1), np.int64)
+            head = self.const(np.arange(s.heads).reshape(-1, 1, 1), np.int64)
+            sizes = self("Add", self("Mul", head, self.const(3, np.int64)), size)
             shown = self("And", shown, self.near(sizes))
         return str(shown)
 

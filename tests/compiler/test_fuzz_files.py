@@ -9,7 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.fuzz_files import (  # noqa: E402
+from tools.fuzz_files import (
     BUGS,
     COUNT,
     Fate,

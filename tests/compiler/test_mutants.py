@@ -13,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.mutants import BASES, Base, Reference, Verdict, attack, counts, judge  # noqa: E402
+from tools.mutants import BASES, Base, Reference, Verdict, attack, counts, judge
 
 ModelFile = Callable[..., Path]
 SOME = {

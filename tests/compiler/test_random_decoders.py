@@ -1,4 +1,4 @@
-"""Random decoders: correct ones are mostly accepted, and whatever is accepted computes what ONNX Runtime does."""
+"""Random decoders: correct ones are mostly accepted; what is accepted computes what ONNX Runtime does."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.mutants import Verdict, judge  # noqa: E402
+from tools.mutants import Verdict, judge
 
-from .random_decoders import FAULTS, Spec, Writer, specs  # noqa: E402
+from .random_decoders import FAULTS, Spec, Writer, specs
 
 
 def verdict_of(spec: Spec) -> Verdict:
@@ -50,7 +50,7 @@ def attack(faults: Any, examples: int) -> Counter[str]:
 
 
 def test_correct_decoders() -> None:
-    found = attack((None,), 8)
+    found = attack((None,), 7)
     assert found["equal"] >= 6, found
 
 

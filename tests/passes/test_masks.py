@@ -265,7 +265,16 @@ def by_head_window(emit: Emit, c: Context) -> Mask:
     return emit(op.logical_and(causal(emit, c), near))
 
 
+def by_head_table(emit: Emit, c: Context, sizes: tuple[int, ...] = (2, 5, 8, 11)) -> Mask:
+    """Head h sees sizes[h] keys, read from a table."""
+    near = emit(
+        op.less(emit(op.subtract(c.query(emit), c.key(emit))), constant(np.array(sizes).reshape(1, 4, 1, 1)))
+    )
+    return emit(op.logical_and(causal(emit, c), near))
+
+
 OTHERS = {
+    "a window for every head, of a table": (by_head_table, "predicate", None),
     "chunk": (lambda e, c: e(op.logical_and(causal(e, c), blocks(e, c))), "chunk", W),
     "chunk by integer division": (divided, "chunk", W),
     "sinks": (sunk, "sinks", W),
@@ -470,6 +479,10 @@ def test_learned_scores_are_read(attention: Attention) -> None:
 
 
 REFUSED = {
+    "windows of a table that does not grow evenly": (
+        Attention(lambda e, c: by_head_table(e, c, (2, 5, 8, 12))),
+        "is another one for some heads",
+    ),
     "a number that wears off": (
         Attention(wearing_off, apply=add),
         "hides keys by a number that depends on the position",

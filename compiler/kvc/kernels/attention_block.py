@@ -153,7 +153,7 @@ class BlockKernel:
         """scores[slot + i, base + j] = query row (row + i) . key j of `count` pages from `start`."""
         e, lanes, dim, height, width = self.e, self.lanes, self.shape.head_dim, self.height, self.width
         splits = max(1, 8 // (width * height))
-        splits = min(1 << (splits.bit_length() - 1), dim & -dim)  # powers of two; none of the head is left over
+        splits = min(1 << (splits.bit_length() - 1), dim & -dim)  # powers of two; no element is left over
         groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         with e.loop("kg", groups) as kg:
             columns = [tirx.Min(kg * self.together + j, count - 1) for j in range(self.together)]
