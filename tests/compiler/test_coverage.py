@@ -31,7 +31,7 @@ ROWS = [
     "bloom/dynamo-20-past/float32",
     "llama4/dynamo-20/float32",
     "gpt-oss/dynamo-20/float32",
-    "deepseek/dynamo-20-past/float32",
+    "deepseek/dynamo-23/float32",
     "mixtral/dynamo-20/float32",
     "mpt/torchscript-17-past/float32",
     "llama/dynamo-23/bfloat16",
