@@ -28,6 +28,10 @@ _TYPES: Final = {
 }
 
 
+EXACT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""ONNX Runtime makes MatMulNBits of a product with a dequantized weight, and would quantize x to 8 bits."""
+
+
 class Graph:
     """An ONNX file in ONNX Runtime, on one thread.
 
@@ -41,6 +45,7 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
+        options.add_session_config_entry(*EXACT_PRODUCTS)
         providers = ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self.inputs = {value.name: value for value in self.session.get_inputs()}

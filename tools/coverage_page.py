@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.coverage_rows import FLOATS, Row
+from tools.mutants import read_counts
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,29 @@ def write_page(path: Path, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> 
     for number, (reason, which) in enumerate(page.reasons.items(), 1):
         more = f" and {len(which) - 3} more" if len(which) > 3 else ""
         text.append(f"{number}. {reason} ({', '.join(which[:3])}{more})")
+    text += ["", *_mutants(), *_node_cases(path.with_name("node-cases.md"))]
     ran = [outcome for outcome in outcomes if outcome.result != "not exported"]
     proved = sum(outcome.result == "proved" for outcome in ran)
     count = f"{proved} of {len(ran)} files that an exporter wrote are proved, compiled and exact."
     path.write_text("\n".join([_HEAD, count, "", *text, "", _machine(), ""]))
+
+
+def _mutants() -> list[str]:
+    """What came of models with one thing changed, where tools/mutants.py was run."""
+    counts = read_counts()
+    if counts is None:
+        return []
+    rows = [f"| {what} | {count} |" for what, count in counts.items()]
+    about = "Good graphs with one thing changed (`python -m tools.mutants`): each is refused, or still exact."
+    return ["## Mutants", "", about, "", "| outcome | mutants |", "|---|---:|", *rows, ""]
+
+
+def _node_cases(page: Path) -> list[str]:
+    """The totals of the page of ONNX's own cases."""
+    lines = page.read_text().splitlines() if page.exists() else []
+    totals = [line for line in lines if line.startswith(("| operator", "|---", "| **all"))]
+    about = f"By operator in [{page.name}]({page.name})."
+    return ["## ONNX's own node cases", "", about, "", *totals[:3], ""]
 
 
 def _machine() -> str:

@@ -17,66 +17,28 @@ import ctypes
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import numpy as np
 from numpy.typing import NDArray
 
 import kvc
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts, Plan, facts_from_json, plan_from_json, to_json
 
+from .weights_file import TensorSpec, Weight, map_weights, read_layout, write_weights
+
 FORMAT: Final = 2
-ALIGNMENT: Final = 64
-"""Generated code loads whole cache lines: every tensor starts on one, in the file and so in memory."""
 
 REQUIRED: Final = ("model.so", "weights.safetensors", "plan.json", "facts.json")
 ASSETS: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-
-# dtype: (its name in safetensors, bytes an element)
-_DTYPES: Final = {
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "int8": ("I8", 1),
-    "uint8": ("U8", 1),
-    "int32": ("I32", 4),
-    "int64": ("I64", 8),
-}
-_DTYPE_OF: Final = {code: name for name, (code, _) in _DTYPES.items()}
-
-Weight = tuple[str, Sequence[int], str, Callable[[], NDArray[Any]]]
-"""Name, shape, dtype and the function that makes the array when its turn to be written comes."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of a safetensors file; `offset` counts bytes from the start of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype called `name`. bfloat16 comes from ml_dtypes, which is imported only for it."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype(name)
 
 
 @dataclass(frozen=True)
@@ -122,47 +84,7 @@ class Artifact:
 
     def weights(self) -> dict[str, NDArray[Any]]:
         """Read-only views of the memory-mapped weights by name, in the compiled functions' order."""
-        file = self.path / "weights.safetensors"
-        bytes_ = np.memmap(file, dtype=np.uint8, mode="r")
-        return {
-            spec.name: bytes_[spec.offset : spec.offset + spec.bytes]
-            .view(numpy_dtype(spec.dtype))
-            .reshape(spec.shape)
-            for spec in read_layout(file)
-        }
-
-
-def read_layout(file: Path) -> tuple[TensorSpec, ...]:
-    """Where the tensors of a weights file lie, in the order that its metadata gives.
-
-    Raises InputError if the header is damaged or a tensor is not aligned.
-    """
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        order = json.loads(header["__metadata__"]["order"])
-        start = 8 + length
-        specs = []
-        for name in order:
-            entry = header[name]
-            first, end = entry["data_offsets"]
-            width = numpy_dtype(_DTYPE_OF[entry["dtype"]]).itemsize
-            if not 0 <= first <= start + end <= file.stat().st_size:
-                raise ValueError(f"{name} lies outside the file")
-            if end - first != math.prod(entry["shape"]) * width:
-                raise ValueError(f"{name} has other bytes than its shape")
-            specs.append(
-                TensorSpec(name, _DTYPE_OF[entry["dtype"]], tuple(entry["shape"]), start + first, end - first)
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: not a weights file of kvc ({error}); compile the model again") from None
-    for spec in specs:
-        if spec.offset % ALIGNMENT:
-            raise InputError(f"{file}: {spec.name} is not on a {ALIGNMENT}-byte boundary; compile again")
-    return tuple(specs)
+        return map_weights(self.path / "weights.safetensors")
 
 
 class ArtifactWriter:
@@ -246,18 +168,8 @@ class ArtifactWriter:
         items = list(items)
         if len({name for name, *_ in items}) != len(items):
             raise PlanningError("two weights have the same name")
-        header, pads = _header(items)
         with self._create("weights.safetensors") as write:
-            write(header)
-            for (name, shape, dtype, produce), pad in zip(items, pads, strict=True):
-                array = produce()
-                if array.dtype != numpy_dtype(dtype) or array.shape != tuple(shape):
-                    raise PlanningError(
-                        f"weight {name} is {array.dtype}{array.shape}, not {dtype}{tuple(shape)} as announced"
-                    )
-                write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                write(bytes(pad))
-                del array  # before the next one is made
+            write_weights(items, write)
 
     def commit(self) -> None:
         """Write the manifest, force everything to disk, and give the folder its final name."""
@@ -297,25 +209,6 @@ class ArtifactWriter:
         self._files[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _header(items: Sequence[Weight]) -> tuple[bytes, list[int]]:
-    """The safetensors header, padded so that the data starts aligned, and the pad bytes after each tensor."""
-    entries: dict[str, Any] = {"__metadata__": {"order": json.dumps([name for name, *_ in items])}}
-    pads: list[int] = []
-    offset = 0
-    for name, shape, dtype, _ in items:
-        code, width = _DTYPES[dtype]
-        end = offset + math.prod(shape) * width
-        entries[name] = {"dtype": code, "shape": [int(s) for s in shape], "data_offsets": [offset, end]}
-        pad = -end % ALIGNMENT
-        if pad:  # the format allows no holes
-            entries[f"__pad.{len(pads)}"] = {"dtype": "U8", "shape": [pad], "data_offsets": [end, end + pad]}
-        pads.append(pad)
-        offset = end + pad
-    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, pads
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not path.is_dir() or not file.is_file():
@@ -324,16 +217,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         form, files = manifest["format"], manifest["files"]
-        if form <= FORMAT:
+        if form + 0 == FORMAT:
             [(e["bytes"] + 0, e["sha256"] + "") for e in files.values()]
             if any(Path(name).name != name for name in files) or not set(REQUIRED) <= set(files):
                 raise ValueError("its list of files is wrong")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"manifest.json cannot be read ({error})") from None
-    if form > FORMAT:
+    if form != FORMAT:
+        newer = form > FORMAT
+        advice = "upgrade kvc, or compile the model again with this one" if newer else "compile it again"
         raise InputError(
             f"{path} has format {form}, written by kvc {manifest.get('kvc', '?')}; this kvc reads format "
-            f"{FORMAT}: upgrade kvc, or compile the model again with this one"
+            f"{FORMAT}: {advice}"
         )
     return manifest
 

@@ -19,7 +19,10 @@ from .reference import Reference
 from .runtime.executor import Executor, Segment
 
 TOLERANCE = 1e-3
-"""Largest difference of a float32 logit: rounding of sums in another order, over some tens of layers."""
+"""Largest difference of a logit: rounding of sums in another order, over some tens of layers."""
+TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 2e-1}
+"""The same by what keys and values are kept in: a unit in the last place of a key of order 1 is 2^-10 or
+2^-7, and the logits that are compared were computed without that rounding."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,28 @@ def verify(
     path: str | os.PathLike[str],
     against: str | os.PathLike[str],
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     seed: int = 0,
 ) -> list[Check]:
     """Compare the artifact `path` with the ONNX file it was compiled from.
 
     Logits of random tokens are compared, as the largest absolute difference, for prefill at several lengths,
     chunked prefill, decode after prefill and ragged batches; then the peak memory of a fresh process under
-    the worst planned workload is compared with the plan.
+    the worst planned workload is compared with the plan. The tolerance is that of the type that keys and
+    values are kept in, by default. A model that was compiled with permissions is measured, not judged.
 
     Raises:
         InputError: the artifact or the ONNX file cannot be read, ONNX Runtime is not installed, or the
             tolerance is not a number >= 0.
     """
-    if not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:
         raise InputError(f"a tolerance of {tolerance} is not a distance; give a number such as {TOLERANCE:g}")
     artifact = Artifact.open(Path(path))
-    reference = Reference(Path(against))
+    sites = artifact.facts.sites
+    reference = Reference(Path(against), sites[0].head_dim)
+    if tolerance is None:
+        tolerance = max(TOLERANCES[site.kv_dtype] for site in sites)
+        tolerance = math.inf if artifact.facts.allowed else tolerance
     columns = reference.columns
     if columns is not None and columns != artifact.facts.logits:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,21 @@ from kvc_passes.errors import InputError
 
 from .frontend.reader import read
 from .frontend.roles import find_roles
+from .widen import is_exact, widen
 
 
 class Reference:
-    """Logits of whole sequences, batch 1, nothing cached.
+    """Logits of whole sequences, batch 1, nothing cached; computed in float32, whatever the graph stores.
+
+    Args:
+        path: the ONNX file.
+        head_dim: elements of a head, for files that do not say it in the shape of their past.
 
     Raises:
         InputError: the file cannot be run, or ONNX Runtime is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, head_dim: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -33,18 +39,27 @@ class Reference:
             value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in file.graph.input
         }
+        self.head_dim = head_dim
         self.shapes = {
             value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in file.graph.input
         }
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions have no common base
-            raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+        with tempfile.TemporaryDirectory() as folder:
+            exact = path
+            if not is_exact(file.model):
+                exact = widen(path, Path(folder) / path.name)
+                floats = {name: np.dtype(np.float32) for name in self.types if self.types[name].kind in "fV"}
+                self.types |= floats
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32
+            try:
+                self.session = onnxruntime.InferenceSession(
+                    str(exact), options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # its exceptions have no common base
+                reason = str(error).splitlines()[0]
+                raise InputError(f"{path}: ONNX Runtime cannot load it: {reason}") from None
         output = self.session.get_outputs()[0]
         self.output = output.name
         self.columns = output.shape[-1] if output.shape and isinstance(output.shape[-1], int) else None
@@ -62,6 +77,6 @@ class Reference:
             feeds[name] = np.arange(length)[None].astype(self.types[name])
         for name in self.roles.past:
             _, heads, _, size = self.shapes[name]
-            feeds[name] = np.zeros((1, heads, 0, size), self.types[name])
+            feeds[name] = np.zeros((1, heads, 0, size or self.head_dim), self.types[name])
         result: np.ndarray = self.session.run([self.output], feeds)[0][0]
         return result

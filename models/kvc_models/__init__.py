@@ -12,7 +12,6 @@ from kvc_models.others import export_cnn, export_encoder
 from kvc_models.reference import transformers_greedy
 from kvc_models.registry import ENTRIES, export_named
 from kvc_models.tiny import FAMILIES, export_tiny, make_tiny
-from kvc_models.widen import widen
 
 __all__ = [
     "ENTRIES",
@@ -26,5 +25,4 @@ __all__ = [
     "export_tiny",
     "make_tiny",
     "transformers_greedy",
-    "widen",
 ]

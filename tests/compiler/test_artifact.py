@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from kvc.artifact import ALIGNMENT, Artifact, ArtifactWriter
+from kvc.artifact import FORMAT, Artifact, ArtifactWriter
+from kvc.weights_file import ALIGNMENT
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Workload
 
@@ -263,17 +264,19 @@ def test_cut_and_missing_files_are_found(artifact: Path, verify: bool) -> None:
         Artifact.open(artifact, verify=verify)
 
 
-def test_newer_format(artifact: Path) -> None:
+@pytest.mark.parametrize(("step", "advice"), [(1, "upgrade kvc"), (-1, "compile it again")])
+def test_another_format(artifact: Path, step: int, advice: str) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
-    (artifact / "manifest.json").write_text(json.dumps({"format": 2, "kvc": "9.9", "other": 1, "files": []}))
-    with pytest.raises(InputError, match=r"format 2, written by kvc 9\.9.*upgrade kvc"):
+    assert manifest["format"] == FORMAT
+    other = {"format": FORMAT + step, "kvc": "9.9", "other": 1, "files": []}
+    (artifact / "manifest.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=rf"format {FORMAT + step}, written by kvc 9\.9.*{advice}"):
         Artifact.open(artifact)
-    assert manifest["format"] == 1
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 1}', '{"format": "1", "files": {}}', '{"format": 1, "files": {"../x": {}}}'],
+    ["", "[]", "{}", '{"format": 2}', '{"format": "2", "files": {}}', '{"format": 2, "files": {"../x": {}}}'],
 )
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import kvc
+from kvc import cli
 from kvc.configuration import Configuration
+from kvc_models import quantize
 from kvc_passes.facts import MaskFact
 from support import site
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 WINDOW = MaskFact("window", 8, "given", predicate="k <= q and k > q - 8")
 SITES = (site(0), site(1, mask=WINDOW))
 
@@ -55,3 +60,33 @@ def test_each_contradiction_is_a_sentence(tmp_path: Path, said: dict[str, int], 
 def test_a_window_that_is_switched_off_is_none(tmp_path: Path) -> None:
     said = {"sliding_window": 4096, "use_sliding_window": False}
     assert configuration(tmp_path, json.dumps(said)).contradictions(SITES, 48) == ()
+
+
+def test_a_window_that_an_exporter_dropped_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime-genai's builder writes Mistral without its window; config.json still has it."""
+    assert cli.main(["inspect", str(FIXTURES / "genai" / "mistral.onnx")]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "config.json says sliding_window = 8, the graph has none in any layer; the graph is followed" in told
+    )
+
+
+def test_a_window_that_is_there_is_not_mentioned() -> None:
+    facts = kvc.inspect(FIXTURES / "optimum" / "mistral.onnx")
+    assert facts.warnings == ()
+    assert {site.mask.window for site in facts.sites} == {8}
+
+
+def test_what_depends_on_other_tokens_needs_a_permission(
+    model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """DynamicQuantizeLinear has one scale for all tokens of a batch."""
+    path = quantize.dynamic(model_file("llama"), tmp_path / "dynamic.onnx")
+    with pytest.raises(
+        kvc.UnsupportedModel, match=r"\(DynamicQuantizeLinear\) .* --allow token-scales gives every token"
+    ):
+        kvc.inspect(path)
+    assert kvc.inspect(path, allow="token-scales").allowed == ("token-scales",)
+    assert kvc.inspect(model_file("llama"), allow="token-scales").allowed == ()
+    with pytest.raises(kvc.InputError, match=r"there is no permission 'all'; there are: token-scales \("):
+        kvc.inspect(path, allow="all")

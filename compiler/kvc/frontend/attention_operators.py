@@ -208,7 +208,7 @@ def _refuse_group_query(importer: Importer, inputs: Sequence[Any], attrs: dict[s
         raise ValueError("its KV cache is quantized")
     if inputs[12] is not None or inputs[13] is not None:
         raise ValueError("its KV cache has scales")
-    # A cache of the window's size (a ring) drops keys that the window hides: the same as all keys and a window.
+    # A ring of the window's size drops keys that the window hides: the same as all keys and a window.
     if attrs.get("sliding_window_cache", 0) and attrs.get("local_window_size", -1) < 1:
         raise ValueError("its cache holds only a window (sliding_window_cache), of no known size")
     if inputs[16] is not None:

@@ -6,6 +6,7 @@ and operator, and names every binding after its ONNX node, so that later refusal
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -123,6 +124,8 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
         self.sources: dict[str, str] = {}  # initializers by the names of their parameters
         self.coded: set[str] = set()
         self.taken: set[str] = set()  # names of parameters
+        self.one: relax.Var | None = None
+        """The scale of codes that are numbers; parameters are made before nodes are converted."""
         self.hint = ""
         self.symbols: dict[str, tirx.Var] = {}
         self.limits: list[int] = []  # most tokens for which the graph is what was imported
@@ -130,6 +133,8 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         self.coded = coded_initializers(graph, _key) if self.decoder else set()
         self.taken = {value.name for value in graph.input}
+        if any(node.op_type == "MatMulInteger" for node in graph.node):
+            self.one = self.add_weight("one", np.ones(1, np.float32))
         for tensor in graph.initializer:
             array = self.file.tensors[tensor.name]
             small = array.dtype.kind in "iub" or array.size < _SMALLEST_PARAMETER
@@ -163,7 +168,12 @@ class Importer(stock.ONNXGraphImporter):  # type: ignore[misc]
 
     def from_onnx(self, graph: onnx.GraphProto, opset: int) -> IRModule:
         """The module, without the base class's `params` attribute."""
-        module = super().from_onnx(graph, opset)
+        try:
+            module = super().from_onnx(graph, opset)
+        except Exception:
+            with contextlib.suppress(Exception):  # TVM warns about builders that have an open block
+                self.bb._end_block()
+            raise
         module["main"] = module["main"].without_attr("params")
         return module
 

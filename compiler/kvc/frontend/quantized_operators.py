@@ -178,11 +178,10 @@ def _matmul_integer(importer: Importer, inputs: Sequence[Any], attrs: dict[str, 
     if importer.initializer(codes) not in importer.coded:
         raise ValueError("its second operand is no initializer")
     rows, columns = importer.shape(codes)
-    one = importer.add_weight("one", np.ones(1, np.float32))
     signed = str(codes.ty.dtype.dtype) == "int8"
     per_column = zeros is not None and importer.shape(zeros) not in ([], [1])
     described = Dequantize(rows, columns, 8, signed, 0, rows, columns, columns if per_column else 1)
-    w = _weight(importer, codes, one, zeros, described, "float32")
+    w = _weight(importer, codes, importer.one, zeros, described, "float32")
     x = importer.tensor(x)
     if str(x.ty.dtype.dtype) != "float32":
         x = importer.emit(op.astype(x, "float32"))

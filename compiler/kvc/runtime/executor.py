@@ -18,8 +18,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc.artifact import ALIGNMENT, Artifact, TensorSpec, numpy_dtype
+from kvc.artifact import Artifact
 from kvc.runtime.library import check_cpu, load_runtime, load_vm, thread_count
+from kvc.weights_file import ALIGNMENT, TensorSpec, numpy_dtype
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts, Plan
 

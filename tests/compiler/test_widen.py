@@ -10,7 +10,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from kvc_models import export_tiny, make_tiny, widen
+from kvc.widen import widen
+from kvc_models import export_tiny, make_tiny
 from kvc_models.families import VOCAB
 from support import OnnxRuntime
 
