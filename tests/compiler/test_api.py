@@ -199,3 +199,13 @@ def test_tokens_as_they_come(artifact: Path) -> None:
     for index, completion in enumerate(done):
         assert [token for token, _ in seen[index]] == completion.tokens
         assert "".join(text for _, text in seen[index]) == completion.text
+
+
+def test_what_replaces_a_loaded_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system remembers libraries by their path."""
+    monkeypatch.setattr("kvc.api.measure", lambda *args, **options: 100 << 20)
+    for name in ("llama", "gpt2"):
+        model = Path(__file__).parents[1] / "fixtures" / "optimum" / f"{name}.onnx"
+        artifact = kvc.compile(model, budget="300MB", workload="1x16", output=tmp_path / "m.kvc", force=True)
+        assert artifact.facts.name == name
+        kvc.load(artifact.path).close()  # loading runs the largest calls, which fail with another's weights

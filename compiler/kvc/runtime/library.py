@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -117,7 +118,11 @@ def load_vm(library: Path, threads: int) -> Any:
     """
     tvm_ffi = load_runtime(threads)
     try:
-        vm = tvm_ffi.load_module(library)["vm_load_executable"]()
+        # By a name that was loaded before, the system gives the library that stood there then.
+        with tempfile.TemporaryDirectory() as folder:
+            alias = Path(folder) / library.name
+            alias.symlink_to(library.resolve())
+            vm = tvm_ffi.load_module(alias)["vm_load_executable"]()
     except (AttributeError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"{library}: cannot be loaded ({reason}); compile the model again") from None
