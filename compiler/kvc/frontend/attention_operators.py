@@ -25,7 +25,7 @@ from .norm_operators import rms_normalized
 from .rotary_operators import rotate, tables
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 
 def heads_first(importer: Importer, x: relax.Expr, heads: int) -> relax.Expr:

@@ -15,7 +15,7 @@ from kvc_passes.spelled_out import cast, dtype_of
 from .integers import Integers
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 Converter = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 

@@ -17,7 +17,7 @@ from .attention_operators import sdpa
 from .integers import expr
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 
 def _flex_attention(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:

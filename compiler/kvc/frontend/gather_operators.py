@@ -17,7 +17,7 @@ from tvm.relax import op
 from .integers import Integers, expr
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 _MOST = 32
 """Elements of a row that are picked one after the other."""

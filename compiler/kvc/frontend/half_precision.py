@@ -11,7 +11,7 @@ from tvm.relax import op
 from kvc_passes.spelled_out import dtype_of
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 _HALF = ("float16", "bfloat16")
 _SUMMING = frozenset(

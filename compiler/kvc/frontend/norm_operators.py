@@ -13,7 +13,7 @@ from tvm.relax.frontend.onnx import onnx_frontend as stock
 from kvc_passes.spelled_out import cast, dtype_of
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 _TINY = 1e-12  # the default epsilon of ONNX Runtime's fused norms
 

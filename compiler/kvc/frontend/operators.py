@@ -31,7 +31,7 @@ from . import (
 from .integers import OPEN_END, Integers, expr
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 
 def _known(importer: Importer, value: Any, what: str) -> Integers:

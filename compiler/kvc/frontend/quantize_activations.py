@@ -18,7 +18,7 @@ from kvc_passes.spelled_out import cast, dtype_of
 from .integers import expr
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 CODES = ("int8", "uint8", "int16", "uint16", "int32")
 """Types of codes that are supported in activations: no 4-bit codes and no float8."""

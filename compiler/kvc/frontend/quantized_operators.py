@@ -18,7 +18,7 @@ from kvc_passes.markers import DEQUANTIZE, Dequantize, marker
 from .quantize_activations import dequantize_linear
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 _CODED_INPUTS = {
     "DequantizeLinear": (0, 1, 2),

@@ -14,7 +14,7 @@ from kvc_passes.spelled_out import dtype_of
 from .integers import Integers
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 
 def _extreme(function: Callable[..., relax.Expr], identity: float) -> Callable[..., relax.Expr]:

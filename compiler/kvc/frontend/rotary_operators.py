@@ -13,7 +13,7 @@ from kvc_passes.markers import ROTARY, Rotary, marker
 from .integers import expr
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 
 def tables(importer: Importer, table: Any, positions: Any) -> relax.Expr:

@@ -13,7 +13,7 @@ from kvc_passes.spelled_out import cast, dtype_of
 from .integers import expr
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .graph_importer import Importer
 
 
 def _tensor_scatter(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]) -> relax.Expr:
