@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm import IRModule, relax
 
 from .base import Result
-from .graph import op_name
+from .graph import graph_of, op_name
 from .markers import ROTARY, SDPA, Rotary, Sdpa, attributes, tensors
 from .rebuild import rebuild
 from .spelled_out import attention, rotary
@@ -26,6 +26,8 @@ class ExpandMarkers:
     """
 
     def run(self, mod: IRModule) -> Result:
+        if not any(op_name(value) in (ROTARY, SDPA) for value in graph_of(mod["main"]).definitions.values()):
+            return Result(mod, 0)
         count = 0
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
@@ -43,4 +45,4 @@ class ExpandMarkers:
             return attention(emit, attributes(value, Sdpa), tensors(value)).output
 
         module = rebuild(mod, mod["main"].params, place)
-        return Result(module if count else mod, count)
+        return Result(module, count)

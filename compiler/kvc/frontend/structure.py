@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 
 import onnx
 from onnx.defs import OpSchema, SchemaError, get_schema, onnx_opset_version
@@ -36,40 +38,68 @@ def check_structure(graph: onnx.GraphProto, opset: int, path: object) -> None:
             raise InputError(f"{path}: the output '{value.name}' is made by no node")
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What ONNX's description of an operator says, read once: asking the library for it is slow."""
+
+    inputs: tuple[tuple[str, bool], ...]
+    """Name, and whether it may be left out."""
+    counts: tuple[int, int, int, int]
+    """Least and most inputs, least and most outputs."""
+    output: str | None
+    """The first output's name, where it must be there."""
+    attributes: dict[str, tuple[int, str, bool]]
+    """Type, its name, and whether it must be there."""
+
+
+@cache
+def _described(operator: str, opset: int) -> _Described | None:
+    try:
+        schema = get_schema(operator, opset, "")
+    except SchemaError:
+        return None  # the importer says what it does not know
+    option, outputs = OpSchema.FormalParameterOption, schema.outputs
+    single = bool(outputs) and outputs[0].option == option.Single
+    return _Described(
+        tuple((parameter.name, parameter.option == option.Optional) for parameter in schema.inputs),
+        (schema.min_input, schema.max_input, schema.min_output, schema.max_output),
+        outputs[0].name if single else None,
+        {name: (each.type.value, each.type.name, each.required) for name, each in schema.attributes.items()},
+    )
+
+
 def _problem(node: onnx.NodeProto, opset: int) -> str | None:
     """What ONNX's own description of an operator does not allow; None for an operator that it lacks."""
     if node.domain not in ("", "ai.onnx") or opset > onnx_opset_version():
         return None
-    try:
-        schema = get_schema(node.op_type, opset, "")
-    except SchemaError:
-        return None  # the importer says what it does not know
-    return _wrong_values(node, schema) or _wrong_attribute(node, schema)
+    described = _described(node.op_type, opset)
+    return None if described is None else _wrong_values(node, described) or _wrong_attribute(node, described)
 
 
-def _wrong_values(node: onnx.NodeProto, schema: OpSchema) -> str | None:
-    given = len(node.input)
-    if not schema.min_input <= given <= schema.max_input:
-        return f"has {given} inputs, not {_range(schema.min_input, schema.max_input)}"
-    if not schema.min_output <= len(node.output) <= schema.max_output:
-        return f"has {len(node.output)} outputs, not {_range(schema.min_output, schema.max_output)}"
-    for place, name in enumerate(node.input):
-        parameter = schema.inputs[min(place, len(schema.inputs) - 1)]
-        if not name and parameter.option != OpSchema.FormalParameterOption.Optional:
-            return f"lacks its input '{parameter.name}'"
-    if not node.output[0] and schema.outputs[0].option == OpSchema.FormalParameterOption.Single:
-        return f"lacks its output '{schema.outputs[0].name}'"
+def _wrong_values(node: onnx.NodeProto, described: _Described) -> str | None:
+    least, most, least_out, most_out = described.counts
+    if not least <= len(node.input) <= most:
+        return f"has {len(node.input)} inputs, not {_range(least, most)}"
+    if not least_out <= len(node.output) <= most_out:
+        return f"has {len(node.output)} outputs, not {_range(least_out, most_out)}"
+    for place, given in enumerate(node.input):
+        name, optional = described.inputs[min(place, len(described.inputs) - 1)]
+        if not given and not optional:
+            return f"lacks its input '{name}'"
+    if not node.output[0] and described.output is not None:
+        return f"lacks its output '{described.output}'"
     return None
 
 
-def _wrong_attribute(node: onnx.NodeProto, schema: OpSchema) -> str | None:
+def _wrong_attribute(node: onnx.NodeProto, described: _Described) -> str | None:
     given = {attribute.name: attribute for attribute in node.attribute}
     for name, attribute in given.items():
-        if name not in schema.attributes:
+        if name not in described.attributes:
             return f"has an attribute '{name}', which the operator does not have"
-        if attribute.type != schema.attributes[name].type.value:
-            return f"has an attribute '{name}' that is no {schema.attributes[name].type.name}"
-    missing = [name for name, each in schema.attributes.items() if each.required and name not in given]
+        type_, type_name, _ = described.attributes[name]
+        if attribute.type != type_:
+            return f"has an attribute '{name}' that is no {type_name}"
+    missing = [name for name, (*_, required) in described.attributes.items() if required and name not in given]
     return f"lacks its attribute '{missing[0]}'" if missing else None
 
 
