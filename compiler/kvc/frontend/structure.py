@@ -99,7 +99,8 @@ def _wrong_attribute(node: onnx.NodeProto, described: _Described) -> str | None:
         type_, type_name, _ = described.attributes[name]
         if attribute.type != type_:
             return f"has an attribute '{name}' that is no {type_name}"
-    missing = [name for name, (*_, required) in described.attributes.items() if required and name not in given]
+    required = [name for name, (*_, needed) in described.attributes.items() if needed]
+    missing = [name for name in required if name not in given]
     return f"lacks its attribute '{missing[0]}'" if missing else None
 
 

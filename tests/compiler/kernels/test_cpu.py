@@ -34,7 +34,7 @@ def arguments(kernel: PrimFunc) -> list[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_arguments_are_in_the_order_of_the_protocol(dtype: str) -> None:
-    site = replace(SITE, slopes=(0.5, 0.25, 0.1, 0.0), sinks=True, kv_dtype=dtype)
+    site = replace(SITE, slopes=(0.5, 0.25, 0.1, 0.0), sinks=(0.0,) * 4, kv_dtype=dtype)
     kernels = CpuAttention.for_sites(MACHINE.target, (site,))
     pools = [("kpool", dtype, 4), ("vpool", dtype, 4)]
     q, positions, table = ("q", "float32", 4), ("positions", "int64", 1), ("block_table", "int32", 2)
@@ -52,7 +52,7 @@ def test_arguments_are_in_the_order_of_the_protocol(dtype: str) -> None:
     assert arguments(kernels.decode(site)) == [q, *pools, positions, table, *extras, part, out]
     kv = [(name, "float32", 4) for name in "kv"]
     assert arguments(kernels.append(site)) == [*kv, ("slots", "int32", 1), *pools]
-    assert len(arguments(kernels.decode(replace(site, slopes=None, sinks=False)))) == 7
+    assert len(arguments(kernels.decode(replace(site, slopes=None, sinks=None)))) == 7
 
 
 @pytest.mark.parametrize("name", MASKS)
