@@ -9,17 +9,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.fuzz_files import (
-    BUGS,
-    COUNT,
-    Fate,
-    Worker,
-    counts,
-    damaged,
-    fuzz,
-    make_model,
-    mutated,
-)
+from tools.fuzz_changes import damaged, mutated
+from tools.fuzz_files import BUGS, COUNT, Fate, Worker, counts, fuzz, make_model
 
 FEW = 150
 

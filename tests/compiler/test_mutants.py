@@ -13,7 +13,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.mutants import BASES, Base, Reference, Verdict, attack, counts, judge
+from tools.judging import Reference, Verdict, judge
+from tools.mutants import BASES, Base, attack, counts
 
 ModelFile = Callable[..., Path]
 SOME = {

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.mutants import Verdict, judge
+from tools.judging import Verdict, judge
 
-from .random_decoders import FAULTS, Spec, Writer, specs
+from .random_decoders import Writer
+from .random_specs import FAULTS, Spec, specs
 
 
 def verdict_of(spec: Spec) -> Verdict:

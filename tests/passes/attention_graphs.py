@@ -17,6 +17,7 @@ from support import Draft, floats, module_of, param, symbol
 
 MIN = float(np.finfo(np.float32).min)
 HEADS, KV_HEADS, DIM = 4, 2, 8
+TOLERANCE = 2e-6  # float32 against float64 sums of 8 products and a softmax over 11 keys, values of order 1
 
 
 def f32(value: float) -> relax.Expr:
@@ -130,6 +131,20 @@ class Attention:
         """The pass's result."""
         module, roles, names = self.build()
         return RecognizeAttention(roles, names).run(module)
+
+
+def scores_divided(emit: Any, c: Context, q: Any, k: Any) -> Any:
+    """The scale as a divisor."""
+    return emit(op.divide(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), f32(4.0)))
+
+
+def heads_in_turn(emit: Any, c: Context, x: Any) -> Any:
+    """The KV heads as a whole, twice: head h reads h % 2 and not h // 2."""
+    tokens = x.ty.shape.values[2]
+    wide = [c.batch, HEADS // KV_HEADS, KV_HEADS, tokens, DIM]
+    return emit(
+        op.reshape(emit(op.broadcast_to(emit(op.expand_dims(x, 1)), wide)), [c.batch, HEADS, tokens, DIM])
+    )
 
 
 def arrays(attention: Attention, batch: int = 2, length: int = 11, past: int = 0) -> list[np.ndarray]:
