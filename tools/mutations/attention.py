@@ -49,7 +49,7 @@ def attended(editor: Editor) -> Iterator[Mutation]:
         query, keys = product.input
         weights, values = weighted.input
         yield Mutation(f"no mask at {layer}", replace(index, inputs=[product.output[0]]))
-        yield Mutation(f"q and k exchanged at {layer}", _exchanged(first, second))
+        yield Mutation(f"q and k exchanged at {layer}", _exchanged(first))
         other = scores[(layer + 1) % len(scores)]
         masks = [_mask_of(editor, i) for i in (index, other[0])]
         if None not in masks and masks[0] != masks[1] and layer < 2:
@@ -97,8 +97,8 @@ def _sorted(e: Editor) -> list[NodeProto]:
     return done
 
 
-def _exchanged(first: int, second: int) -> Change:
-    """scores = k q^T instead of q k^T, where the shapes allow it."""
+def _exchanged(first: int) -> Change:
+    """Scores k q^T, which is their transpose, instead of q k^T."""
 
     def change(e: Editor) -> None:
         product = e.nodes[first]
