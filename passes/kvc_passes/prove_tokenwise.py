@@ -129,6 +129,12 @@ class _TokenAxes:
     def of(self, value: relax.Expr) -> list[int]:
         return [axis for axis, dim in enumerate(dims(value)) if self.depends(dim)]
 
+    def forbid(self, what: str, over: set[int], value: relax.Expr) -> None:
+        """Raise unless none of the axes `over` of a value runs over tokens."""
+        wrong = sorted(over & set(self.of(value)))
+        if wrong:
+            raise _Mixes(f"{what} (axis {wrong[0]} of {len(dims(value))})")
+
     def depends(self, dim: Any) -> bool:
         if isinstance(dim, tirx.Var):
             return any(dim.same_as(s) for s in self.symbols)
@@ -253,22 +259,20 @@ def _reduced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
         if axis is None
         else [int(a) % rank for a in (axis if hasattr(axis, "__iter__") else [axis])]
     )
-    if set(over) & set(axes.of(call.args[0])):
-        raise _Mixes("reduces over the tokens")
+    axes.forbid("reduces over the tokens", set(over), call.args[0])
 
 
 def _normalized(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     rank = len(dims(call.args[0]))
     over = getattr(call.attrs, "axes", None)
     over = [call.attrs.axis] if over is None else over
-    if {int(a) % rank for a in over} & set(axes.of(call.args[0])):
-        raise _Mixes("normalizes over the tokens")
+    axes.forbid("normalizes over the tokens", {int(a) % rank for a in over}, call.args[0])
 
 
 def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     left, right = call.args[:2]
-    if len(dims(left)) - 1 in axes.of(left) or max(len(dims(right)) - 2, 0) in axes.of(right):
-        raise _Mixes("sums over the tokens")
+    axes.forbid("sums over the tokens", {len(dims(left)) - 1}, left)
+    axes.forbid("sums over the tokens", {max(len(dims(right)) - 2, 0)}, right)
     if len(dims(right)) - 1 in axes.of(right) and len(dims(left)) - 2 in axes.of(left):
         raise _Mixes("pairs every token with every token")
     _aligned(axes, call, [left, right])
@@ -277,22 +281,20 @@ def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
 def _along(what: str) -> Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]:
     def rule(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
         for value in inputs:
-            if int(call.attrs.axis) % len(dims(value)) in axes.of(value):
-                raise _Mixes(f"{what} along the tokens")
+            axes.forbid(f"{what} along the tokens", {int(call.attrs.axis) % len(dims(value))}, value)
 
     return rule
 
 
 def _sliced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
-    if {int(static(a) or 0) % len(dims(call)) for a in call.args[1].fields} & set(axes.of(call.args[0])):
-        raise _Mixes("slices the tokens")
+    over = {int(static(a) or 0) % len(dims(call)) for a in call.args[1].fields}
+    axes.forbid("slices the tokens", over, call.args[0])
 
 
 def _taken(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     data = call.args[0]
     axis = 0 if call.attrs.axis is None else int(call.attrs.axis) % len(dims(data))
-    if axis in axes.of(data):
-        raise _Mixes("picks tokens by index")
+    axes.forbid("picks tokens by index", {axis}, data)
     if axes.of(data) and axes.of(call.args[1]):
         raise _Mixes("pairs every token with every token")
 
