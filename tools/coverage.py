@@ -107,12 +107,11 @@ def _reference_file(row: Row, path: Path, work: Path) -> Path:
     from kvc.widen import widen
 
     out = work / "reference" / (str(row).replace("/", "-") + ".onnx")
-    if "float16" in row.dtype or (row.exporter == "genai" and "int4" in row.dtype):
-        widen(path, out)
-    elif row.exporter == "genai":
-        without_rings(path, out)
-    else:
+    if "float16" not in row.dtype and row.exporter != "genai":
         return path
+    widen(path, out)
+    if row.exporter == "genai":
+        without_rings(out, out)
     settings = path.with_suffix(".assets")
     if settings.exists():
         shutil.copytree(settings, out.with_suffix(".assets"), dirs_exist_ok=True)

@@ -114,10 +114,13 @@ class ArtifactWriter:
         _remove_leftovers(self.path)
         try:
             self.folder.mkdir()
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells other runs that this one is alive
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells other runs that this one is alive
+        except BaseException:  # an interrupt: __exit__ is not called
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         return self
 
     def __exit__(

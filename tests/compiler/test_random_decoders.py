@@ -51,8 +51,8 @@ def attack(faults: Any, examples: int) -> Counter[str]:
 
 
 def test_correct_decoders() -> None:
-    found = attack((None,), 7)
-    assert found["equal"] >= 6, found
+    found = attack((None,), 4)
+    assert found["equal"] >= 3, found
 
 
 def test_faulty_decoders() -> None:

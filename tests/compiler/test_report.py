@@ -73,7 +73,7 @@ def test_layers_of_one_geometry_share_a_row() -> None:
         sites[i] = dataclasses.replace(sites[i], mask=window, softcap=50.0)
     sites[6] = dataclasses.replace(sites[6], value_dim=64, rope=None)
     rows = _cells(model_tables(dataclasses.replace(FACTS, sites=tuple(sites)))[1])
-    assert [(r[0], r[1], r[8]) for r in rows] == [
+    assert [(r[0], r[1], r[9]) for r in rows] == [
         ("0-1", "n0", "causal"),
         ("2-3", "n2", "window 8"),
         ("4-5", "n4", "causal"),
