@@ -32,7 +32,6 @@ from .stored_weights import stored
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
-_LARGEST_CONSTANT = 1 << 16  # bytes; what is larger would be memory that no plan counts
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 

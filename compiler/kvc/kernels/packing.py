@@ -10,7 +10,6 @@ A panel holds NR = 2 * lanes outputs (rows of the weight [N, K]), the last one p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,40 +40,6 @@ def packed_tensors(n: int, k: int, format: WeightFormat, lanes: int) -> tuple[Te
     if format.zeros:
         tensors.append(TensorType("uint8", blocks))
     return tuple(tensors)
-
-
-def pack_into(
-    out: Sequence[Array],
-    weight: Array,
-    format: WeightFormat,
-    *,
-    scales: Array | None = None,
-    zeros: Array | None = None,
-) -> None:
-    """Pack rows of a weight into whole panels.
-
-    Args:
-        out: arrays of the shapes and types of `packed_tensors`, or slices of them along the panels, to join
-            several weights. bfloat16 arrays may be views as uint16.
-        weight: [N, K], any strided view, N <= panels * NR: floats of the format's type (any float type for
-            float32), or one uint8 code an element.
-        scales: [N, ceil(K / block)] of the format's scale type, for codes.
-        zeros: uint8 [N, ceil(K / block)], for a format with zero points.
-
-    Nothing larger than a few panels is made. Raises ValueError if shapes or types do not fit the format.
-    """
-    given = [a for a in (weight, scales, zeros) if a is not None]
-    expected = 1 + format.coded + (format.coded and format.zeros)
-    if len(given) != expected or len(out) != expected:
-        raise ValueError(f"{format} is packed from and into {expected} arrays")
-    if format.coded:
-        pack_codes(weight, format, out[0])
-        assert scales is not None
-        pack_scales(scales, format, out[1])
-        if zeros is not None:
-            pack_zeros(zeros, out[2])
-    else:
-        pack_floats(weight, format, out[0])
 
 
 def pack_floats(weight: Array, format: WeightFormat, out: Array) -> None:

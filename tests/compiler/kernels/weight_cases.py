@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from kvc.kernels.packing import pack_into, packed_tensors
+from kvc.kernels.packing import pack_codes, pack_floats, pack_scales, pack_zeros, packed_tensors
 from kvc_passes.facts import WeightFormat
 
 FORMATS = {
@@ -28,6 +29,26 @@ FORMATS = {
 def numpy_type(name: str) -> Any:
     """The numpy type of a stored dtype."""
     return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+def pack_into(
+    out: Sequence[np.ndarray],
+    weight: np.ndarray,
+    format: WeightFormat,
+    *,
+    scales: np.ndarray | None = None,
+    zeros: np.ndarray | None = None,
+) -> None:
+    """Pack all tensors of a weight: data, and scales and zeros where the format has them."""
+    if not format.coded:
+        pack_floats(weight, format, out[0])
+        return
+    pack_codes(weight, format, out[0])
+    assert scales is not None
+    pack_scales(scales, format, out[1])
+    if format.zeros:
+        assert zeros is not None
+        pack_zeros(zeros, out[2])
 
 
 @dataclass(frozen=True)
