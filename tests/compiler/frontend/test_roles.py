@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from kvc.frontend.roles import find_roles, unify_dimensions
+from kvc.frontend.roles import find_roles, order_outputs, unify_dimensions
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
 from support import onnx_model
@@ -136,3 +136,35 @@ def test_a_fixed_length_or_batch_is_refused(shape: list[Any], reason: str) -> No
     made = graph({"input_ids": (I64, shape)})
     with pytest.raises(UnsupportedModel, match=reason):
         unify_dimensions(made, find_roles(made, "m"), "m")
+
+
+@pytest.mark.parametrize("operators", [("Transpose",), ("Cast", "Transpose"), ("Identity",)])
+def test_a_table_may_be_made_of_another(operators: tuple[str, ...]) -> None:
+    """As a head that is tied to its embedding: the table is its transpose."""
+    nodes, name = [], "head"
+    for number, operator in enumerate(operators):
+        options = {"to": F32} if operator == "Cast" else {}
+        nodes.append(helper.make_node(operator, [name], [f"table_{number}"], **options))
+        name = f"table_{number}"
+    nodes.append(helper.make_node("Gather", [name, "ids"], ["logits"]))
+    made = onnx_model(nodes, {"ids": IDS}, {"head": np.zeros((4, 32), np.float32)}).graph
+    assert find_roles(made, "m").tokens == "ids"
+
+
+def test_the_logits_come_first_and_presents_in_the_order_of_their_pasts() -> None:
+    names = ["hidden", "present.0.value", "present.1.key", "logits", "present.0.key", "present.1.value"]
+    made = graph({"input_ids": IDS})
+    made.output.extend(helper.make_tensor_value_info(name, F32, None) for name in names)
+    del made.output[0]
+    past = tuple(f"past_key_values.{layer}.{kind}" for layer in range(2) for kind in ("key", "value"))
+    order_outputs(made, Roles("input_ids", past=past))
+    presents = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
+    assert [value.name for value in made.output] == ["logits", "hidden", *presents]
+
+
+def test_without_an_output_called_logits_the_first_is_taken() -> None:
+    made = graph({"input_ids": IDS})
+    del made.output[:]
+    made.output.extend(helper.make_tensor_value_info(name, F32, None) for name in ("scores", "other"))
+    order_outputs(made, Roles("input_ids"))
+    assert [value.name for value in made.output] == ["scores", "other"]
