@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from tvm import relax
 
@@ -120,6 +121,9 @@ def _rows(
     if op_name(marker) != DEQUANTIZE:
         return None
     attrs, names = attributes(marker, Dequantize), [graph.alias(t) for t in tensors(marker)]
+    if all(math.prod(static(d) or 0 for d in dims(n)) == 1 for n in names[1:]):  # one scale for all
+        axis: Literal[0, 1] = 0 if transposed else 1
+        attrs = replace(attrs, axis=axis, block=attrs.columns if axis else attrs.rows)
     if attrs.axis != (0 if transposed else 1) or any(n not in graph.function.params for n in names):
         return None
     codes, scales, *zeros = names

@@ -34,10 +34,11 @@ ROWS = [
     "deepseek/dynamo-23/float32",
     "mixtral/dynamo-20/float32",
     "mpt/torchscript-17-past/float32",
-    "llama/dynamo-23/bfloat16",
+    "bloom/dynamo-23/bfloat16",
     "gpt2/dynamo-20-past/float16",
     "llama/dynamo-21/qdq-int4-block",
     "llama/dynamo-21/dynamic-tensor",
+    "llama/dynamo-21/qdq-uint8-tensor",
 ]
 SLOW_ROWS = [
     "gemma3/dynamo-20-past/float32",

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.ir import Call
 from tvm_ffi import structural_map
 
-from .emit import Expr, lanes_of, splat
+from .emit import Expr, lanes_of, splat, widened
 
 Bind = Callable[[str, Expr], Expr]
 """Names the value of an expression, so that it is computed once."""
@@ -140,7 +140,10 @@ def _as_expression(function: Callable[[Bind, Expr], Expr], x: Expr) -> Expr:
 
 
 def replace_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """`func` with its float32 exp, sigmoid, tanh and erf as polynomials, which vectorise with the loop."""
+    """`func` with float32 exp, sigmoid, tanh and erf as polynomials, and casts from bfloat16 by the bits.
+
+    Polynomials vectorise with the loop. TVM's own casts are wrong where they are bound to a variable.
+    """
 
     def replace(call: Any) -> Any:
         function = _REPLACED.get(getattr(call.op, "name", ""))
@@ -148,4 +151,8 @@ def replace_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
             return call
         return _as_expression(function, call.args[0])
 
-    return func.with_body(structural_map(func.body, (Call, replace)))
+    def widen(cast: Any) -> Any:
+        from_bits = str(cast.value.ty.dtype) == "bfloat16" and str(cast.ty.dtype) == "float32"
+        return widened(cast.value) if from_bits else cast
+
+    return func.with_body(structural_map(func.body, [(Call, replace), (tirx.Cast, widen)]))

@@ -1,3 +1,4 @@
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -59,6 +60,7 @@ def functions(model: object) -> list[tirx.PrimFunc]:
         "q": tensor("q", 1, n, 3, 32),
         "ids": tensor("ids", n, dtype="int64"),
         "odd": tensor("odd", n, 37),
+        "half": tensor("half", 96, dtype="bfloat16"),
     }
     builder = relax.BlockBuilder()
     with builder.function("main", list(args.values())):
@@ -100,6 +102,24 @@ def test_the_result_stays(machine: Machine, model: object, parallel: bool) -> No
         )
         # Sums of 96 positive terms in another order, and exp by a polynomial.
         np.testing.assert_allclose(fast, plain, rtol=96 * 2.0**-24, atol=1e-6)
+
+
+def biased(x, half, **_):
+    """The argument of a polynomial, which is bound to a variable, reads a weight of 16 bits."""
+    return op.sigmoid(x + op.astype(half, "float32"))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_weights_of_bfloat16_are_widened(machine: Machine, parallel: bool) -> None:
+    (func,) = functions(biased)
+    rng = np.random.default_rng(1)
+    x, half = rng.normal(size=(1, N, 96)).astype(np.float32), rng.normal(size=96).astype(ml_dtypes.bfloat16)
+    scheduled = schedule_elementwise(replace_math(func), machine.traits, parallel)
+    given = {"float32": x, "bfloat16": half}
+    inputs = [given[str(p.dtype)] for p in func.params[:-1]]
+    got = machine.call(compiled(scheduled, machine.target), *inputs, np.empty_like(x))[-1]
+    expected = 1 / (1 + np.exp(-(x.astype(np.float64) + half.astype(np.float64))))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("model", [rms_norm, layer_norm, silu, rotate])
