@@ -129,3 +129,14 @@ def test_two_weights_of_codes_stand_side_by_side(transposed: bool) -> None:
     blocks = np.arange(5) // 2
     got = (codes - zeros[:, blocks].astype(np.float64)) * scales[:, blocks]
     np.testing.assert_array_equal(got.transpose(0, 2, 1).reshape(24, 5), np.concatenate(dense))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_scale_and_one_zero_point_serve_all(bits: int, signed: bool) -> None:
+    attrs = Dequantize(6, 5, bits, signed, 1, 5, 5, 1)  # type: ignore[arg-type]
+    source = Source("codes", 6, False, attrs, "scales", "zeros")
+    zero = -3 if signed else 3
+    weights = {"scales": np.array(0.5, np.float32), "zeros": in_bytes(np.array([zero]), bits)}
+    assert zeros_of(source, weights).tolist() == [[zero + (1 << (bits - 1) if signed else 0)]] * 6
+    assert scales_of(source, weights).tolist() == [[0.5]] * 6
