@@ -61,7 +61,7 @@ def zeros_of(source: Source, weights: Mapping[str, Array]) -> Array:
         middle = attrs.middle + (1 << (attrs.bits - 1) if attrs.signed else 0)
         return np.full((rows, columns), middle, np.uint8)
     given = weights[source.zeros]
-    if given.size == 1:
+    if attrs.zeros_stored == 0:  # one for all
         return _each(_codes(given, attrs, 1, 1), (rows, columns))
     if attrs.bits == 8:
         return _each(_unsigned(given, attrs), (rows, columns))

@@ -123,7 +123,7 @@ def _rows(
     attrs, names = attributes(marker, Dequantize), [graph.alias(t) for t in tensors(marker)]
     if all(math.prod(static(d) or 0 for d in dims(n)) == 1 for n in names[1:]):  # one scale for all
         axis: Literal[0, 1] = 0 if transposed else 1
-        attrs = replace(attrs, axis=axis, block=attrs.columns if axis else attrs.rows)
+        attrs = replace(attrs, axis=axis, block=attrs.columns if axis else attrs.rows, zeros_stored=0)
     if attrs.axis != (0 if transposed else 1) or any(n not in graph.function.params for n in names):
         return None
     codes, scales, *zeros = names

@@ -134,7 +134,7 @@ def test_two_weights_of_codes_stand_side_by_side(transposed: bool) -> None:
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_one_scale_and_one_zero_point_serve_all(bits: int, signed: bool) -> None:
-    attrs = Dequantize(6, 5, bits, signed, 1, 5, 5, 1)  # type: ignore[arg-type]
+    attrs = Dequantize(6, 5, bits, signed, 1, 5, 5, 0)  # type: ignore[arg-type]
     source = Source("codes", 6, False, attrs, "scales", "zeros")
     zero = -3 if signed else 3
     weights = {"scales": np.array(0.5, np.float32), "zeros": in_bytes(np.array([zero]), bits)}

@@ -180,7 +180,7 @@ def _matmul_integer(importer: Importer, inputs: Sequence[Any], attrs: dict[str, 
     rows, columns = importer.shape(codes)
     signed = str(codes.ty.dtype.dtype) == "int8"
     per_column = zeros is not None and importer.shape(zeros) not in ([], [1])
-    described = Dequantize(rows, columns, 8, signed, 0, rows, columns, columns if per_column else 1)
+    described = Dequantize(rows, columns, 8, signed, 0, rows, columns, columns if per_column else 0)
     w = _weight(importer, codes, importer.one, zeros, described, "float32")
     x = importer.tensor(x)
     if str(x.ty.dtype.dtype) != "float32":
