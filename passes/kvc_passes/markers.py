@@ -63,9 +63,9 @@ class Dequantize:
     Element [i, j] is (code - zero) * scale. The codes' bytes, row by row, hold `stored` codes a row, of which
     the first `columns` count; 4-bit codes stand two in a byte, the lower four bits first. Blocks of `block`
     elements along `axis` share a scale: scales [rows, ceil(columns / block)] for axis 1,
-    [ceil(rows / block), columns] for axis 0, of any shape with that many elements; one scale alone is that of
-    all. Zeros have the shape of the scales and are stored like the codes, `zeros_stored` a row, 0 for one zero
-    for all; without them the zero is `middle`.
+    [ceil(rows / block), columns] for axis 0, of any shape with that many elements; one scale alone is that
+    of all. Zeros have the shape of the scales and are stored like the codes, `zeros_stored` a row, 0 for one
+    zero for all; without them the zero is `middle`.
     """
 
     rows: int
