@@ -21,7 +21,7 @@ MOST_BYTES, MOST_RATIO = 1_000_000_000, 1.3
 def main() -> int:
     result = parser(__doc__, "big_plan")
     result.set_defaults(model=BUILD / "llama-7b.onnx")
-    result.add_argument("--budget", default="20GB")
+    result.add_argument("--budget", default="24GB")
     result.add_argument("--workload", default="32x500,1x4000")
     result.add_argument("--repeats", type=int, default=3)
     options = result.parse_args()
