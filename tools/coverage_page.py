@@ -113,8 +113,6 @@ def _mutants() -> list[str]:
         return []
     rows = [f"| {what} | {count} |" for what, count in counts.items()]
     about = "Good graphs with one thing changed (`python -m tools.mutants`): each must be refused or exact."
-    if counts["different"]:
-        about += " The last section of [limits.md](limits.md) says what is known not to be."
     return ["## Mutants", "", about, "", "| outcome | mutants |", "|---|---:|", *rows, ""]
 
 

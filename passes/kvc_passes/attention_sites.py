@@ -130,6 +130,7 @@ class SiteFinder:
             rope=self._rope(query.value),
             slopes=slopes,
             sinks=sinks,
+            guarded=scores.guarded,
             kv_dtype=str(key.value.ty.dtype.dtype),  # type: ignore[arg-type]
         )
         if self._static(softmax, value, 1, "value heads") != site.kv_heads:

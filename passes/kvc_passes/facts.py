@@ -68,6 +68,8 @@ class AttentionSite:
     """ALiBi: slopes[h] * (k - q) is added to the scores of head h, after the softcap; None for no bias."""
     sinks: tuple[float, ...] | None = None
     """A learned score for every head that takes part in the softmax and has no value; None for none."""
+    guarded: bool = False
+    """Whether a row of the softmax that is NaN counts as zeros: PyTorch's where(isnan(p), 0, p)."""
     kv_dtype: FloatName = "float32"
     """The type that the graph computes keys and values in, and that they are stored in."""
 

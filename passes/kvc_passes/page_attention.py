@@ -109,6 +109,7 @@ class PageAttention:
             dataclasses.replace(site.mask, proof=""),
             site.slopes is not None,
             site.sinks is not None,
+            site.guarded,
         )
         key = (kind, site.kv_dtype, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:

@@ -50,6 +50,8 @@ class Scores:
     sinks: tuple[relax.Expr, tuple[Any, ...]] | None
     lengths: relax.Expr | None
     output: relax.Var
+    guarded: bool = False
+    """Whether a row of the softmax that is NaN counts as zeros."""
 
 
 @dataclass
@@ -151,7 +153,7 @@ class ScoreReader:
                 f"expected scores from a matrix product of q and k, found {op_name(product) or 'an input'}"
             )
         lead = peeled.index[:-2]
-        output, weighted = self._weighted_sum(var, peeled.sinks is not None)
+        output, weighted, guarded = self._weighted_sum(var, peeled.sinks is not None)
         merged = [s.b * heads + place.head] if len(dims(weighted)) == 3 else [s.b, place.head]
         return Scores(
             s,
@@ -165,6 +167,7 @@ class ScoreReader:
             peeled.sinks,
             None,
             output,
+            guarded,
         )
 
     def is_mask(self, value: relax.Expr) -> bool:
@@ -278,9 +281,12 @@ class ScoreReader:
         at.scale = self._unscale(at) * outer
         return outer
 
-    def _weighted_sum(self, softmax: relax.Var, sinks: bool) -> tuple[relax.Var, relax.Call]:
-        """The product with v: follows casts, reshapes, the guard where(isnan(p), 0, p), and p[..., :-1]."""
-        var = softmax
+    def _weighted_sum(self, softmax: relax.Var, sinks: bool) -> tuple[relax.Var, relax.Call, bool]:
+        """The product with v, and whether the guard where(isnan(p), 0, p) is before it.
+
+        Follows casts, reshapes and p[..., :-1], too.
+        """
+        var, guarded = softmax, False
         for _ in range(8):
             users = [u for u in self.graph.users[var] if op_name(self.graph.definitions[u]) != "isnan"]
             if len(users) != 1:
@@ -288,10 +294,12 @@ class ScoreReader:
             call = self.graph.definitions[users[0]]
             name = op_name(call)
             if name == "matmul" and self.graph.alias(call.args[0]) == var:
-                return users[0], call
+                return users[0], call, guarded
             passes = name in ("astype", "") or self._is_merge(call) or (sinks and self._drops_sinks(call))
-            if not (passes or self._is_nan_guard(call, var)):
-                break
+            if not passes:
+                if not self._is_nan_guard(call, var):
+                    break
+                guarded = True
             var = users[0]
         raise Unread("expected one product of the softmax with the values")
 
@@ -313,7 +321,7 @@ class ScoreReader:
         return last and static(begin) == 0 and self.analyzer().can_prove(whole)
 
     def _is_nan_guard(self, call: relax.Expr, var: relax.Var) -> bool:
-        """where(isnan(p), 0, p): rows that see no key; a causal row sees itself."""
+        """where(isnan(p), 0, p), meant for rows that see no key."""
         if op_name(call) != "where":
             return False
         condition, zero, kept = call.args

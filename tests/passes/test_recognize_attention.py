@@ -120,6 +120,7 @@ def test_a_spelling_becomes_one_marker_that_computes_the_same(attention: Attenti
     assert site.scale == pytest.approx(0.25)
     assert site.softcap == (2.0 if attention is SPELLINGS["softcap"] else None)
     assert (site.node, site.index, site.mask.kind, site.rope) == ("/layers.0/Softmax", 0, "causal", None)
+    assert site.guarded == (attention.weigh is nan_guard)
     assert site.sinks == (LEARNED if attention.softmax is learned_score else None)
     inputs = arrays(attention)
     expected, got = run(module, *inputs), run_markers(result.module, result.facts, *inputs)

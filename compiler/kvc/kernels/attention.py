@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 
 from . import vector_math
-from .attention_block import BlockKernel
+from .attention_block import BlockKernel, normalized
 from .emit import Emitter, Expr, argument, chunks, copy_rows, f32, i64, narrowed, size_var, splat, vec
 from .traits import CpuTraits
 
@@ -40,6 +40,8 @@ class AttentionShape:
     """Whether slopes[h] * (k - q) is added to the scores, after the softcap (ALiBi)."""
     sink_scores: bool = False
     """Whether every head has a score of its own in the softmax, which has no value."""
+    guarded: bool = False
+    """Whether a row that has NaN in its softmax comes out as 0, and not as NaN."""
     kv_dtype: str = "float32"
     """What the pages hold: float32, float16 or bfloat16."""
     page_size: int = 16
@@ -197,16 +199,16 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             with e.loop("h", heads) as head, e.loop("g", group) as g:
                 kernel.store_part(head * kernel.padded + g, part, [row, share, head * group + g])
     with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
-        _merge(e, part, row, h, out, traits.lanes)
+        _merge(e, shape, part, row, h, out, traits.lanes)
     with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
-        _merge(e, part, row, h, out, traits.lanes)
+        _merge(e, shape, part, row, h, out, traits.lanes)
     inputs = [q, kpool, vpool, positions, table, *more.values()]
     return e.function([*inputs, part, out], inputs, [part, out])
 
 
-def _merge(e: Emitter, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -> None:
+def _merge(e: Emitter, shape: AttentionShape, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -> None:
     """out[0, row, head] = the shares put together."""
-    shares, dim = int(part.shape[1]), int(out.shape[3])
+    shares, dim = int(part.shape[1]), shape.value_dim
     top = part[row, i64(0), head, i64(dim)]
     for s in range(1, shares):
         top = tirx.Max(top, part[row, i64(s), head, i64(dim)])
@@ -216,10 +218,10 @@ def _merge(e: Emitter, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -
         for s in range(shares)
     ]
     total = sum((w * part[row, i64(s), head, i64(dim + 1)] for s, w in enumerate(weights)), start=f32(0))
-    scale = e.bind("scale", f32(1) / total)
+    total = e.bind("sum", total)
     for start, width in chunks(dim, lanes):
         index = vec(i64(start), width)
         value = splat(f32(0), width)
         for s, w in enumerate(weights):
             value = value + part[row, i64(s), head, index] * splat(w, width)
-        e.store(out, value * splat(scale, width), i64(0), row, head, index)
+        e.store(out, normalized(shape.guarded, value, total, width), i64(0), row, head, index)

@@ -289,9 +289,10 @@ class BlockKernel:
 
     def store_output(self, row: Expr, out: Any, at: Sequence[Expr]) -> None:
         """out[at] = the finished row."""
-        scale = self.e.bind("scale", f32(1) / self.total[row])
+        total = self.e.bind("sum", self.total[row])
         for start, width in chunks(self.shape.value_dim, self.lanes):
-            value = self.output[vec(row * self.shape.value_dim + start, width)] * splat(scale, width)
+            value = self.output[vec(row * self.shape.value_dim + start, width)]
+            value = normalized(self.shape.guarded, value, total, width)
             self.e.store(out, value, *at, vec(i64(start), width))
 
     def store_part(self, row: Expr, part: Any, at: Sequence[Expr]) -> None:
@@ -301,3 +302,14 @@ class BlockKernel:
             self.e.store(part, self.output[vec(row * dim + start, width)], *at, vec(i64(start), width))
         self.e.store(part, self.maximum[row], *at, i64(dim))
         self.e.store(part, self.total[row], *at, i64(dim + 1))
+
+
+def normalized(guarded: bool, values: Expr, total: Expr, width: int) -> Expr:
+    """`width` values over the sum of the weights, which is NaN where a weight is."""
+    value = values * splat(f32(1) / total, width)
+    # A sum of weights is above zero unless it is NaN, and comparisons with NaN are false.
+    return (
+        tirx.Select(splat(total, width) > splat(f32(0), width), value, splat(f32(0), width))
+        if guarded
+        else value
+    )

@@ -58,6 +58,7 @@ class CpuAttention:
             predicate=mask.predicate if mask.kind == "predicate" else None,
             slopes=site.slopes is not None,
             sink_scores=site.sinks is not None,
+            guarded=site.guarded,
             kv_dtype=site.kv_dtype,
             page_size=self.page_size,
         )

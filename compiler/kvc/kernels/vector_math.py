@@ -73,8 +73,8 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
 
 
 def exp2_nonpositive(bind: Bind, x: Expr) -> Expr:
-    """2^x of float32 x <= 0 (a scalar or a vector); below -126 it is 2^-126."""
-    x = bind("x", tirx.Max(x, _like(-126.0, x)))
+    """2^x of float32 x <= 0 (a scalar or a vector); below -126 it is 2^-126, and of NaN it is NaN."""
+    x = bind("x", tirx.Max(_like(-126.0, x), x))
     n = bind("n", tirx.nearbyint(x))
     r = bind("r", x - n)
     return _horner(bind, _EXP2, r) * _power_of_two(tirx.Cast(_dtype("int32", x), n))

@@ -34,6 +34,7 @@ SHAPES = {
         kv_dtype="bfloat16",
     ),
     "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, kv_dtype="bfloat16"),
+    "guarded": AttentionShape(4, 2, 32, 32, 0.2, guarded=True),
     "heads of odd sizes": AttentionShape(3, 3, 6, 10, 0.4),
     "one head of four and a half vectors": AttentionShape(1, 1, 36, 20, 0.2),
     "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
@@ -168,7 +169,8 @@ def _decode_in(shares: int, name: str, traits: object) -> object:
     return decode_attention(SHAPES[name], traits, shares)
 
 
-def check_prefill(case: Case) -> None:
+def prefill(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """q and out [tokens, heads, ...] of all sequences one after the other, and every sequence's positions."""
     shape = case.shape
     case.append()
     case.forget_what_no_query_sees()
@@ -190,13 +192,19 @@ def check_prefill(case: Case) -> None:
         *case.extras,
         np.full((1, at, shape.heads, shape.value_dim), np.nan, np.float32),
     )[-1][0]
+    return q, out, positions
+
+
+def check_prefill(case: Case) -> None:
+    q, out, positions = prefill(case)
     at = 0
     for s, where in zip(case.sequences, positions):
         case.check(q[at : at + s.new], out[at : at + s.new], s, where)
         at += s.new
 
 
-def check_decode(case: Case, shares: int | None = None) -> None:
+def decode(case: Case, shares: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q and out [sequences, heads, ...], and the positions."""
     shape, count = case.shape, len(case.sequences)
     case.append()
     case.forget_what_no_query_sees()
@@ -215,6 +223,11 @@ def check_decode(case: Case, shares: int | None = None) -> None:
         np.full(part, np.nan, np.float32),
         np.full((1, count, shape.heads, shape.value_dim), np.nan, np.float32),
     )[-1][0]
+    return q, out, positions
+
+
+def check_decode(case: Case, shares: int | None = None) -> None:
+    q, out, positions = decode(case, shares)
     for i, s in enumerate(case.sequences):
         case.check(q[i : i + 1], out[i : i + 1], s, positions[i : i + 1])
 
@@ -287,6 +300,17 @@ def test_keys_and_values_are_rounded_to_the_nearest(target: str, dtype: str) -> 
 
 def test_a_batch_that_merges_in_parallel(machine: Machine) -> None:
     check_decode(Case(machine, "grouped", [(n, 1) for n in (1, 2, 15, 16, 17, 31, 32, 33, 64, 3)], 7))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_row_that_sees_no_number(machine: Machine, guarded: bool, bad: float) -> None:
+    case = Case(machine, "guarded" if guarded else "window", [(200, 200)], 12)
+    case.sequences[0].k[:, 180] = bad
+    sees = np.arange(200) >= 180
+    for (_, out, _), rows in ((prefill(case), sees), (decode(case), sees[-1:])):
+        found = out == 0 if guarded else np.isnan(out)
+        assert (found == rows[:, None, None]).all()
 
 
 def test_a_page_that_no_vector_fits_is_refused(machine: Machine) -> None:
