@@ -31,9 +31,9 @@ if __name__ == "__main__":
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from tools.coverage_compare import without_rings  # noqa: E402
 from tools.coverage_page import Outcome, write_page  # noqa: E402
-from tools.coverage_rows import Row, all_rows, model_file  # noqa: E402
+from tools.coverage_rows import Row, all_rows, fixture, model_file  # noqa: E402
+from tools.onnx_graph import without_rings  # noqa: E402
 
 BUDGET: Final = "2GB"
 WORKLOAD: Final = "4x64"
@@ -84,7 +84,8 @@ def compare_file(row: Row, path: Path, work: Path) -> dict[str, float]:
     Raises:
         kvc.Error: it is refused.
     """
-    from tools.coverage_compare import Comparison, Graph
+    from tools.coverage_compare import Comparison
+    from tools.onnx_graph import Graph
 
     import kvc
 
@@ -106,8 +107,11 @@ def _reference_file(row: Row, path: Path, work: Path) -> Path:
     """What ONNX Runtime runs: the file; widened if it holds 16-bit floats; with caches that only grow."""
     from kvc.widen import widen
 
+    if str(row) == "qwen3/genai/float16-cuda":  # only ONNX Runtime's GPU kernel normalizes heads in attention
+        row = dataclasses.replace(row, dtype="float32")
+        path = fixture(row)
     out = work / "reference" / (str(row).replace("/", "-") + ".onnx")
-    if "float16" not in row.dtype and row.exporter != "genai":
+    if row.width == "float32" and row.exporter != "genai":
         return path
     widen(path, out)
     if row.exporter == "genai":

@@ -80,7 +80,7 @@ class Row:
         for dtype in ("float16", "bfloat16"):
             if self.dtype.startswith(dtype):
                 return dtype
-        return "float32"
+        return "float16" if self.dtype.endswith("-cuda") else "float32"
 
 
 def fixture(row: Row) -> Path:

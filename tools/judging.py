@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Final
 from unittest import mock
 
 import numpy as np
+from tools.onnx_graph import Graph
 
 PROMPTS: Final = (1, 7, 30, 61)
 CHUNKS: Final = (1, 7, 13, 3, 17, 14)
@@ -45,66 +45,6 @@ class Verdict:
     changed: bool = True
 
 
-class Reference:
-    """A graph in ONNX Runtime, fed a whole sequence, or token by token through its caches.
-
-    Raises:
-        Exception: of ONNX Runtime, if it cannot load the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        providers = ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.caches = [name for name in self.inputs if name.startswith("past")]
-        settings = path.with_suffix(".assets") / "config.json"
-        config = json.loads(settings.read_text()) if settings.exists() else {"head_dim": 1}
-        whole, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
-        self.head_dim = config.get("head_dim") or whole // heads
-
-    def whole(self, tokens: Sequence[int]) -> np.ndarray:
-        """float32 [len(tokens), V], nothing cached."""
-        return self._run(tokens, 0, self._empty())[0]
-
-    def pieces(self, tokens: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-        """The same, a piece at a time through the caches."""
-        past, start, rows = self._empty(), 0, []
-        for count in counts:
-            logits, past = self._run(tokens[start : start + count], start, past)
-            rows.append(logits)
-            start += count
-        return np.concatenate(rows)
-
-    def _empty(self) -> dict[str, np.ndarray]:
-        made = {}
-        for name in self.caches:
-            shape = self.inputs[name].shape
-            dim = shape[3] if isinstance(shape[3], int) else self.head_dim
-            made[name] = np.zeros((1, shape[1], 0, dim), np.float32)
-        return made
-
-    def _run(
-        self, tokens: Sequence[int], start: int, past: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        end = start + len(tokens)
-        known: dict[str, Any] = {
-            "input_ids": np.array([tokens], np.int64),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(start, end, dtype=np.int64)[None],
-            **past,
-        }
-        feeds = {name: known[name] for name in self.inputs}
-        names = ["logits", *(name.replace("past_key_values", "present") for name in self.caches)]
-        logits, *presents = self.session.run(names, feeds)
-        return logits[0], dict(zip(self.caches, presents))
-
-
 @contextlib.contextmanager
 def unmeasured() -> Iterator[None]:
     """The size of a process is measured once, not for every model: that takes 2 s."""
@@ -124,8 +64,8 @@ def judge(base: str, mutant: str, path: Path, original: np.ndarray | None = None
     import kvc
 
     try:
-        reference = Reference(path)
-        logits = reference.whole(sample_tokens(30))
+        reference = Graph(path, basic=True)
+        logits = reference.logits(sample_tokens(30))
     except Exception as error:
         return Verdict(base, mutant, "invalid", _line(error))
     same = original is not None and logits.shape == original.shape and error_of(logits, original) < LIMIT
@@ -157,7 +97,7 @@ def error_of(got: np.ndarray, expected: np.ndarray) -> float:
     return float(apart.max() / max(1.0, np.abs(np.nan_to_num(expected)).max()))
 
 
-def _worst(artifact: Any, reference: Reference) -> tuple[float, str]:
+def _worst(artifact: Any, reference: Graph) -> tuple[float, str]:
     """The largest error over all kinds of calls, and in which."""
     from kvc.runtime.executor import Executor
 
@@ -168,7 +108,7 @@ def _worst(artifact: Any, reference: Reference) -> tuple[float, str]:
         executor.close()
 
 
-def _compared(executor: Any, reference: Reference) -> Iterator[tuple[float, str]]:
+def _compared(executor: Any, reference: Graph) -> Iterator[tuple[float, str]]:
     from kvc.runtime.executor import Segment
 
     pages = [int(p) for p in np.random.default_rng(1).permutation(executor.plan.pages)]
@@ -176,7 +116,7 @@ def _compared(executor: Any, reference: Reference) -> Iterator[tuple[float, str]
         tokens = sample_tokens(length)
         got = executor.prefill([Segment(tokens, 0, pages[:4])])[0].copy()
         with contextlib.suppress(*_runtime_errors()):
-            yield error_of(got, reference.whole(tokens)[-1]), f"a prompt of {length}"
+            yield error_of(got, reference.logits(tokens)[-1]), f"a prompt of {length}"
     count = sum(CHUNKS) + DECODED
     tokens, start, rows = sample_tokens(count, 1), 0, []
     for piece in CHUNKS:
@@ -206,11 +146,11 @@ def _compared(executor: Any, reference: Reference) -> Iterator[tuple[float, str]
 
 
 def _rows(
-    what: str, rows: Sequence[np.ndarray], reference: Reference, tokens: Sequence[int], ends: Any
+    what: str, rows: Sequence[np.ndarray], reference: Graph, tokens: Sequence[int], ends: Any
 ) -> Iterator[tuple[float, str]]:
     """Row i against the last logits of a whole prompt of ends[i] + 1 tokens: what a server would ask for."""
     for row, end in zip(rows, ends):
-        yield error_of(row, reference.whole(tokens[: end + 1])[-1]), what
+        yield error_of(row, reference.logits(tokens[: end + 1])[-1]), what
 
 
 @functools.cache

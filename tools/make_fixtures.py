@@ -54,7 +54,7 @@ class Exporter:
 
     packages: tuple[str, ...]
     files: tuple[tuple[str, str], ...]
-    """Family and type."""
+    """Family and type; behind a dash, the provider that it is for, where that is not the CPU."""
 
 
 EXPORTERS: Final = {
@@ -68,6 +68,8 @@ EXPORTERS: Final = {
             *((name, "float32") for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma", "phi")),
             *((name, "int4") for name in ("llama", "mistral", "qwen3", "gemma2")),
             ("llama", "float16"),
+            *(("llama", f"{dtype}-cuda") for dtype in ("float16", "bfloat16", "int4")),
+            *((name, "float16-cuda") for name in ("mistral", "qwen3", "gemma2")),
         ),
     ),
 }
@@ -114,9 +116,10 @@ def export(name: str, family: str, dtype: str, work: Path) -> Path:
             str(out),
         ]
     else:
-        precision = {"float32": "fp32", "float16": "fp16", "int4": "int4"}[dtype]
+        dtype_name, _, provider = dtype.partition("-")
+        precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(dtype_name, dtype_name)
         command = [str(python), "-m", "onnxruntime_genai.models.builder", "-m", str(source), "-o", str(out)]
-        command += ["-p", precision, "-e", "cpu", "-c", str(work / "cache")]
+        command += ["-p", precision, "-e", provider or "cpu", "-c", str(work / "cache")]
     hidden = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(command, check=True, env={**hidden, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     suffix = "" if dtype == "float32" else f"-{dtype}"

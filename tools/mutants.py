@@ -32,8 +32,9 @@ if __name__ == "__main__":
 
 import onnx  # noqa: E402
 from tools.coverage_rows import Row, model_file  # noqa: E402
-from tools.judging import Reference, Verdict, judge, sample_tokens  # noqa: E402
+from tools.judging import Verdict, judge, sample_tokens  # noqa: E402
 from tools.mutations import Editor, Mutation, mutations  # noqa: E402
+from tools.onnx_graph import Graph  # noqa: E402
 
 BASES: Final = (
     "llama/dynamo-20/float32",
@@ -95,7 +96,7 @@ def attack(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for base in bases:
-            original = Reference(base.write(None, folder)).whole(sample_tokens(30))
+            original = Graph(base.write(None, folder), basic=True).logits(sample_tokens(30))
             left = sample
             for mutation in base.chosen(seed, patterns):
                 if not left:

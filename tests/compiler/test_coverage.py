@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from tools.coverage import compare_file, cover, judged, limit_of  # noqa: E402
-from tools.coverage_compare import Graph  # noqa: E402
 from tools.coverage_page import Outcome, write_page  # noqa: E402
 from tools.coverage_rows import Row, all_rows, model_file  # noqa: E402
+from tools.onnx_graph import Graph  # noqa: E402
 
 from kvc.runtime.overhead import measure  # noqa: E402
 

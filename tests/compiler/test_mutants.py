@@ -13,8 +13,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.judging import Reference, Verdict, judge
+from tools.judging import Verdict, judge
 from tools.mutants import BASES, Base, attack, counts
+from tools.onnx_graph import Graph
 
 ModelFile = Callable[..., Path]
 SOME = {
@@ -62,8 +63,8 @@ def test_some_mutants(
 def test_a_difference_is_seen(model_file: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself: ONNX Runtime is given other tokens."""
     base = Base("llama", model_file("llama"))
-    whole = Reference.whole
-    monkeypatch.setattr(Reference, "whole", lambda self, tokens: whole(self, [*tokens[:-1], tokens[-1] ^ 1]))
+    whole = Graph.logits
+    monkeypatch.setattr(Graph, "logits", lambda self, tokens: whole(self, [*tokens[:-1], tokens[-1] ^ 1]))
     assert judge("llama", "", base.write(None, tmp_path)).result == "different"
 
 
