@@ -48,7 +48,7 @@ class Verdict:
 @contextlib.contextmanager
 def unmeasured() -> Iterator[None]:
     """The size of a process is measured once, not for every model: that takes 2 s."""
-    with mock.patch("kvc.api.measure", return_value=_process_size()):
+    with mock.patch("kvc.machine.measure", return_value=_process_size()):
         yield
 
 

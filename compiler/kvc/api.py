@@ -13,19 +13,16 @@ from kvc_passes.facts import ModelFacts, Plan, Workload
 from .artifact import Artifact, ArtifactWriter
 from .options import parse_permissions, parse_size, parse_workload
 from .runtime.library import without_torch
-from .runtime.overhead import measure
 from .runtime.text import Text
 
 with without_torch():
     import tvm.relax  # noqa: F401  before anything else imports it
 
 # ruff: isort: split
-from tvm.target import Target
-
 from .compilation import (
     Lowered,
     Model,
-    build_library,
+    build_libraries,
     costs,
     lower_model,
     packed_weights,
@@ -34,6 +31,7 @@ from .compilation import (
 from .configuration import assets_of
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
+from .machine import Machine
 from .pipeline import Runner
 from .planner import Costs, make_plan
 from .targets import parse_target
@@ -88,8 +86,8 @@ def compile(
     with ArtifactWriter(destination, force=force) as writer:
         model, lowered, price = _weigh(source, machine, allowed, runner)
         plan = make_plan(price, size, alternatives)
-        build_library(lowered, plan, writer.folder / "model.so", runner)
-        writer.add("model.so")
+        for library in build_libraries(lowered, plan, writer.folder, runner):
+            writer.add(library)
         writer.weights(packed_weights(model, lowered, runner))
         writer.facts(plan, model.facts)
         writer.assets(assets_of(source))
@@ -114,7 +112,7 @@ def plan(
 
 
 def _weigh(
-    source: Path, target: Target, allow: frozenset[str], runner: Runner
+    source: Path, machine: Machine, allow: frozenset[str], runner: Runner
 ) -> tuple[Model, Lowered, Costs]:
     """Import, prove and lower a model; meanwhile measure what a process takes here."""
     runner.report("import")
@@ -122,9 +120,9 @@ def _weigh(
     Text.check(assets_of(source))
     weights = sum(imported.file.parameter_bytes().values())
     with ThreadPoolExecutor(1) as pool:
-        runtime = pool.submit(measure, assets_of(source), others=weights)
+        runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, runner)
-        lowered = lower_model(model, target, runner)
+        lowered = lower_model(model, machine, runner)
         return model, lowered, costs(model, lowered, runtime.result())
 
 

@@ -1,7 +1,7 @@
 """The artifact: the folder `model.kvc/` that a compile writes and the runtime reads.
 
     manifest.json         format, kvc version, size and sha256 of every other file
-    model.so              the compiled functions
+    model.so              the compiled functions; for GPUs one library an architecture, model.sm_90.so
     weights.safetensors   the parameters, each on a 64-byte boundary, to be memory-mapped
     plan.json, facts.json what was decided and what was proved
     tokenizer.json, ...   copied from beside the model, when they stood there
@@ -37,7 +37,7 @@ from .weights_file import TensorSpec, Weight, map_weights, read_layout, write_we
 
 FORMAT: Final = 2
 
-REQUIRED: Final = ("model.so", "weights.safetensors", "plan.json", "facts.json")
+REQUIRED: Final = ("weights.safetensors", "plan.json", "facts.json")
 ASSETS: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
@@ -176,7 +176,7 @@ class ArtifactWriter:
 
     def commit(self) -> None:
         """Write the manifest, force everything to disk, and give the folder its final name."""
-        missing = [name for name in REQUIRED if name not in self._files]
+        missing = _missing(self._files)
         if missing:
             raise PlanningError(f"the artifact lacks {', '.join(missing)}")
         manifest = {"format": FORMAT, "kvc": kvc.__version__, "files": self._files}
@@ -212,6 +212,13 @@ class ArtifactWriter:
         self._files[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def _missing(files: Iterable[str]) -> list[str]:
+    """What no artifact lacks; libraries are called model.so, or by architecture model.sm_90.so."""
+    libraries = [name for name in files if name.startswith("model.") and name.endswith(".so")]
+    lacking = [] if libraries else ["model.so"]
+    return lacking + [name for name in REQUIRED if name not in set(files)]
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not path.is_dir() or not file.is_file():
@@ -222,7 +229,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         form, files = manifest["format"], manifest["files"]
         if form + 0 == FORMAT:
             [(e["bytes"] + 0, e["sha256"] + "") for e in files.values()]
-            if any(Path(name).name != name for name in files) or not set(REQUIRED) <= set(files):
+            if any(Path(name).name != name for name in files) or _missing(files):
                 raise ValueError("its list of files is wrong")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"manifest.json cannot be read ({error})") from None

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tvm
 from tvm import IRModule, tirx
-from tvm.target import Target
 
 from kvc_passes.errors import PlanningError
 from kvc_passes.facts import ModelFacts, Plan
 from kvc_passes.graph import dims
-from kvc_passes.kernel_sets import TensorType
+from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
 from kvc_passes.weights import WeightPart
 
-from .codegen.link import link
 from .codegen.lower import finish, join, lower
 from .frontend.importer import Imported
-from .kernels.cpu import CpuAttention, CpuProducts
+from .machine import Machine
 from .model_facts import facts_of
 from .pipeline import Phase, Runner, Understood, prepare, serve, understand
 from .planner import Costs
-from .stored_weights import stored
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
@@ -52,8 +46,8 @@ class Lowered:
     recipes: dict[str, WeightPart]
     tensors: dict[str, TensorType]
     """What each parameter holds, as it is stored."""
-    attention: CpuAttention
-    target: Target
+    attention: AttentionKernels
+    machine: Machine
 
 
 def read_model(imported: Imported, runner: Runner) -> Model:
@@ -62,17 +56,18 @@ def read_model(imported: Imported, runner: Runner) -> Model:
     return Model(imported, understood, facts_of(imported, understood))
 
 
-def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
-    """Rewrite and lower both functions for `target`, without generating code."""
-    attention = CpuAttention.for_sites(target, model.understood.sites)
-    products = CpuProducts(attention.traits)
-    merged = prepare(model.understood, products, runner)
+def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
+    """Rewrite and lower both functions for `machine`, without generating code."""
+    attention, products = machine.attention(model.understood.sites), machine.products
+    merged = prepare(model.understood, products, machine.widens, runner)
     functions: dict[Phase, IRModule] = {}
     recipes: list[dict[str, WeightPart]] = []
     for phase in _PHASES:
         served = serve(merged, phase, attention, products, runner)
         recipes.append(served.recipes)
-        functions[phase] = lower(served.module, phase, target, runner)
+        functions[phase] = lower(
+            served.module, phase, machine.target, machine.fuse, machine.schedule(phase), runner
+        )
     if list(recipes[0].items()) != list(recipes[1].items()):
         raise PlanningError("prefill and decode use different weights")
     params = {p.name: p for p in functions["decode"]["main"].params}
@@ -80,7 +75,7 @@ def lower_model(model: Model, target: Target, runner: Runner) -> Lowered:
         name: TensorType(str(params[name].ty.dtype.dtype), tuple(int(d.value) for d in dims(params[name])))
         for name in recipes[0]
     }
-    return Lowered(functions, recipes[0], tensors, attention, target)
+    return Lowered(functions, recipes[0], tensors, attention, machine)
 
 
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
@@ -94,12 +89,14 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
     sizes = [tensor.bytes for tensor in lowered.tensors.values()]
     return Costs(
         facts=model.facts,
-        target=_plain(lowered.target),
+        target=lowered.machine.description,
+        chunks=lowered.machine.chunks,
         weights=sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes),
         runtime=runtime,
         arena=arena,
         page_size=lowered.attention.page_size,
         tile=lowered.attention.tile,
+        keys_transposed=lowered.attention.keys_transposed,
     )
 
 
@@ -107,19 +104,11 @@ def _bounds(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
     return {"n": chunk if phase == "prefill" else batch, "r": batch, "b": batch}
 
 
-def _plain(target: Target) -> dict[str, Any]:
-    """The target as JSON values."""
-    attrs = {key: target.attrs[key] for key in target.attrs.keys()}  # noqa: SIM118  a TVM map
-    kept = {
-        k: str(v) if isinstance(v, str) else int(v)
-        for k, v in attrs.items()
-        if k in ("mcpu", "mtriple", "num-cores")
-    }
-    return {"kind": "llvm", **kept}
+def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) -> list[str]:
+    """Generate code for both functions and link it, in `folder`; the libraries' names.
 
-
-def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) -> None:
-    """Generate code for both functions and link it into `output`. Raises TargetError without a linker."""
+    Raises TargetError without a linker, or without what else the target needs.
+    """
     finished = {
         phase: finish(mod, phase, _bounds(phase, plan.chunk, plan.max_batch), plan.bytes.arena, runner)
         for phase, mod in lowered.functions.items()
@@ -127,13 +116,7 @@ def build_library(lowered: Lowered, plan: Plan, output: Path, runner: Runner) ->
     module = join(finished)
     kernels = sum(isinstance(f, tirx.PrimFunc) for f in module.functions.values())
     runner.report(f"generate code for {kernels} kernels")
-    with lowered.target:
-        executable = tvm.compile(
-            module, lowered.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
-        )
-    runner.report("link")
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:  # not where temporary files may be few
-        executable.export_library(str(output), fcompile=link, workspace_dir=folder)
+    return lowered.machine.build(module, folder, runner)
 
 
 def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[Weight]:
@@ -142,4 +125,4 @@ def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[W
     for number, (name, recipe) in enumerate(lowered.recipes.items(), 1):
         runner.report(f"write weight {number} of {len(lowered.recipes)}")
         tensor = lowered.tensors[name]
-        yield name, tensor.shape, tensor.dtype, partial(stored, recipe, tensor, sources)
+        yield name, tensor.shape, tensor.dtype, partial(lowered.machine.store, recipe, tensor, sources)

@@ -25,6 +25,7 @@ from kvc_passes.facts import AttentionSite
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
 from kvc_passes.merge_products import MergeProducts
+from kvc_passes.narrow_products import NarrowProducts
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.positions_to_input import PositionsToInput
@@ -137,9 +138,12 @@ def _tables(imported: Imported) -> dict[str, np.ndarray]:
     return {name: a for name, a in imported.weights.items() if a.size <= _LARGEST_TABLE}
 
 
-def prepare(model: Understood, products: MatmulKernels, runner: Runner) -> Understood:
-    """Once for both phases, before rows are selected: which products share a value must not depend on it."""
-    mod = runner.apply(model.module, ComputeInFloat32()).module
+def prepare(model: Understood, products: MatmulKernels, widens: bool, runner: Runner) -> Understood:
+    """Once for both phases, before rows are selected: which products share a value must not depend on it.
+
+    widens: whether the target computes graphs of 16-bit floats in float32.
+    """
+    mod = runner.apply(model.module, ComputeInFloat32() if widens else NarrowProducts()).module
     return replace(model, module=runner.apply(mod, MergeProducts(products.panel)).module)
 
 

@@ -13,9 +13,6 @@ from .options import format_size
 from .runtime.executor import logits_bytes, pool_bytes, table_bytes
 from .runtime.sampler import scratch_bytes
 
-CHUNKS = (512, 256, 128, 64, 32)
-"""Prefill chunks that are tried, in tokens: beyond 512 a CPU gains nothing."""
-
 _VARIATION = 1 << 20
 """Bytes by which the process measures differently from run to run: a budget named in a refusal must work."""
 
@@ -27,20 +24,24 @@ class Costs:
     Attributes:
         facts: the proved model.
         target: what code is generated for.
+        chunks: prefill chunks that are tried, in tokens, the best first.
         weights: bytes of the weights as they are stored.
         runtime: bytes of the process itself.
         arena: bytes of temporaries for (chunk, batch), the larger of prefill and decode.
         page_size: tokens a page.
         tile: query tokens of one prefill task.
+        keys_transposed: how a page holds its keys.
     """
 
     facts: ModelFacts
     target: dict[str, Any]
+    chunks: tuple[int, ...]
     weights: int
     runtime: int
     arena: Callable[[int, int], int]
     page_size: int
     tile: int
+    keys_transposed: bool = True
 
 
 def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan:
@@ -57,7 +58,7 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
                 f"the workload {w} asks for {w.context} tokens of context; the model has {limit} positions"
             )
     plans = []
-    for chunk in _chunks(workload):
+    for chunk in _chunks(costs.chunks, workload):
         plans.append(_smallest(costs, budget, workload, chunk))
         if plans[-1].bytes.total <= budget:
             return _fill(costs, plans[-1])
@@ -66,11 +67,11 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
     raise BudgetError(_refusal(least, needed, workload), needed=needed, given=budget)
 
 
-def _chunks(workload: tuple[Workload, ...]) -> list[int]:
+def _chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> list[int]:
     """Chunks worth trying: none beyond what the workload can have in flight."""
     most = max(w.batch * w.context for w in workload)
-    useful = [c for c in CHUNKS if c < 2 * most]
-    return useful or [CHUNKS[-1]]
+    useful = [c for c in chunks if c < 2 * most]
+    return useful or [chunks[-1]]
 
 
 def _smallest(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int) -> Plan:
@@ -95,6 +96,7 @@ def _plan(
         pages=pages,
         chunk=chunk,
         tile=costs.tile,
+        keys_transposed=costs.keys_transposed,
         max_batch=batch,
         max_context=context,
         bytes=Bytes(0, 0, 0, 0, 0, 0),

@@ -24,15 +24,16 @@ def _row(table: Table, *cells: str | Text) -> None:
 
 def plan_table(plan: Plan, facts_name: str) -> Table:
     """Every byte of a plan, and what it is for."""
-    b = plan.bytes
+    b, on_gpu = plan.bytes, plan.target["kind"] == "cuda"
     tokens = plan.pages * plan.page_size
+    process = "interpreter, libraries, tokenizer, threads (measured on this machine)"
     lines = [
-        ("weights", b.weights, "memory-mapped from the artifact"),
+        ("weights", b.weights, "copied to the GPU" if on_gpu else "memory-mapped from the artifact"),
         ("KV pages", b.pools, f"{plan.pages} pages of {plan.page_size} tokens: {tokens} tokens in flight"),
         ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens"),
         ("logits", b.outputs, f"{plan.max_batch} rows, and the sampler's scratch"),
         ("tables", b.tables, f"block table {plan.max_batch} x {plan.table_width}, positions, slots"),
-        ("process", b.runtime, "interpreter, libraries, tokenizer, threads (measured on this machine)"),
+        ("process", b.runtime, "CUDA's context and the machine code (a bound)" if on_gpu else process),
     ]
     workloads = ",".join(map(str, plan.workload))
     table = Table(
@@ -45,7 +46,13 @@ def plan_table(plan: Plan, facts_name: str) -> Table:
     for name, size, meaning in lines:
         _row(table, name, f"{size:,}", f"{size / plan.budget:.1%}", meaning)
     table.add_section()
-    _row(table, "promised", f"{b.total:,}", f"{b.total / plan.budget:.1%}", "the most this process will use")
+    _row(
+        table,
+        "promised",
+        f"{b.total:,}",
+        f"{b.total / plan.budget:.1%}",
+        "the most GPU memory it will use" if on_gpu else "the most this process will use",
+    )
     _row(table, "budget", f"{plan.budget:,}", "", f"up to {plan.max_context} tokens a sequence")
     return table
 

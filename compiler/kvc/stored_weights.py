@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from kvc_passes.facts import WeightFormat
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import Dequantize
 from kvc_passes.weights import Source, WeightPart
 
-from .kernels.packing import pack_codes, pack_floats, pack_scales, pack_zeros
-
 Array = np.ndarray[Any, Any]
 
 
-def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
+class Layout(Protocol):
+    """How a kind of kernels stores rows of weights: functions that write into a part of a tensor."""
+
+    def extent(self, columns: int, tensor: TensorType) -> int:
+        """How far `columns` rows reach along the tensor's first axis."""
+
+    def pack_floats(self, weight: Array, format: WeightFormat, out: Array) -> None: ...
+    def pack_codes(self, codes: Array, format: WeightFormat, out: Array) -> None: ...
+    def pack_scales(self, scales: Array, format: WeightFormat, out: Array) -> None: ...
+    def pack_zeros(self, zeros: Array, out: Array) -> None: ...
+
+
+def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array], layout: Layout) -> Array:
     """The tensor that holds `part`, of the dtype and shape of `tensor`.
 
     weights: the imported model's parameters, memory-mapped; at most one weight of codes is unpacked at once.
@@ -27,17 +38,17 @@ def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -
         return np.ascontiguousarray(weights[weight.sources[0].name])
     result, at = np.empty(tensor.shape, _numpy(tensor.dtype)), 0
     for source in weight.sources:
-        end = at + -(-source.columns // tensor.shape[2])
+        end = at + layout.extent(source.columns, tensor)
         out = result[at:end]
         if not format.coded:
             array = weights[source.name]
-            pack_floats(array.T if source.transposed else array, format, out)
+            layout.pack_floats(array.T if source.transposed else array, format, out)
         elif part.part == 0:
-            pack_codes(_rows(source, codes_of(source, weights)), format, out)
+            layout.pack_codes(_rows(source, codes_of(source, weights)), format, out)
         elif part.part == 1:
-            pack_scales(_rows(source, scales_of(source, weights)), format, out)
+            layout.pack_scales(_rows(source, scales_of(source, weights)), format, out)
         else:
-            pack_zeros(_rows(source, zeros_of(source, weights)), out)
+            layout.pack_zeros(_rows(source, zeros_of(source, weights)), out)
         at = end
     return result
 

@@ -78,6 +78,11 @@ class AttentionSite:
         """Query heads that share one KV head (GQA)."""
         return self.heads // self.kv_heads
 
+    def page_shapes(self, page: int, transposed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a page of keys and of one of values; `transposed` keys stand as [head_dim, page]."""
+        keys = (self.head_dim, page) if transposed else (page, self.head_dim)
+        return (self.kv_heads, *keys), (self.kv_heads, page, self.value_dim)
+
     def token_bytes(self) -> int:
         """Bytes of K and V kept for one token."""
         return self.kv_heads * (self.head_dim + self.value_dim) * FLOAT_BYTES[self.kv_dtype]
@@ -188,6 +193,8 @@ class Plan:
     max_context: int
     """Most tokens of one sequence (a multiple of page_size unless the model's context is not)."""
     bytes: Bytes
+    keys_transposed: bool = True
+    """Whether a page holds its keys as [head_dim, page_size]; else as [page_size, head_dim]."""
 
     @property
     def table_width(self) -> int:

@@ -22,9 +22,9 @@ class TensorType(NamedTuple):
 
 
 class AttentionKernels(Protocol):
-    """Kernels over paged KV state. Pools: k [pages, g, e, page], v [pages, g, page, f] of site.kv_dtype.
+    """Kernels over paged KV state, in pools of site.kv_dtype.
 
-    Everything else that is a float is float32. `extras` are, in this order and where the site has them:
+    `dtype` is the type of q, k, v and out. `extras` are, in this order and where the site has them:
     slopes f32 [h] (ALiBi, multiplied with key position - query position) and sinks f32 [h] (learned scores).
     """
 
@@ -32,22 +32,30 @@ class AttentionKernels(Protocol):
     def page_size(self) -> int:
         """Tokens a page."""
 
+    @property
+    def tile(self) -> int:
+        """Query tokens that one task of prefill handles."""
+
+    @property
+    def keys_transposed(self) -> bool:
+        """Whether a page holds its keys as [e, page]; else as [page, e]."""
+
     def splits(self, site: AttentionSite) -> int:
         """Parts that decode splits a context into."""
 
-    def append(self, site: AttentionSite) -> PrimFunc:
+    def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
         """(k [1,g,n,e], v [1,g,n,f], slots i32 [n], k pool, v pool): writes the pools in place."""
 
-    def prefill(self, site: AttentionSite) -> PrimFunc:
+    def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         """(q [1,h,n,e], k pool, v pool, positions i64 [n], tiles i32 [t,3], table i32 [b,m], *extras, out).
 
         out is [1,n,h,f].
         """
 
-    def decode(self, site: AttentionSite) -> PrimFunc:
+    def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:
         """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], *extras, part, out).
 
-        part is [b,splits,h,f+2], out [1,b,h,f].
+        part is f32 [b,splits,h,f+2], out [1,b,h,f].
         """
 
 
@@ -58,11 +66,20 @@ class MatmulKernels(Protocol):
     def panel(self) -> int:
         """Columns of a weight that stand together; weights may be joined at multiples of it."""
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Types that x and y may have."""
+
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
         """The tensors of a packed weight [columns, depth]: the data; for codes then scales, then zeros."""
 
-    def matmul(self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool) -> PrimFunc:
-        """(x f32 [1,m,depth], *packed, [bias f32 [columns]], y f32 [1,m,columns], or [m,columns] if flat)."""
+    def matmul(
+        self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool, dtype: str
+    ) -> PrimFunc:
+        """(x [1,m,depth], *packed, [bias [columns]], y [1,m,columns]), all of `dtype`.
 
-    def embedding(self, columns: int, depth: int, format: WeightFormat) -> PrimFunc:
-        """(*packed, ids i64 [1,n], y f32 [1,n,depth]): rows of the unpacked weight."""
+        Flat: y is f32 [m,columns].
+        """
+
+    def embedding(self, columns: int, depth: int, format: WeightFormat, dtype: str) -> PrimFunc:
+        """(*packed, ids i64 [1,n], y [1,n,depth] of `dtype`): rows of the unpacked weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,10 @@ class PackMatmuls:
     """Matrix products with a weight, and lookups in the same weight, become kernels on a packed weight.
 
     Before: `matmul(x [.., m, depth], w [depth, columns])`, w a parameter of floats or a dequantized one, the
-        transpose or a widening cast of one, or a concatenation of such; a bias that is a float32 parameter
-        [columns] may be added; `take(w, ids)` may read rows of the same weight, or of a dequantized one.
+        transpose or a widening cast of one, or a concatenation of such; a bias that is a parameter [columns]
+        of x's type may be added; `take(w, ids)` may read rows of the same weight, or of a dequantized one.
     After: `call_tir(packed_matmul, x, *packed, [bias])`; parameters have the packed shapes.
-    Needs: ComputeInFloat32 (x is float32) after FlattenTokens (x is [1, n, depth] or [n, depth]).
+    Needs: FlattenTokens (x is [1, n, depth] or [n, depth]).
     Refuses: nothing; a product that does not match stays a plain matmul.
     """
 
@@ -37,9 +37,9 @@ class PackMatmuls:
         """Facts of the result: dict of WeightPart by the new function's weight parameter names."""
         function = mod["main"]
         graph = graph_of(function)
-        products = {m.result: m for v in graph.order if (m := _product(graph, v))}
+        products = {m.result: m for v in graph.order if (m := _product(graph, v, self.kernels.dtypes))}
         weights = {m.weight for m in products.values()}
-        lookups = {v: w for v in graph.order if (w := _lookup(graph, v, weights))}
+        lookups = {v: w for v in graph.order if (w := _lookup(graph, v, weights, self.kernels.dtypes))}
         ordered = dict.fromkeys([*(m.weight for m in products.values()), *lookups.values()])
         packed = {weight: self._parameters(weight) for weight in ordered}
         made: dict[tuple[Any, ...], Any] = {}
@@ -47,7 +47,7 @@ class PackMatmuls:
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if var in lookups:
-                return self._embedding(builder, made, value, packed[lookups[var]], lookups[var])
+                return self._embedding(builder, made, var, value, packed[lookups[var]], lookups[var])
             if var in products:
                 match = products[var]
                 return self._matmul(builder, made, match, values.get(match.x, match.x), packed[match.weight])
@@ -76,19 +76,21 @@ class PackMatmuls:
         self,
         builder: relax.BlockBuilder,
         made: dict[Any, Any],
+        var: relax.Var,
         value: relax.Call,
         packed: Sequence[relax.Var],
         weight: PackedWeight,
     ) -> relax.Expr:
-        key = ("packed_embedding", weight.columns, weight.depth, weight.format)
+        dtype = str(var.ty.dtype.dtype)
+        key = ("packed_embedding", weight.columns, weight.depth, weight.format, dtype)
         if key not in made:
-            kernel = self.kernels.embedding(weight.columns, weight.depth, weight.format)
+            kernel = self.kernels.embedding(weight.columns, weight.depth, weight.format, dtype)
             made[key] = builder.add_func(kernel, key[0])
         ids = value.args[1]
         if ids.ty.dtype.dtype != "int64":
             ids = builder.emit(relax.op.astype(ids, "int64"))
         shape = [*dims(ids), tirx.IntImm("int64", weight.depth)]
-        return relax.op.call_tir(made[key], [*packed, ids], relax.TensorType(shape, "float32"))
+        return relax.op.call_tir(made[key], [*packed, ids], relax.TensorType(shape, dtype))
 
     def _matmul(
         self,
@@ -98,10 +100,12 @@ class PackMatmuls:
         x: relax.Expr,
         packed: Sequence[relax.Var],
     ) -> relax.Expr:
-        weight, bias = match.weight, match.bias is not None
-        key = (MATMUL, weight.columns, weight.depth, weight.format, bias)
+        weight, bias, dtype = match.weight, match.bias is not None, str(x.ty.dtype.dtype)
+        key = (MATMUL, weight.columns, weight.depth, weight.format, bias, dtype)
         if key not in made:
-            kernel = self.kernels.matmul(weight.columns, weight.depth, weight.format, bias=bias, flat=False)
+            kernel = self.kernels.matmul(
+                weight.columns, weight.depth, weight.format, bias=bias, flat=False, dtype=dtype
+            )
             made[key] = builder.add_func(kernel, MATMUL)
         leading = dims(x)[:-1]
         one = [tirx.IntImm("int64", 1)] if len(leading) == 1 else []
@@ -110,7 +114,7 @@ class PackMatmuls:
             x = builder.emit(relax.op.reshape(x, relax.ShapeExpr([*one, *leading, depth])))
         shape = [*one, *leading, tirx.IntImm("int64", weight.columns)]
         args = [x, *packed, *([] if match.bias is None else [match.bias])]
-        result = relax.op.call_tir(made[key], args, relax.TensorType(shape, "float32"))
+        result = relax.op.call_tir(made[key], args, relax.TensorType(shape, dtype))
         if not one:
             return result
         return relax.op.reshape(builder.emit(result), relax.ShapeExpr(shape[1:]))
@@ -127,23 +131,25 @@ class _Product:
 
 
 def _lookup(
-    graph: Graph, var: relax.Var, packed: set[PackedWeight] | Mapping[PackedWeight, Any]
+    graph: Graph, var: relax.Var, packed: set[PackedWeight], dtypes: tuple[str, ...]
 ) -> PackedWeight | None:
     """The weight whose rows `take(w, ids [1, n])` reads: one that is packed, or that holds codes."""
     call = graph.definitions[var]
     if op_name(call) != "take" or call.attrs.axis is None or int(call.attrs.axis) != 0:
         return None
-    if len(dims(call.args[1])) != 2 or var.ty.dtype.dtype != "float32":
+    if len(dims(call.args[1])) != 2 or str(var.ty.dtype.dtype) not in dtypes:
         return None
     weight = table_of(graph, call.args[0])
     return weight if weight is not None and (weight in packed or weight.format.coded) else None
 
 
-def _product(graph: Graph, var: relax.Var) -> _Product | None:
+def _product(graph: Graph, var: relax.Var, dtypes: tuple[str, ...]) -> _Product | None:
     call = graph.definitions[var]
-    if op_name(call) != "matmul" or var.ty.dtype.dtype != "float32":
+    if op_name(call) != "matmul" or str(var.ty.dtype.dtype) not in dtypes:
         return None
     x = call.args[0]
+    if x.ty.dtype.dtype != var.ty.dtype.dtype:
+        return None
     if isinstance(graph.resolve(x), GenericConst) or len(dims(x)) not in (2, 3):
         return None
     if len(dims(x)) == 3 and static(dims(x)[0]) != 1:
@@ -165,7 +171,7 @@ def _bias(graph: Graph, product: relax.Var, columns: int) -> tuple[relax.Var | N
     ):
         add = graph.definitions[users[0]]
         for operand in map(graph.alias, add.args):
-            is_param = operand in graph.function.params and operand.ty.dtype.dtype == "float32"
-            if is_param and [static(d) for d in dims(operand)] == [columns]:
+            own = operand in graph.function.params and operand.ty.dtype.dtype == product.ty.dtype.dtype
+            if own and [static(d) for d in dims(operand)] == [columns]:
                 return operand, users[0]
     return None, product

@@ -26,7 +26,7 @@ class PageAttention:
         `block_table`. New parameters behind positions: slots [n], in prefill tiles [t,3], block_table [b,m];
         before the weights: k_i [pages, g, e, page] and v_i [pages, g, page, f] for every site.
         Pools are of the type that the graph keeps keys and values in.
-    Needs: FlattenTokens, ComputeInFloat32.
+    Needs: FlattenTokens.
     Refuses: nothing; every site's geometry was proved.
     """
 
@@ -56,7 +56,7 @@ class PageAttention:
             query, key, new_value, index = value.args[1:]
             site = self.sites[int(index.value)]
             k_pool, v_pool = current[site.index]
-            append = self._kernel(builder, names, "append_kv", site)
+            append = self._kernel(builder, names, "append_kv", site, _dtype(key))
             updated = builder.emit(
                 relax.op.call_tir_inplace(
                     append, [key, new_value, slots, k_pool, v_pool], [3, 4], [k_pool.ty, v_pool.ty]
@@ -69,11 +69,11 @@ class PageAttention:
             current[site.index] = pair
             numbers = (x for x in (site.slopes, site.sinks) if x is not None)
             extras = [relax.const(np.array(x, np.float32)) for x in numbers]
-            out = relax.TensorType((1, n, site.heads, site.value_dim), "float32")
+            out = relax.TensorType((1, n, site.heads, site.value_dim), _dtype(query))
             if self.phase == "prefill":
-                attend = self._kernel(builder, names, "prefill_attention", site)
+                attend = self._kernel(builder, names, "prefill_attention", site, _dtype(query))
                 return relax.op.call_tir(attend, [query, *pair, positions, tiles, table, *extras], out)
-            attend = self._kernel(builder, names, "decode_attention", site)
+            attend = self._kernel(builder, names, "decode_attention", site, _dtype(query))
             part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
             inputs = [query, *pair, positions, table, *extras]
             both = builder.emit(relax.op.call_tir(attend, inputs, [part, out]))
@@ -87,16 +87,18 @@ class PageAttention:
         return Result(module, len(self.sites))
 
     def _pools(self) -> dict[int, tuple[relax.Var, relax.Var]]:
-        pages, page = tirx.Var("pages", "int64"), self.kernels.page_size
+        pages, kernels = tirx.Var("pages", "int64"), self.kernels
         pools = {}
         for site in self.sites:
-            k = relax.TensorType((pages, site.kv_heads, site.head_dim, page), site.kv_dtype)
-            v = relax.TensorType((pages, site.kv_heads, page, site.value_dim), site.kv_dtype)
+            k, v = (
+                relax.TensorType((pages, *shape), site.kv_dtype)
+                for shape in site.page_shapes(kernels.page_size, kernels.keys_transposed)
+            )
             pools[site.index] = (relax.Var(f"k_{site.index}", k), relax.Var(f"v_{site.index}", v))
         return pools
 
     def _kernel(
-        self, builder: relax.BlockBuilder, names: dict[Any, Any], kind: str, site: AttentionSite
+        self, builder: relax.BlockBuilder, names: dict[Any, Any], kind: str, site: AttentionSite, dtype: str
     ) -> Any:
         """The kernel's global variable; sites of the same geometry share one."""
         geometry = (
@@ -111,12 +113,16 @@ class PageAttention:
             site.sinks is not None,
             site.guarded,
         )
-        key = (kind, site.kv_dtype, geometry[1:4] if kind == "append_kv" else geometry)
+        key = (kind, dtype, site.kv_dtype, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:
             make = {
                 "append_kv": self.kernels.append,
                 "prefill_attention": self.kernels.prefill,
                 "decode_attention": self.kernels.decode,
             }
-            names[key] = builder.add_func(make[kind](site), kind)
+            names[key] = builder.add_func(make[kind](site, dtype), kind)
         return names[key]
+
+
+def _dtype(value: relax.Expr) -> str:
+    return str(value.ty.dtype.dtype)

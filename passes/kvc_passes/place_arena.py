@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
@@ -31,7 +30,7 @@ class Temporary:
         count = 1
         for dim in self.alloc.args[0].values:
             count *= evaluate(dim, bounds)
-        size = count * np.dtype(str(self.alloc.args[1].value)).itemsize
+        size = count * element_bytes(str(self.alloc.args[1].value))
         return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -140,6 +139,11 @@ def _tensor(builder: relax.BlockBuilder, arena: relax.Var, offset: int, alloc: r
         return tensor
     move = relax.ExternFunc("vm.builtin.ensure_zero_offset")
     return builder.emit(relax.Call(move, [tensor], ty_args=[relax.TensorType(shape, dtype)]))
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one element; booleans take one."""
+    return -(-int("".join(c for c in dtype if c.isdigit()) or 8) // 8)
 
 
 def evaluate(dim: Any, bounds: Mapping[str, int]) -> int:

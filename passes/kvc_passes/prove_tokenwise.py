@@ -18,67 +18,14 @@ from .graph import Graph, dims, graph_of, numbers, op_name, operands, static
 from .indices import replaced
 from .markers import ATTENTION
 from .nodes import NodeNames
+from .operations import ELEMENTWISE, NORMS, REDUCTIONS
 from .regroup import regroup
 
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "add",
-        "astype",
-        "bitwise_and",
-        "bitwise_not",
-        "bitwise_or",
-        "ceil",
-        "clip",
-        "cos",
-        "divide",
-        "equal",
-        "erf",
-        "exp",
-        "floor",
-        "floor_divide",
-        "gelu",
-        "gelu_tanh",
-        "greater",
-        "greater_equal",
-        "isnan",
-        "leakyrelu",
-        "less",
-        "less_equal",
-        "log",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "maximum",
-        "minimum",
-        "mod",
-        "multiply",
-        "negative",
-        "not_equal",
-        "power",
-        "relu",
-        "round",
-        "rsqrt",
-        "sigmoid",
-        "sign",
-        "silu",
-        "sin",
-        "softplus",
-        "sqrt",
-        "square",
-        "subtract",
-        "tan",
-        "tanh",
-        "where",
-    ]
-)
-_REDUCTIONS = frozenset(["max", "mean", "min", "prod", "std", "sum", "variance", "argmax", "argmin"])
 _UNIFORM = frozenset(["broadcast_to", "full", "ones", "zeros"])
 """Operations that may make a token axis: all of its entries are equal."""
-_NORMS = frozenset(["softmax", "log_softmax", "layer_norm", "rms_norm"])
 
 
-_PLACED = _ELEMENTWISE | _REDUCTIONS | _NORMS | {"broadcast_to", "concat", "matmul", "split", "strided_slice"}
+_PLACED = ELEMENTWISE | REDUCTIONS | NORMS | {"broadcast_to", "concat", "matmul", "split", "strided_slice"}
 """Operations whose result has its token axes where the operands have them, counted from the last."""
 
 
@@ -174,7 +121,7 @@ class _TokenAxes:
         if name == "permute_dims" and call.attrs.axes is not None:
             before = self.outer[inputs[0]]
             found = {i: before[int(a)] for i, a in enumerate(call.attrs.axes) if int(a) in before}
-        elif name in _PLACED and not (name in _REDUCTIONS and not call.attrs.keepdims):
+        elif name in _PLACED and not (name in REDUCTIONS and not call.attrs.keepdims):
             found = {}
             for axis in self.of(var):
                 kinds = {
@@ -304,9 +251,9 @@ def _kept(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
 
 
 _RULES: dict[str, Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]] = {
-    **dict.fromkeys(_ELEMENTWISE, _aligned),
-    **dict.fromkeys(_REDUCTIONS, _reduced),
-    **dict.fromkeys(_NORMS, _normalized),
+    **dict.fromkeys(ELEMENTWISE, _aligned),
+    **dict.fromkeys(REDUCTIONS, _reduced),
+    **dict.fromkeys(NORMS, _normalized),
     "broadcast_to": _aligned,
     "concat": _along("concatenates"),
     "expand_dims": _kept,

@@ -49,11 +49,12 @@ class WriteLogits:
                     weight.format,
                     bias=len(args) > 1 + len(packed),
                     flat=True,
+                    dtype=str(args[0].ty.dtype.dtype),
                 )
                 call = builder.add_func(kernel, "packed_matmul_logits")
                 return relax.op.call_tir_inplace(call, [*args, logits], [len(args)], logits.ty)
             source = builder.emit(value)
-            copy = builder.add_func(_copy(r, columns), "copy_logits")
+            copy = builder.add_func(_copy(r, columns, str(source.ty.dtype.dtype)), "copy_logits")
             return relax.op.call_tir_inplace(copy, [source, logits], [1], logits.ty)
 
         behind = next(
@@ -72,9 +73,9 @@ class WriteLogits:
         return names.index(param.name) == max(names.index(n) for n in ("rows", "block_table") if n in names)
 
 
-def _copy(rows: object, columns: object) -> object:
-    source = te.placeholder((1, rows, columns), "float32", name="source")
-    target = te.compute((rows, columns), lambda i, j: source[0, i, j], name="target")
+def _copy(rows: object, columns: object, dtype: str) -> object:
+    source = te.placeholder((1, rows, columns), dtype, name="source")
+    target = te.compute((rows, columns), lambda i, j: source[0, i, j].astype("float32"), name="target")
     opaque = 8  # fused with what comes before, the logits would be written to a tensor that is then copied
     function = te.create_prim_func([source, target]).without_attr("global_symbol")  # "main", like ours
     return function.with_attr("op_pattern", opaque)

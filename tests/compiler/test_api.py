@@ -102,7 +102,7 @@ def test_plan(llama: Path, artifact: Path) -> None:
 
 
 def test_more_budget_never_gives_less(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvc.api.measure", lambda *_, **__: 70 << 20)
+    monkeypatch.setattr("kvc.machine.measure", lambda *_, **__: 70 << 20)
     with pytest.raises(kvc.BudgetError) as refusal:
         kvc.plan(llama, budget="1MB", workload="4x64")
     assert refusal.value.given == 10**6
@@ -203,7 +203,7 @@ def test_tokens_as_they_come(artifact: Path) -> None:
 
 def test_what_replaces_a_loaded_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system remembers libraries by their path."""
-    monkeypatch.setattr("kvc.api.measure", lambda *args, **options: 100 << 20)
+    monkeypatch.setattr("kvc.machine.measure", lambda *args, **options: 100 << 20)
     for name in ("llama", "gpt2"):
         model = Path(__file__).parents[1] / "fixtures" / "optimum" / f"{name}.onnx"
         artifact = kvc.compile(model, budget="300MB", workload="1x16", output=tmp_path / "m.kvc", force=True)

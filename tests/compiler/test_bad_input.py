@@ -186,7 +186,7 @@ def test_budget_too_small(
     run: Run, llama: Path, tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal says what was given and what is needed; that works, and one byte less does not."""
-    monkeypatch.setattr("kvc.api.measure", lambda *_, **__: 70 << 20)  # it may differ from run to run
+    monkeypatch.setattr("kvc.machine.measure", lambda *_, **__: 70 << 20)  # it may differ from run to run
     arguments = ("--workload", "4x64", "-o", tmp_path / "out.kvc")
     message = _refused(run, tmp_path, "compile", llama, "--budget", budget, *arguments)
     found = re.search(r"budget of (\d+) bytes.*4x64.*needs (\d+) bytes", message)

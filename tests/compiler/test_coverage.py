@@ -73,7 +73,7 @@ def work(pytestconfig: pytest.Config) -> Path:
 def _one_overhead() -> Iterator[None]:
     """Measuring a process takes 2 s and is the same for all models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvc.api.measure", lambda *args, **options: _overhead())
+        patch.setattr("kvc.machine.measure", lambda *args, **options: _overhead())
         yield
 
 

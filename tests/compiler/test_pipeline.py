@@ -63,7 +63,7 @@ def compiled(
         path = model_file(family, with_past)
         output = tmp_path_factory.mktemp("compiled") / f"{path.stem}.kvc"
         with pytest.MonkeyPatch.context() as patch:  # it takes 2 s, and is the same for all models
-            patch.setattr("kvc.api.measure", lambda *args, **options: overhead())
+            patch.setattr("kvc.machine.measure", lambda *args, **options: overhead())
             artifact = kvc.compile(path, budget="400MB", workload="4x64", output=output)
         return Case(Executor(artifact), OnnxRuntime(path), artifact.facts.sites)
 

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvc import planner
-from kvc.planner import CHUNKS, Costs, make_plan
+from kvc.planner import Costs, make_plan
 from kvc.runtime.executor import input_shapes
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.facts import AttentionSite, MaskFact, ModelFacts, Workload
 
 MIB = 1 << 20
+CHUNKS = (512, 256, 128, 64, 32)
 SLACK = getattr(planner, "_VARIATION", 0)
 """Bytes that a refusal recommends beyond what was counted, for measurements that differ between runs."""
 
@@ -30,7 +31,7 @@ def facts(context: int | None = 1024, layers: int = 2, heads: int = 2, dim: int 
 def costs(**changes: Any) -> Costs:
     values: dict[str, Any] = {"facts": facts(), "target": {"kind": "llvm"}, "weights": 3 * MIB}
     values |= {"runtime": 5 * MIB, "arena": lambda chunk, batch: 4096 * chunk + 512 * batch}
-    values |= {"page_size": 16, "tile": 4}
+    values |= {"page_size": 16, "tile": 4, "chunks": CHUNKS}
     return Costs(**values | changes)
 
 

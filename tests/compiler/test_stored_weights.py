@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvc.kernels import packing
 from kvc.kernels.cpu import CpuProducts
 from kvc.kernels.traits import CpuTraits
 from kvc.stored_weights import codes_of, scales_of, stored, zeros_of
@@ -124,7 +125,7 @@ def test_two_weights_of_codes_stand_side_by_side(transposed: bool) -> None:
     format = WeightFormat("uint4", 2, "float32", True)
     weight = PackedWeight(tuple(sources), 5, format)
     tensors = PRODUCTS.packed(24, 5, format)
-    data, scales, zeros = (stored(WeightPart(weight, i), t, weights) for i, t in enumerate(tensors))
+    data, scales, zeros = (stored(WeightPart(weight, i), t, weights, packing) for i, t in enumerate(tensors))
     codes = np.stack([data & 15, data >> 4], 2).reshape(3, 6, 8)[:, :5]  # [panel, input, column]
     blocks = np.arange(5) // 2
     got = (codes - zeros[:, blocks].astype(np.float64)) * scales[:, blocks]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from flat_graphs import PRODUCTS
 
+from kvc.kernels import packing
 from kvc.stored_weights import stored
 from kvc_passes.weights import WeightPart
 
@@ -17,6 +18,6 @@ def packed(recipes: Mapping[str, WeightPart], weights: Mapping[str, np.ndarray])
     for name, recipe in recipes.items():
         weight = recipe.weight
         tensors = PRODUCTS.packed(weight.columns, weight.depth, weight.format)
-        result[name] = stored(recipe, tensors[recipe.part], weights)
+        result[name] = stored(recipe, tensors[recipe.part], weights, packing)
         assert (result[name].shape, str(result[name].dtype)) == tensors[recipe.part][::-1]
     return result

@@ -11,7 +11,8 @@ from tvm.relax import op
 
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
-from kvc_passes.prove_tokenwise import _ELEMENTWISE, _RULES, ProveTokenwise
+from kvc_passes.operations import ELEMENTWISE
+from kvc_passes.prove_tokenwise import _RULES, ProveTokenwise
 from support import module_of, param, shape_of, symbol
 
 B, S, D = symbol("batch"), symbol("sequence"), 8
@@ -264,7 +265,7 @@ def test_an_operation_that_mixes_tokens_is_refused_with_its_node(
         prove(body)
 
 
-ELEMENTWISE = sorted(name for name in _ELEMENTWISE if hasattr(op, name) or hasattr(op.nn, name))
+ELEMENTWISE = sorted(name for name in ELEMENTWISE if hasattr(op, name) or hasattr(op.nn, name))
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)

@@ -15,23 +15,23 @@ from kvc_passes.graph import graph_of, op_name
 
 @dataclass
 class _Memory:
-    """Calls that were legalized: the PrimFunc, the result's type, and which operands it takes."""
+    """Calls that were legalized: the PrimFunc, and which operands it takes."""
 
-    made: dict[Hashable, tuple[Any, Any, tuple[int, ...]]] = field(default_factory=dict)
+    made: dict[Hashable, tuple[Any, tuple[int, ...]]] = field(default_factory=dict)
 
     def rule(self, default: Callable[[Any, relax.Call], relax.Expr]) -> Callable[..., relax.Expr]:
         def legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
             key = _key(call)
             if key in self.made:
-                function, type_, taken = self.made[key]
-                return relax.op.call_tir(function, [call.args[i] for i in taken], type_)
+                function, taken = self.made[key]
+                return relax.op.call_tir(function, [call.args[i] for i in taken], call.ty)
             result = default(builder, call)
             if key is not None and _makes_one_tensor(result):
                 places = {arg: i for i, arg in enumerate(call.args) if isinstance(arg, relax.Var)}
                 operands = list(result.args[1].fields)
                 if len(places) == len(operands) and all(o in places for o in operands):
                     order = tuple(places[o] for o in operands)
-                    self.made[key] = (result.args[0], result.ty_args[0], order)
+                    self.made[key] = (result.args[0], order)
             return result
 
         return legalize
@@ -67,10 +67,14 @@ def legalize_ops(mod: IRModule) -> IRModule:
 
     All functions of `mod` must name the same symbol alike, and no two symbols alike.
     """
-    memory, graph = _Memory(), graph_of(mod["main"])
-    names = {f"relax.{op_name(graph.definitions[v])}" for v in graph.order} | {
-        f"relax.nn.{op_name(graph.definitions[v])}" for v in graph.order
+    memory = _Memory()
+    used = {
+        op_name(value)
+        for function in mod.functions.values()
+        if isinstance(function, relax.Function)
+        for value in graph_of(function).definitions.values()
     }
+    names = {f"relax.{name}" for name in used} | {f"relax.nn.{name}" for name in used}
     rules = {}
     for name in sorted(names):
         try:

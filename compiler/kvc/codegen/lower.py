@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from tvm import IRModule, relax, tirx, transform
 from tvm.ir import GlobalVar
 from tvm.relax import PyExprMutator, expr_functor
 from tvm.target import Target
 
-from kvc_passes.base import Result
+from kvc_passes.base import Pass
 from kvc_passes.place_arena import PlaceArena
 
-from ..kernels.schedule import schedule_elementwise
-from ..kernels.traits import CpuTraits
-from ..kernels.vector_math import replace_math
 from ..pipeline import Phase, Runner
 from .legalize import legalize_ops
 
 
-@dataclass(frozen=True)
-class ScheduleKernels:
-    """Loops for what TVM generated: vectorized, in prefill also parallel.
+def lower(
+    mod: IRModule, phase: Phase, target: Target, fuse: Sequence[Pass], schedule: Pass, runner: Runner
+) -> IRModule:
+    """Down to kernel calls on tensors that `builtin.alloc_tensor` makes; no code is generated yet.
 
-    Before: PrimFuncs made by legalization and fusion, plain loop nests.
-    After: the same with vector loops and polynomial math; `tirx.is_scheduled`.
-    Needs: FuseTIR.
-    Refuses: nothing; what cannot be scheduled stays a plain loop nest.
+    fuse: the target's own passes before TVM's fusion; schedule: the one that schedules what TVM generated.
     """
-
-    target: Target
-    parallel: bool
-
-    def run(self, mod: IRModule) -> Result:
-        traits = CpuTraits.of(self.target)
-        functions = dict(mod.functions_items())
-        count = 0
-        for name, function in functions.items():
-            if isinstance(function, tirx.PrimFunc) and not function.attrs.get("tirx.is_scheduled", False):
-                functions[name] = schedule_elementwise(replace_math(function), traits, self.parallel)
-                count += 1
-        return Result(IRModule(functions), count)
-
-
-def lower(mod: IRModule, phase: Phase, target: Target, runner: Runner) -> IRModule:
-    """Down to kernel calls on tensors that `builtin.alloc_tensor` makes; no code is generated yet."""
     label = f"{phase}-"
+    for step in fuse:
+        mod = runner.apply(mod, step, label).module
     with target:
         mod = runner.apply_tvm(
             mod,
@@ -57,7 +37,7 @@ def lower(mod: IRModule, phase: Phase, target: Target, runner: Runner) -> IRModu
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
         )
-        mod = runner.apply(mod, ScheduleKernels(target, phase == "prefill"), label).module
+        mod = runner.apply(mod, schedule, label).module
         return runner.apply_tvm(
             mod,
             f"{label}allocate",

@@ -13,6 +13,7 @@ from kvc_passes.kernel_sets import TensorType
 
 from . import attention, matmul
 from .packing import packed_tensors
+from .shapes import attention_shape
 from .traits import CpuTraits
 
 # Prefill and decode ask for the same kernels; building one takes tens of milliseconds.
@@ -36,6 +37,7 @@ class CpuAttention:
     traits: CpuTraits
     tile: int
     page_size: int = PAGE_SIZE
+    keys_transposed = True
 
     @classmethod
     def for_sites(cls, target: Target, sites: tuple[AttentionSite, ...]) -> CpuAttention:
@@ -43,30 +45,10 @@ class CpuAttention:
         traits = CpuTraits.of(target)
         return cls(traits, attention.choose_tile(sites[0].group, traits))
 
-    def _shape(self, site: AttentionSite) -> attention.AttentionShape:
-        mask = site.mask
-        return attention.AttentionShape(
-            heads=site.heads,
-            kv_heads=site.kv_heads,
-            head_dim=site.head_dim,
-            value_dim=site.value_dim,
-            scale=site.scale,
-            softcap=site.softcap,
-            window=mask.window,
-            chunk=mask.chunk,
-            sink_keys=mask.sinks,
-            predicate=mask.predicate if mask.kind == "predicate" else None,
-            slopes=site.slopes is not None,
-            sink_scores=site.sinks is not None,
-            guarded=site.guarded,
-            kv_dtype=site.kv_dtype,
-            page_size=self.page_size,
-        )
-
     def splits(self, site: AttentionSite) -> int:
         return attention.decode_splits(site.kv_heads, self.traits)
 
-    def append(self, site: AttentionSite) -> PrimFunc:
+    def append(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
         plain = attention.AttentionShape(  # what the mask and the scores are does not matter here
             site.heads,
             site.kv_heads,
@@ -78,11 +60,13 @@ class CpuAttention:
         )
         return _append_kv(plain, self.traits)
 
-    def prefill(self, site: AttentionSite) -> PrimFunc:
-        return attention.prefill_attention(self._shape(site), self.tile, self.traits)
+    def prefill(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
+        return attention.prefill_attention(attention_shape(site, self.page_size), self.tile, self.traits)
 
-    def decode(self, site: AttentionSite) -> PrimFunc:
-        return attention.decode_attention(self._shape(site), self.traits, self.splits(site))
+    def decode(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
+        return attention.decode_attention(
+            attention_shape(site, self.page_size), self.traits, self.splits(site)
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +74,7 @@ class CpuProducts:
     """Implements kvc_passes.kernel_sets.MatmulKernels."""
 
     traits: CpuTraits
+    dtypes: tuple[str, ...] = ("float32",)
 
     @property
     def panel(self) -> int:
@@ -98,8 +83,17 @@ class CpuProducts:
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
         return packed_tensors(columns, depth, format, self.traits.lanes)
 
-    def matmul(self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool) -> PrimFunc:
+    def matmul(
+        self,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        *,
+        bias: bool,
+        flat: bool,
+        dtype: str = "float32",
+    ) -> PrimFunc:
         return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat, format=format)
 
-    def embedding(self, columns: int, depth: int, format: WeightFormat) -> PrimFunc:
+    def embedding(self, columns: int, depth: int, format: WeightFormat, dtype: str = "float32") -> PrimFunc:
         return _packed_embedding(columns, depth, self.traits, format=format)

@@ -42,6 +42,11 @@ def packed_tensors(n: int, k: int, format: WeightFormat, lanes: int) -> tuple[Te
     return tuple(tensors)
 
 
+def extent(columns: int, tensor: TensorType) -> int:
+    """Panels that `columns` rows fill."""
+    return -(-columns // tensor.shape[2])
+
+
 def pack_floats(weight: Array, format: WeightFormat, out: Array) -> None:
     """Pack floats [N, K] into the data tensor `out`; any float type goes into float32."""
     if format.dtype == "float32":

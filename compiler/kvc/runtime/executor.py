@@ -7,24 +7,18 @@ memory.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
-from kvc.runtime.library import check_cpu, load_runtime, load_vm, thread_count
-from kvc.weights_file import ALIGNMENT, TensorSpec, numpy_dtype
+from kvc.runtime.device_memory import DeviceMemory
+from kvc.runtime.host_memory import HostMemory, Shapes, padded
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts, Plan
-
-_MADV_POPULATE_READ: Final = 22  # Linux 5.14; maps pages without breaking their sharing with the page cache
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,27 @@ class Segment:
     """Whether the logits after the last token are wanted."""
 
 
-def input_shapes(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+class Memory(Protocol):
+    """Where a model's tensors are, and how the inputs of a call get there."""
+
+    vm: Any
+    """The compiled functions by name."""
+    arrays: dict[str, NDArray[Any]]
+    """Inputs of the largest call, and the logits, on the host."""
+    pools: list[Any]
+    weights: list[Any]
+
+    def give(self, name: str, count: int) -> Any:
+        """The first `count` rows of an input as a tensor."""
+
+    def place(self, name: str, count: int) -> Any:
+        """The first `count` rows of what a function writes, as a tensor."""
+
+    def take(self, name: str, count: int) -> NDArray[Any]:
+        """What a function wrote there."""
+
+
+def input_shapes(plan: Plan) -> Shapes:
     """Dtype and shape of the integer inputs of the largest call."""
     tokens = max(plan.chunk, plan.max_batch)
     return {
@@ -55,48 +69,45 @@ def input_shapes(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def table_bytes(plan: Plan) -> int:
     """Bytes that the integer inputs of the largest call take (Bytes.tables)."""
-    return sum(_padded(dtype, shape) for dtype, shape in input_shapes(plan).values())
+    return sum(padded(dtype, shape) for dtype, shape in input_shapes(plan).values())
 
 
 def logits_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes of the logits of the most rows that one call returns (a part of Bytes.outputs)."""
-    return _padded("float32", (plan.max_batch, facts.logits))
+    return padded("float32", (plan.max_batch, facts.logits))
 
 
 def pool_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes of the page pools as they are allocated (Bytes.pools)."""
-    return sum(_padded(dtype, shape) for dtype, shape in _pools(plan, facts))
+    return sum(padded(*each) for each in _pools(plan, facts).values())
 
 
 class Executor:
     """A loaded model at the level of tokens, positions and pages.
 
-    Raises TargetError if this CPU cannot run the code, InputError if library or weights cannot be loaded or
-    there is not enough memory. Calls must come from one thread: TVM starts a thread pool for each that calls.
+    Raises TargetError if this CPU or GPU cannot run the code, InputError if library or weights cannot be
+    loaded or there is not enough memory. Calls must come from one thread: TVM starts a thread pool for each
+    that calls.
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None, warm: bool = True) -> None:
-        check_cpu(artifact.plan.target)
         self.plan = artifact.plan
         self.facts = artifact.facts
-        threads = threads or thread_count(self.plan.target)
-        self._ffi = load_runtime(threads)
-        self._vm = load_vm(artifact.path / "model.so", threads)
-        self._prefill, self._decode = self._vm["prefill"], self._vm["decode"]
-        inputs = input_shapes(self.plan).values()
-        logits = (self.plan.max_batch, self.facts.logits)
-        region = _Region(table_bytes(self.plan) + logits_bytes(self.plan, self.facts))
-        self._tokens, self._positions, self._slots, self._tiles, self._table, self._rows = (
-            region.array(dtype, shape) for dtype, shape in inputs
+        inputs = {
+            **input_shapes(self.plan),
+            "logits": ("float32", (self.plan.max_batch, self.facts.logits)),
+        }
+        pools = _pools(self.plan, self.facts)
+        self._memory: Memory = (
+            DeviceMemory(artifact, inputs, pools)
+            if self.plan.target["kind"] == "cuda"
+            else HostMemory(artifact, inputs, pools, threads)
         )
-        self._logits = region.array("float32", logits)
-        region = _Region(pool_bytes(self.plan, self.facts))
-        pages = [
-            self._typed(region.array(_storage(dtype), shape), dtype)
-            for dtype, shape in _pools(self.plan, self.facts)
-        ]
-        weights = self._map(artifact.path / "weights.safetensors", artifact.layout())
-        self._state = (*pages, *weights)
+        self._prefill, self._decode = self._memory.vm["prefill"], self._memory.vm["decode"]
+        arrays = self._memory.arrays
+        self._tokens, self._positions, self._slots = (arrays[n] for n in ("tokens", "positions", "slots"))
+        self._tiles, self._table, self._rows = (arrays[n] for n in ("tiles", "table", "rows"))
+        self._state = (*self._memory.pools, *self._memory.weights)
         if warm:
             try:
                 self._run_largest()
@@ -129,13 +140,16 @@ class Executor:
         self._rows[: len(rows)] = rows
         count = int(ends[-1])
         self._check_tokens(count)
+        give = self._memory.give
         self._prefill(
-            *self._slices(self._tokens[:count], self._positions[:count], self._slots[:count]),
-            *self._slices(self._tiles[:tiles], self._table[: len(segments)], self._rows[: len(rows)]),
-            *self._slices(self._logits[: len(rows)]),
+            *(give(name, count) for name in ("tokens", "positions", "slots")),
+            give("tiles", tiles),
+            give("table", len(segments)),
+            give("rows", len(rows)),
+            self._memory.place("logits", len(rows)),
             *self._state,
         )
-        return self._logits[: len(wanted)]
+        return self._memory.take("logits", len(wanted)) if wanted else self._memory.arrays["logits"][:0]
 
     def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Compute the next token of each sequence: segments of one token.
@@ -150,11 +164,11 @@ class Executor:
             self._place(sequence, segment, sequence)
         self._check_tokens(count)
         self._decode(
-            *self._slices(self._tokens[:count], self._positions[:count], self._slots[:count]),
-            *self._slices(self._table[:count], self._logits[:count]),
+            *(self._memory.give(name, count) for name in ("tokens", "positions", "slots", "table")),
+            self._memory.place("logits", count),
             *self._state,
         )
-        return self._logits[:count]
+        return self._memory.take("logits", count)
 
     def close(self) -> None:
         """Release the memory. The executor cannot be used afterwards."""
@@ -180,36 +194,6 @@ class Executor:
             wrong = int(tokens[(tokens < 0) | (tokens >= vocab)][0])
             raise InputError(f"token id {wrong} does not exist: the model has 0 .. {vocab - 1}")
 
-    def _slices(self, *arrays: NDArray[Any]) -> list[Any]:
-        return [self._ffi.from_dlpack(array) for array in arrays]
-
-    def _tensor(self, array: NDArray[Any]) -> Any:
-        return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT, require_contiguous=True)
-
-    def _map(self, file: Path, layout: Sequence[TensorSpec]) -> list[Any]:
-        """The weights as tensors over a memory map, without a copy."""
-        if not layout:
-            return []
-        with file.open("rb") as stream:
-            # Private, since numpy exports no read-only memory: nobody writes, so all pages stay shared.
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        with contextlib.suppress(OSError):
-            mapped.madvise(_MADV_POPULATE_READ)
-        data = np.frombuffer(mapped, dtype=np.uint8)
-        tensors = []
-        for spec in layout:
-            raw = data[spec.offset : spec.offset + spec.bytes].view(_storage(spec.dtype))
-            tensors.append(self._typed(raw.reshape(spec.shape), spec.dtype))
-        return tensors
-
-    def _typed(self, array: NDArray[Any], dtype: str) -> Any:
-        """An array of `_storage(dtype)` as a tensor of `dtype`."""
-        tensor = self._tensor(array)
-        if dtype != "bfloat16":
-            return tensor
-        view = self._ffi.get_global_func("runtime.TVMTensorCreateView")
-        return view(tensor, self._ffi.Shape(array.shape), self._ffi.dtype(dtype), 0)
-
     def _run_largest(self) -> None:
         """Run the largest prefill and one decode, so that their temporaries are allocated and touched."""
         plan = self.plan
@@ -225,39 +209,11 @@ class Executor:
         self.decode([Segment([0], 0, [0])] * plan.max_batch)
 
 
-class _Region:
-    """Zeroed memory, page-aligned and touched, cut into arrays on 64-byte boundaries."""
-
-    def __init__(self, size: int) -> None:
-        try:
-            memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise InputError(f"{size} bytes of memory cannot be had ({error.strerror})") from None
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)  # stays within the region, so it costs nothing
-        self._data = np.frombuffer(memory, dtype=np.uint8)
-        self._data[:: mmap.PAGESIZE] = 0
-        self._used = 0
-
-    def array(self, dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The next array of the region."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        array = self._data[self._used : self._used + size].view(dtype).reshape(shape)
-        self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        return array
-
-
-def _pools(plan: Plan, facts: ModelFacts) -> list[tuple[str, tuple[int, ...]]]:
+def _pools(plan: Plan, facts: ModelFacts) -> Shapes:
     """Dtypes and shapes of k_0 .. k_{L-1}, v_0 .. v_{L-1}."""
-    page, pages = plan.page_size, plan.pages
-    keys = [(s.kv_dtype, (pages, s.kv_heads, s.head_dim, page)) for s in facts.sites]
-    return [*keys, *((s.kv_dtype, (pages, s.kv_heads, page, s.value_dim)) for s in facts.sites)]
-
-
-def _storage(dtype: str) -> np.dtype[Any]:
-    """What numpy holds a dtype in: it exports bfloat16 under no name that DLPack has."""
-    return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(numpy_dtype(dtype))
-
-
-def _padded(dtype: str, shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) * _storage(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+    shapes = [(s.kv_dtype, s.page_shapes(plan.page_size, plan.keys_transposed)) for s in facts.sites]
+    return {
+        f"{name}_{index}": (dtype, (plan.pages, *pair[i]))
+        for i, name in enumerate("kv")
+        for index, (dtype, pair) in enumerate(shapes)
+    }

@@ -49,7 +49,7 @@ _KNOWN: Final = frozenset().union(*_FEATURES.values())
 # LLVM's name: the kernel's. They differ by underscores and dots, and in these.
 _KERNEL_NAMES: Final = {name.replace("_", ""): name for name in _KNOWN} | {"lzcnt": "abm", "bmi": "bmi1"}
 
-_DEVICE_CPU: Final = 1
+DEVICE_CPU: Final = 1
 _POOLED_ALLOCATOR: Final = 2
 
 
@@ -111,10 +111,11 @@ def load_runtime(threads: int) -> ModuleType:
     return tvm_ffi
 
 
-def load_vm(library: Path, threads: int) -> Any:
+def load_vm(library: Path, threads: int, device: int = DEVICE_CPU) -> Any:
     """Load compiled functions and return the VM module that holds them: `vm["prefill"](...)`.
 
-    Raises InputError if the library cannot be loaded.
+    device: DLPack's number of the kind of device that tensors are on. Raises InputError if the library cannot
+    be loaded.
     """
     tvm_ffi = load_runtime(threads)
     try:
@@ -127,7 +128,8 @@ def load_vm(library: Path, threads: int) -> Any:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"{library}: cannot be loaded ({reason}); compile the model again") from None
     # Pooled: buffers stay allocated from call to call.
-    vm["vm_initialization"](_DEVICE_CPU, 0, _POOLED_ALLOCATOR)
+    host = () if device == DEVICE_CPU else (DEVICE_CPU, 0, _POOLED_ALLOCATOR)
+    vm["vm_initialization"](device, 0, _POOLED_ALLOCATOR, *host)
     return vm
 
 
@@ -157,10 +159,15 @@ def import_ffi() -> ModuleType:
 
 @functools.cache
 def runtime_library() -> ctypes.CDLL:
-    """libtvm_runtime.so from the installed tvm package, which is not imported for it."""
+    """TVM's runtime, without its compiler."""
+    return ctypes.CDLL(str(tvm_library("libtvm_runtime.so")), ctypes.RTLD_GLOBAL)
+
+
+def tvm_library(name: str) -> Path:
+    """A library of the installed tvm package, which is not imported for it. Raises TargetError."""
     spec = importlib.util.find_spec("tvm")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        library = Path(folder) / "lib" / "libtvm_runtime.so"
+        library = Path(folder) / "lib" / name
         if library.is_file():
-            return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    raise TargetError("libtvm_runtime.so was not found: install apache-tvm as kvc's pyproject.toml names it")
+            return library
+    raise TargetError(f"{name} was not found: install apache-tvm as kvc's pyproject.toml names it")

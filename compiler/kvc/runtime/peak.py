@@ -1,7 +1,8 @@
 """The worst planned workload, and the memory it took: `python -m kvc.runtime.peak MODEL.kvc`.
 
 Every planned alternative is run in full: its whole batch at once, prompts that fill the context but for the
-last tokens, which are generated. Prints the process's peak resident bytes.
+last tokens, which are generated. Prints the process's peak resident bytes, for a GPU those of device memory
+that it holds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from kvc.artifact import Artifact
 from kvc.runtime import load
+from kvc.runtime.cuda import used_bytes
 
 _GENERATED = 8
 
@@ -19,6 +21,8 @@ _GENERATED = 8
 def main() -> None:
     artifact = Artifact.open(sys.argv[1], verify=False)
     plan, facts = artifact.plan, artifact.facts
+    on_gpu = plan.target["kind"] == "cuda"
+    before = used_bytes() if on_gpu else 0
     with load(artifact.path, verify=False) as session:
         random = np.random.default_rng(0)
         for workload in plan.workload:
@@ -27,7 +31,8 @@ def main() -> None:
             length = max(1, context - new)
             prompts = [random.integers(0, facts.vocab, length).tolist() for _ in range(workload.batch)]
             session.generate(prompts, max_new_tokens=context - length or 1, ignore_eos=True)
-        print(peak_bytes())
+        # On a GPU everything is allocated when the model is loaded, and stays.
+        print(used_bytes() - before if on_gpu else peak_bytes())
 
 
 def peak_bytes() -> int:

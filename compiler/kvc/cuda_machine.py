@@ -1,0 +1,168 @@
+"""NVIDIA GPUs as targets: one library for every architecture, holding machine code alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import IRModule, tirx
+from tvm.ir import Call, StringImm
+from tvm.target import Target
+from tvm_ffi import structural_map, structural_walk
+
+from kvc_passes.base import Pass
+from kvc_passes.errors import TargetError
+from kvc_passes.facts import AttentionSite
+from kvc_passes.fuse_rows import FuseRows
+from kvc_passes.kernel_sets import TensorType
+from kvc_passes.weights import WeightPart
+
+from .codegen.cuda_modules import cuda_module, prepare
+from .codegen.cuda_text import compile_text, compiling
+from .codegen.schedule_kernels import ScheduleForCuda
+from .kernels.cuda import rows
+from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
+from .kernels.cuda.host import CudaAttention, CudaProducts
+from .machine import export
+from .pipeline import Phase, Runner
+from .stored_weights import Array, stored
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+CONTEXT_BYTES = 640 << 20
+"""Device memory that CUDA's context and the loaded machine code take: a bound, until it is measured."""
+
+
+@dataclass(frozen=True)
+class CudaMachine:
+    """GPUs of the architectures `archs`, of which an artifact holds code for each."""
+
+    archs: tuple[str, ...]
+    chunks: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256, 128)
+    widens: bool = False
+    fuse: tuple[Pass, ...] = (FuseRows(),)
+    kernels: dict[str, DeviceKernel] = field(default_factory=dict, compare=False, repr=False)
+    """The Triton kernels that functions of this compilation launch."""
+
+    @cached_property
+    def target(self) -> Target:
+        return _target(self.archs[0])
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"kind": "cuda", "archs": list(self.archs)}
+
+    @cached_property
+    def products(self) -> CudaProducts:
+        return CudaProducts(self.kernels)
+
+    def attention(self, sites: tuple[AttentionSite, ...]) -> CudaAttention:
+        return CudaAttention.for_sites(sites, self.kernels)
+
+    def schedule(self, phase: Phase) -> ScheduleForCuda:
+        return ScheduleForCuda(self.target)
+
+    def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
+        """One library an architecture, and kernels.json with what every kernel takes."""
+        prepare()
+        launched = sorted(_launched(module) & set(self.kernels))
+        report, files = [], []
+        for arch in self.archs:
+            code = {}
+            for number, name in enumerate(launched, 1):
+                runner.report(f"compile kernel {number} of {len(launched)} for {arch}")
+                code[name] = compile_kernel(self.kernels[name], int(arch.removeprefix("sm_")))
+                report.append(_entry(self.kernels[name], arch, code[name]))
+            files.append(self._library(module, arch, code, folder, runner))
+        (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+        return [*files, "kernels.json"]
+
+    def _library(
+        self, module: IRModule, arch: str, code: Mapping[str, Compiled], folder: Path, runner: Runner
+    ) -> str:
+        modules = [cuda_module(self.kernels[name], each) for name, each in code.items()]
+        module = _with_shared_memory(module, code).with_attr("external_mods", modules)
+
+        def to_machine_code(text: str) -> bytes:
+            runner.report(f"compile generated code for {arch}")
+            if runner.dump is not None:
+                (runner.dump / f"kernels.{arch}.cu").write_text(text)
+            return compile_text(text, arch)
+
+        target = _target(arch)
+        with target, compiling(to_machine_code):
+            executable = tvm.compile(
+                module, target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
+            )
+        runner.report("link")
+        name = f"model.{arch}.so"
+        export(executable, folder / name)
+        return name
+
+    def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
+        return stored(part, tensor, weights, rows)
+
+    def runtime_bytes(self, assets: Path, weights: int) -> int:
+        return CONTEXT_BYTES
+
+
+def parse_archs(text: str) -> tuple[str, ...]:
+    """Architectures such as "sm_80,sm_90"; all for "". Raises TargetError."""
+    if not text:
+        return ("sm_80", "sm_90")
+    archs = tuple(dict.fromkeys(text.split(",")))
+    for arch in archs:
+        if arch not in ARCHS:
+            raise TargetError(f"unknown architecture '{arch}'; code can be generated for {', '.join(ARCHS)}")
+    return archs
+
+
+def _target(arch: str) -> Target:
+    limits = {"max_num_threads": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32}
+    host = {"kind": "llvm", "mtriple": str(Target("llvm").attrs["mtriple"])}
+    return Target({"kind": "cuda", "arch": arch, "max_threads_per_block": 1024, **limits}, host=host)
+
+
+def _launched(module: IRModule) -> set[str]:
+    """Names that functions call as packed functions."""
+    names: set[str] = set()
+
+    def visit(call: Any) -> None:
+        if _is_launch(call):
+            names.add(str(call.args[0].value))
+
+    for function in module.functions.values():
+        if isinstance(function, tirx.PrimFunc):
+            structural_walk(function.body, [(Call, visit)])
+    return names
+
+
+def _is_launch(call: Any) -> bool:
+    return getattr(call.op, "name", "") == "tirx.tvm_call_packed" and isinstance(call.args[0], StringImm)
+
+
+def _with_shared_memory(module: IRModule, code: Mapping[str, Compiled]) -> IRModule:
+    """`module` with the shared memory of compiled kernels in their launches."""
+
+    def place(call: Any) -> Any:
+        if not _is_launch(call) or str(call.args[0].value) not in code:
+            return call
+        name = str(call.args[0].value)
+        return tirx.call_packed(name, *list(call.args)[1:-1], tirx.const(code[name].shared, "int64"))
+
+    functions = {
+        v: f.with_body(structural_map(f.body, [(Call, place)])) if isinstance(f, tirx.PrimFunc) else f
+        for v, f in module.functions_items()
+    }
+    return IRModule(functions)
+
+
+def _entry(kernel: DeviceKernel, arch: str, code: Compiled) -> dict[str, Any]:
+    """A kernel's line in kernels.json."""
+    taken = {"registers": code.registers, "shared": code.shared, "bytes": len(code.cubin)}
+    return {"name": kernel.name, "arch": arch, **taken, **dataclasses.asdict(kernel)}

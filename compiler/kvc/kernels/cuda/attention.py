@@ -1,0 +1,205 @@
+"""Attention kernels for CUDA: which Triton function a shape takes, compiled with what.
+
+Pools are kpool [pages, Hkv, PG, D] and vpool [pages, Hkv, PG, Dv] of shape.kv_dtype; q, k, v and out are of
+x_dtype, "float16", "bfloat16" or "float32". Extras are the pointers slopes f32[H] and sinks f32[H], where the
+shape has them. Integers are i32. Pointers are multiples of 16 bytes, and head dimensions of 8.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kvc.kernels.attention import AttentionShape
+
+from . import predicates
+from .device import DeviceKernel
+
+TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_LOG2E = 1.4426950408889634
+
+
+def choose_tile(group: int, head_dim: int = 128) -> int:
+    """Query tokens of a prefill tile: times the group 128 rows, or 64 for heads that take many registers."""
+    return max((64 if head_dim >= 192 else 128) // group, 1)
+
+
+def append_kernel(shape: AttentionShape, x_dtype: str) -> DeviceKernel:
+    """Writes the keys and values of a call's tokens into their pages, in place.
+
+    Arguments: k [1, Hkv, n, D], v [1, Hkv, n, Dv] of x_dtype, slots i32[n] (page * PG + offset), kpool,
+    vpool, n. Grid (ceil(n / 16), Hkv).
+    """
+    x, kv = f"*{TRITON_TYPES[x_dtype]}", f"*{TRITON_TYPES[shape.kv_dtype]}"
+    return DeviceKernel(
+        "attention.append",
+        (("k", x), ("v", x), ("slots", "*i32"), ("kpool", kv), ("vpool", kv), ("n", "i32")),
+        (*_sizes(shape).items(), ("BT", APPEND_TOKENS)),
+        ("k", "v", "slots", "kpool", "vpool"),
+    )
+
+
+APPEND_TOKENS = 16
+"""Tokens of a program of the append kernel."""
+
+
+def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 80) -> DeviceKernel:
+    """Attention of many tokens a sequence, whose own keys must be in the pages.
+
+    Arguments: q [1, H, n, D], kpool, vpool, positions i64[n], tiles i32[t, 3] (table row, first token,
+    tokens <= tile), table i32[b, width], extras, out [1, n, H, Dv], n, width. Grid (t, Hkv). Any tile works;
+    one of choose_tile is done at once. The blocks are of a size that is good for sm_<arch> and works on later
+    architectures of its kind.
+    """
+    wide = max(_power(shape.head_dim), _power(shape.value_dim))
+    most, keys, warps, stages = _prefill_blocks(wide, _in_float32(shape, x_dtype), arch)
+    rows = min(max(_power(tile * shape.group), 16), most)
+    constants = {
+        "H": shape.heads,
+        **_sizes(shape),
+        "BM": rows,
+        **_options(shape, keys, x_dtype),
+        "GUARDED": shape.guarded,
+        # Behind a narrow window few blocks are seen whole.
+        "SPLIT": shape.predicate is None and min(shape.window or 2**30, shape.chunk or 2**30) >= 1024,
+        "TILE": tile,
+    }
+    x = TRITON_TYPES[x_dtype]
+    types = [*_inputs(shape, x, tiles=True), ("out", f"*{x}"), ("n", "i32"), ("width", "i32")]
+    return _attention("attention.prefill", types, constants, shape, warps, stages)
+
+
+def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
+    """Attention of one token a sequence, every sequence's keys in `splits` shares.
+
+    Arguments: q [1, H, b, D], kpool, vpool, positions i64[b], table i32[b, width], extras,
+    part f32[b, splits, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
+    Grid (b, Hkv, splits). The number of shares is not compiled in.
+    """
+    wide = max(_power(shape.head_dim), _power(shape.value_dim))
+    keys, warps, stages = _decode_blocks(wide, _in_float32(shape, x_dtype))
+    constants = {
+        "H": shape.heads,
+        **_sizes(shape),
+        "BM": max(_power(shape.group), 16),
+        **_options(shape, keys, x_dtype),
+    }
+    types = [
+        *_inputs(shape, TRITON_TYPES[x_dtype], tiles=False),
+        ("part", "*fp32"),
+        ("b", "i32"),
+        ("width", "i32"),
+    ]
+    return _attention("attention.decode", types, constants, shape, warps, stages)
+
+
+def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
+    """The shares of decode_kernel put together.
+
+    Arguments: part f32[b, splits, H, Dv + 2], out [1, b, H, Dv], b. Grid (b, H).
+    """
+    return DeviceKernel(
+        "attention.merge",
+        (("part", "*fp32"), ("out", f"*{TRITON_TYPES[x_dtype]}"), ("b", "i32")),
+        (
+            ("H", shape.heads),
+            ("DV", shape.value_dim),
+            ("DVP", _power(shape.value_dim)),
+            ("SPLITS", splits),
+            ("SP", _power(splits)),
+            ("GUARDED", shape.guarded),
+        ),
+        ("part", "out"),
+        warps=2,
+    )
+
+
+def _attention(
+    function: str,
+    types: list[tuple[str, str]],
+    constants: dict[str, Any],
+    shape: AttentionShape,
+    warps: int,
+    stages: int,
+) -> DeviceKernel:
+    extras = (("slopes", shape.slopes), ("sinks", shape.sink_scores))
+    absent = [(name, None) for name, has in extras if not has]
+    pointers = tuple(name for name, type in types if type.startswith("*"))
+    return DeviceKernel(
+        function, tuple(types), (*absent, *constants.items()), pointers, warps=warps, stages=stages
+    )
+
+
+def _inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, str]]:
+    kv = f"*{TRITON_TYPES[shape.kv_dtype]}"
+    wanted = {
+        ("q", f"*{x}"): True,
+        ("kpool", kv): True,
+        ("vpool", kv): True,
+        ("positions", "*i64"): True,
+        ("tiles", "*i32"): tiles,
+        ("table", "*i32"): True,
+        ("slopes", "*fp32"): shape.slopes,
+        ("sinks", "*fp32"): shape.sink_scores,
+    }
+    return [parameter for parameter, has in wanted.items() if has]
+
+
+def _sizes(shape: AttentionShape) -> dict[str, Any]:
+    return {
+        "HKV": shape.kv_heads,
+        "D": shape.head_dim,
+        "DV": shape.value_dim,
+        "DP": max(_power(shape.head_dim), 16),
+        "DVP": max(_power(shape.value_dim), 16),
+        "PG": shape.page_size,
+    }
+
+
+def _options(shape: AttentionShape, keys: int, x_dtype: str) -> dict[str, Any]:
+    apart = shape.softcap or shape.slopes or shape.scale <= 0
+    return {
+        "BN": keys,
+        "FLOAT32": _in_float32(shape, x_dtype),
+        "SCALE": float(shape.scale),
+        "FACTOR": 1.0 if apart else float(shape.scale) * _LOG2E,
+        "SOFTCAP": float(shape.softcap or 0),
+        "WINDOW": shape.window or 0,
+        "CHUNK": shape.chunk or 0,
+        "SINK_KEYS": shape.sink_keys or 0,
+        "PREDICATE": None if shape.predicate is None else predicates.tree(shape.predicate),
+    }
+
+
+def _in_float32(shape: AttentionShape, x_dtype: str) -> bool:
+    """Whether products are of float32: 16 bits are enough only if q, k and v all are of that type."""
+    return "float32" in (x_dtype, shape.kv_dtype) or x_dtype != shape.kv_dtype
+
+
+def _prefill_blocks(wide: int, float32: bool, arch: int) -> tuple[int, int, int, int]:
+    """Most rows and keys of a block, warps and stages, such that nothing spills.
+
+    sm_90 and sm_100 keep operands in shared memory, of which they have much; others keep them in registers.
+    """
+    ample = 90 <= arch < 120
+    if float32:  # three products of tf32 each, of operands in two parts
+        if wide > 128:
+            return (16, 16, 8, 2)
+        return (64, 32, 8, 2) if wide <= 64 and ample else (32, 32, 8, 2)
+    if wide <= 64:
+        return (128, 64, 8, 3)
+    if wide <= 128:
+        return (128, 64, 8, 2) if ample else (128, 32, 8, 3)
+    return (64, 64, 8, 2) if ample else (64, 32, 8, 2)
+
+
+def _decode_blocks(wide: int, float32: bool) -> tuple[int, int, int]:
+    """Keys of a block, warps and stages of decode."""
+    if float32:
+        return (32, 8, 2) if wide <= 128 else (16, 4, 2)
+    return (64, 4, 3) if wide <= 128 else (32, 4, 3)
+
+
+def _power(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << math.ceil(math.log2(size)) if size > 1 else 1

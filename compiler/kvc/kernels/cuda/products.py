@@ -1,0 +1,135 @@
+"""Products with weights for CUDA: which Triton functions a weight takes, compiled with what.
+
+Weights are stored as kvc.kernels.cuda.rows says. Pointers are multiples of 16 bytes; integers are i32.
+"""
+
+from __future__ import annotations
+
+from kvc_passes.facts import WeightFormat
+
+from .device import DeviceKernel
+
+TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "uint4": "u8"}
+
+Variant = tuple[int | None, DeviceKernel, int, int]
+"""Most rows of x that it is meant for, the kernel, and the rows and columns of y that a program computes."""
+
+
+def product_kernels(
+    columns: int, depth: int, format: WeightFormat, x_dtype: str, out_dtype: str, bias: bool, arch: int = 80
+) -> tuple[Variant, ...]:
+    """y = x w^T + bias, for few rows, more, and any number of them.
+
+    Arguments: x [m, depth] of x_dtype, w, scales and zeros (as the format has them), bias [columns] of
+    x_dtype if `bias`, y [m, columns] of out_dtype, m, columns, depth.
+    Grid (ceil(m / rows) * ceil(columns / columns of a program)), with both from the variant.
+    Raises ValueError for blocks of codes that are neither a power of two of at least 16 nor all of depth.
+    """
+    block = _block(depth, format)
+    if block and (block < 16 or block & (block - 1)):
+        raise ValueError(f"codes in blocks of {block} of {depth} inputs")
+    float32 = "float32" in (x_dtype, "" if format.coded else format.dtype) or (
+        not format.coded and format.dtype != x_dtype
+    )
+    variants: list[Variant] = []
+    for most, rows, wide, deep, warps, stages in _blocks(columns, format, float32, arch):
+        constants = (
+            *_absent(format, bias=bias),
+            ("BM", rows),
+            ("BN", wide),
+            ("BK", deep),
+            ("BITS", _bits(format)),
+            ("BLOCK", block),
+            ("WHOLE", depth % deep == 0),
+            ("FLOAT32", float32),
+        )
+        x = f"*{TRITON_TYPES[x_dtype]}"
+        types = (
+            ("x", x),
+            *_weight(format),
+            *([("bias", x)] if bias else []),
+            ("y", f"*{TRITON_TYPES[out_dtype]}"),
+            ("m", "i32"),
+            ("columns", "i32"),
+            ("depth", "i32"),
+        )
+        sizes = {"columns": columns, "depth": depth}
+        aligned = (*_pointers(types), *(name for name, size in sizes.items() if size % 16 == 0))
+        kernel = DeviceKernel("products.product", types, constants, aligned, warps, stages)
+        variants.append((most, kernel, rows, wide))
+    return tuple(variants)
+
+
+def embedding_kernel(depth: int, format: WeightFormat, dtype: str) -> tuple[DeviceKernel, int]:
+    """Rows of a weight [rows, depth], and how many numbers of one a program writes.
+
+    Arguments: w, scales and zeros (as the format has them), ids i64[n], y [n, depth] of dtype, n, depth.
+    Grid (n, ceil(depth / numbers of a program)).
+    """
+    wide = 1024
+    types = (
+        *_weight(format),
+        ("ids", "*i64"),
+        ("y", f"*{TRITON_TYPES[dtype]}"),
+        ("n", "i32"),
+        ("depth", "i32"),
+    )
+    constants = (
+        *_absent(format, bias=True),
+        ("WIDE", wide),
+        ("BITS", _bits(format)),
+        ("BLOCK", _block(depth, format)),
+    )
+    aligned = (*_pointers(types), *(["depth"] if depth % 16 == 0 else []))
+    return DeviceKernel("products.embedding", types, constants, aligned, warps=4), wide
+
+
+def _blocks(
+    columns: int, format: WeightFormat, float32: bool, arch: int
+) -> list[tuple[int | None, int, int, int, int, int]]:
+    """Most rows, rows, columns and depth of a program's blocks, warps and stages, by the number of rows.
+
+    Few rows wait for memory: programs are narrow, so that there are some for every processor of a large GPU,
+    and have much of the weight under way.
+    """
+    narrow = next((wide for wide in (64, 32) if columns >= 256 * wide), 16)
+    middle = 64 if columns >= 128 * 64 else 32
+    if float32:
+        # A step has to take whole groups of 64 inputs of four bits.
+        deep, warps = (64, 8) if format.dtype == "uint4" else (32, 4)
+        return [(16, 16, max(narrow, 32), 64, 4, 3), (None, 64, 64, deep, warps, 2)]
+    ample = 90 <= arch < 120
+    return [
+        (16, 16, narrow, 128 if format.coded or narrow == 64 else 256, 4, 4),
+        (64, 64, middle, 128, 4, 3),
+        (256, 64, 128, 64, 4, 3),
+        # Codes become numbers in registers: fewer columns, where those have to hold the operands too.
+        (None, 128, 64 if format.coded and not ample else 128, 64, 8, 3),
+    ]
+
+
+def _block(depth: int, format: WeightFormat) -> int:
+    """Inputs of a scale; 0 if one is for all of them, or for floats."""
+    return format.block if format.coded and format.block < depth else 0
+
+
+def _bits(format: WeightFormat) -> int:
+    return {"uint4": 4, "uint8": 8}.get(format.dtype, 0)
+
+
+def _weight(format: WeightFormat) -> list[tuple[str, str]]:
+    tensors = [("w", f"*{TRITON_TYPES[format.dtype]}")]
+    if format.coded:
+        tensors.append(("scales", f"*{TRITON_TYPES[format.scales]}"))
+    if format.zeros:
+        tensors.append(("zeros", "*u8"))
+    return tensors
+
+
+def _absent(format: WeightFormat, *, bias: bool) -> list[tuple[str, None]]:
+    has = {"scales": format.coded, "zeros": format.zeros, "bias": bias}
+    return [(name, None) for name, there in has.items() if not there]
+
+
+def _pointers(types: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    return tuple(name for name, type in types if type.startswith("*"))

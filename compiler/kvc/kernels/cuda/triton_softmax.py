@@ -1,0 +1,108 @@
+# mypy: disable-error-code="no-untyped-def,misc,untyped-decorator,no-any-return"
+# Triton is untyped, and the types of its functions' parameters are no Python types.
+"""Blocks of keys and values in an online softmax; triton_attention says what its constants are."""
+
+import triton
+import triton.language as tl
+
+from .triton_masks import seen
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend(
+    acc, total, top, query, position, h, slope, kpool, vpool, columns, head, start, low, high,
+    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    PG: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+):  # fmt: skip
+    """Take the block of keys from `start` into the rows' values, sums and maxima.
+
+    Rows are at `position` and of head `h`, [M]. Keys of low .. high - 1 and the sink keys may be read.
+    """
+    TYPE: tl.constexpr = tl.float32 if FLOAT32 else kpool.dtype.element_ty
+    rn = tl.arange(0, BN)
+    rd = tl.arange(0, DP)
+    rv = tl.arange(0, DVP)
+    key = start + rn
+    there = key >= low
+    if SINK_KEYS > 0:
+        there = there | (key < SINK_KEYS)
+    there = there & (key < high)
+    if PG >= BN:
+        page = tl.load(columns + start // PG).to(tl.int64)
+        row = (page * HKV + head) * PG + start % PG + rn
+    else:
+        if MASKED:
+            page = tl.load(columns + key // PG, mask=there, other=0).to(tl.int64)
+        else:
+            page = tl.load(columns + key // PG).to(tl.int64)
+        row = (page * HKV + head) * PG + key % PG
+    at = kpool + row[None, :] * D + rd[:, None]
+    if MASKED and D < DP:
+        keys = tl.load(at, mask=there[None, :] & (rd < D)[:, None], other=0.0)
+    elif MASKED:
+        keys = tl.load(at, mask=there[None, :], other=0.0)
+    elif D < DP:
+        keys = tl.load(at, mask=(rd < D)[:, None], other=0.0)
+    else:
+        keys = tl.load(at)
+    x = tl.dot(query, keys.to(TYPE), input_precision="tf32x3")
+    if SOFTCAP > 0:
+        # tanh(y) is 1 - 2 / (e^2y + 1)
+        x = tl.exp2(x * (SCALE / SOFTCAP * 2.0 * LOG2E))
+        x = (1.0 - 2.0 / (x + 1.0)) * (SOFTCAP * LOG2E)
+    elif FACTOR == 1.0:
+        x = x * (SCALE * LOG2E)
+    if slope is not None:
+        x += (slope * LOG2E)[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+    if MASKED:
+        visible = seen(position[:, None], key[None, :], h[:, None], WINDOW, CHUNK, SINK_KEYS, PREDICATE)
+        x = tl.where(visible, x, float("-inf"))
+    # Maxima leave NaN out, and the sums keep it.
+    highest = tl.maximum(top, tl.max(x, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest) * FACTOR
+    weight = tl.exp2(x * FACTOR - base[:, None])
+    fade = tl.exp2(top * FACTOR - base)
+    total = total * fade + tl.sum(weight, 1)
+    at = vpool + row[:, None] * DV + rv[None, :]
+    if MASKED and DV < DVP:
+        values = tl.load(at, mask=there[:, None] & (rv < DV)[None, :], other=0.0)
+    elif MASKED:
+        values = tl.load(at, mask=there[:, None], other=0.0)
+    elif DV < DVP:
+        values = tl.load(at, mask=(rv < DV)[None, :], other=0.0)
+    else:
+        values = tl.load(at)
+    acc = tl.dot(weight.to(TYPE), values.to(TYPE), acc * fade[:, None], input_precision="tf32x3")
+    return acc, total, highest
+
+
+@triton.jit
+def attend_blocks(
+    acc, total, top, query, position, h, slope, kpool, vpool, columns, head, begin, end, low, high,
+    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    PG: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+):  # fmt: skip
+    """Take blocks begin .. end - 1 of BN keys each, as `attend` does."""
+    for block in range(begin, end):
+        acc, total, top = attend(
+            acc, total, top, query, position, h, slope, kpool, vpool, columns, head, block * BN, low, high,
+            HKV, D, DV, DP, DVP, PG, BN, MASKED, FLOAT32,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+        )  # fmt: skip
+    return acc, total, top
+
+
+@triton.jit
+def normalized(values, total, GUARDED: tl.constexpr):
+    """Values over the sum of their weights: NaN where that is NaN or 0, and for GUARDED 0."""
+    result = values / total
+    if GUARDED:
+        # Comparisons with NaN are false.
+        result = tl.where(total > 0, result, 0.0)
+    return result

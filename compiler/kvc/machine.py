@@ -1,0 +1,121 @@
+"""What a compilation asks of its target, and the CPU's answers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tvm
+from tvm import IRModule
+from tvm.target import Target
+
+from kvc_passes.base import Pass
+from kvc_passes.facts import AttentionSite
+from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels, TensorType
+from kvc_passes.weights import WeightPart
+
+from .codegen.link import link
+from .codegen.schedule_kernels import ScheduleKernels
+from .kernels import packing
+from .kernels.cpu import CpuAttention, CpuProducts
+from .kernels.traits import CpuTraits
+from .pipeline import Phase, Runner
+from .runtime.overhead import measure
+from .stored_weights import Array, stored
+
+
+class Machine(Protocol):
+    """A target: its kernels, its code, and what it costs beside the model."""
+
+    @property
+    def target(self) -> Target:
+        """What TVM generates code for."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The target as plan.json has it."""
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Prefill chunks that are tried, in tokens, the best first."""
+
+    @property
+    def widens(self) -> bool:
+        """Whether graphs of 16-bit floats are computed in float32."""
+
+    @property
+    def products(self) -> MatmulKernels: ...
+
+    def attention(self, sites: tuple[AttentionSite, ...]) -> AttentionKernels: ...
+
+    @property
+    def fuse(self) -> tuple[Pass, ...]:
+        """Passes on operators before TVM's own fusion."""
+
+    def schedule(self, phase: Phase) -> Pass:
+        """The pass that schedules what TVM generated."""
+
+    def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
+        """Write the library or libraries of `module` into `folder`; their names. Raises TargetError."""
+
+    def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
+        """A weight as the products' kernels take it."""
+
+    def runtime_bytes(self, assets: Path, weights: int) -> int:
+        """Bytes of the process itself, where a budget counts them; `weights` bytes come on top at least."""
+
+
+@dataclass(frozen=True)
+class CpuMachine:
+    """A CPU; generated code is for what `target` names."""
+
+    target: Target
+    chunks: tuple[int, ...] = (512, 256, 128, 64, 32)
+    """Beyond 512 tokens a CPU gains nothing."""
+    widens: bool = True
+    fuse: tuple[Pass, ...] = ()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        attrs = {key: self.target.attrs[key] for key in self.target.attrs.keys()}  # noqa: SIM118  a TVM map
+        kept = {
+            k: str(v) if isinstance(v, str) else int(v)
+            for k, v in attrs.items()
+            if k in ("mcpu", "mtriple", "num-cores")
+        }
+        return {"kind": "llvm", **kept}
+
+    @cached_property
+    def products(self) -> CpuProducts:
+        return CpuProducts(CpuTraits.of(self.target))
+
+    def attention(self, sites: tuple[AttentionSite, ...]) -> CpuAttention:
+        return CpuAttention.for_sites(self.target, sites)
+
+    def schedule(self, phase: Phase) -> ScheduleKernels:
+        return ScheduleKernels(self.target, phase == "prefill")
+
+    def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
+        with self.target:
+            executable = tvm.compile(
+                module, self.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
+            )
+        runner.report("link")
+        export(executable, folder / "model.so")
+        return ["model.so"]
+
+    def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
+        return stored(part, tensor, weights, packing)
+
+    def runtime_bytes(self, assets: Path, weights: int) -> int:
+        return measure(assets, others=weights)
+
+
+def export(executable: Any, library: Path) -> None:
+    """Link a compiled module into the shared library `library`. Raises TargetError without a linker."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # not where temporary files may be few
+        executable.export_library(str(library), fcompile=link, workspace_dir=folder)

@@ -1,0 +1,168 @@
+"""The kernels compiled for GPUs, which needs none: what the code holds, and what it takes."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from kvc.kernels.attention import AttentionShape
+from kvc.kernels.cuda import device
+from kvc.kernels.cuda.attention import (
+    append_kernel,
+    choose_tile,
+    decode_kernel,
+    merge_kernel,
+    prefill_kernel,
+)
+from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
+from kvc.kernels.cuda.products import embedding_kernel, product_kernels
+from kvc_passes.errors import PlanningError, TargetError
+from kvc_passes.facts import WeightFormat
+
+pytest.importorskip("triton")
+
+SHAPE = AttentionShape(32, 8, 128, 128, 0.0884, kv_dtype="float16", page_size=64)
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 4096},
+    "narrow window, sinks": {"window": 128, "sink_scores": True},
+    "sink keys": {"window": 1024, "sink_keys": 4},
+    "chunks": {"chunk": 8192},
+    "softcap, guarded": {"softcap": 30.0, "guarded": True},
+    "slopes": {"slopes": True},
+    "predicate": {"predicate": "k <= q and ((k + h) % 3 < 2 or (q - k) // 7 == 1)"},
+}
+WEIGHTS = [
+    WeightFormat("float16"),
+    WeightFormat("uint4", 32, "float16"),
+    WeightFormat("uint4", 128, "float32", zeros=True),
+    WeightFormat("uint8", 32, "float16", zeros=True),
+    WeightFormat("uint8", 4096, "float32"),
+]
+COPY, WGMMA, MMA = r"cp\.async\.c[ag]\.shared", r"wgmma\.mma_async", r"mma\.sync\.aligned"
+
+
+def holds(code: Compiled, pattern: str) -> bool:
+    return re.search(pattern, code.ptx) is not None
+
+
+def prefill(shape: AttentionShape, dtype: str, arch: int) -> DeviceKernel:
+    return prefill_kernel(shape, choose_tile(shape.group, shape.head_dim), dtype, arch)
+
+
+@pytest.mark.parametrize("page", [16, 64])
+def test_prefill_and_large_products_use_the_units_of_their_architecture(page: int) -> None:
+    large = product_kernels(4096, 4096, WeightFormat("float16"), "float16", "float16", True, 90)[-1][1]
+    shape = dataclasses.replace(SHAPE, page_size=page)
+    for arch in (80, 90):
+        for kernel in (prefill(shape, "float16", arch), large):
+            code = compile_kernel(kernel, arch)
+            assert holds(code, COPY)
+            assert holds(code, WGMMA) == (arch == 90)
+            assert holds(code, MMA) == (arch == 80)
+            assert f".entry {kernel.name}(" in code.ptx
+            assert code.cubin[:4] == b"\x7fELF"
+            assert code.warps == kernel.warps
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_decode_and_products_of_few_rows_copy_ahead(arch: int) -> None:
+    kernels = [decode_kernel(SHAPE, 8, "float16")]
+    kernels += [product_kernels(4096, 4096, f, "float16", "float16", False, arch)[0][1] for f in WEIGHTS]
+    for kernel in kernels:
+        code = compile_kernel(kernel, arch)
+        assert holds(code, COPY)
+        assert holds(code, MMA)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_every_feature_compiles(features: str) -> None:
+    shape = dataclasses.replace(SHAPE, **FEATURES[features])
+    for kernel in (prefill(shape, "float16", 90), decode_kernel(shape, 8, "float16")):
+        compile_kernel(kernel, 90)
+
+
+def test_bfloat16_compiles() -> None:
+    shape = dataclasses.replace(SHAPE, kv_dtype="bfloat16")
+    for kernel in (
+        prefill(shape, "bfloat16", 90),
+        decode_kernel(shape, 8, "bfloat16"),
+        merge_kernel(shape, 8, "bfloat16"),
+        append_kernel(shape, "bfloat16"),
+        embedding_kernel(4096, WEIGHTS[2], "bfloat16")[0],
+        product_kernels(4096, 4096, WeightFormat("bfloat16"), "bfloat16", "float32", False, 90)[-1][1],
+    ):
+        code = compile_kernel(kernel, 90)
+        assert parameters_of(code.ptx)[-2:] == ["u64", "u64"]
+
+
+def test_names_tell_variants_apart() -> None:
+    one = decode_kernel(SHAPE, 8, "float16")
+    others = [
+        decode_kernel(dataclasses.replace(SHAPE, window=9), 8, "float16"),
+        dataclasses.replace(one, warps=8),
+        dataclasses.replace(one, aligned=()),
+    ]
+    assert re.fullmatch("kvc_attention_decode_[0-9a-f]{8}", one.name)
+    assert len({k.name for k in (one, *others)}) == 4
+    assert decode_kernel(SHAPE, 8, "float16").name == one.name
+
+
+def test_code_that_spills_or_takes_other_parameters_is_refused() -> None:
+    spilling = dataclasses.replace(prefill(SHAPE, "float16", 80), warps=1)
+    with pytest.raises(PlanningError, match=rf"{spilling.name} for sm_80 spills"):
+        compile_kernel(spilling, 80)
+    append = append_kernel(SHAPE, "float16")
+    with pytest.raises(PlanningError, match="but its function has"):
+        compile_kernel(dataclasses.replace(append, types=append.types[:-1]), 80)
+    with pytest.raises(PlanningError, match="another order"):
+        compile_kernel(dataclasses.replace(append, types=append.types[::-1]), 80)
+
+
+def test_no_triton_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(TargetError, match=r"pip install 'kvc\[cuda\]'"):
+        compile_kernel(append_kernel(SHAPE, "float16"), 80)
+
+
+def test_planning_does_not_import_triton() -> None:
+    names = ", ".join(f"kvc.kernels.cuda.{m}" for m in ("attention", "products", "device"))
+    check = f"import sys, {names}; assert 'triton' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
+
+
+def test_shared_memory_of_every_architecture_is_known() -> None:
+    assert {80, 86, 89, 90, 100} <= set(device._SHARED_KIB)
+
+
+HEADS = [(48, 1), (64, 4), (72, 3), (80, 2), (96, 8), (128, 16), (160, 1), (192, 4), (256, 8)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("dim", "group"), HEADS)
+def test_attention_compiles_without_spills(dim: int, group: int, dtype: str, arch: int) -> None:
+    every = list(FEATURES.values()) if dim in (64, 128, 256) else [{}]
+    for page, features in [(16, {}), *((64, features) for features in every)]:
+        shape = AttentionShape(2 * group, 2, dim, dim, dim**-0.5, kv_dtype=dtype, page_size=page, **features)
+        compile_kernel(prefill(shape, dtype, arch), arch)
+        compile_kernel(decode_kernel(shape, 8, dtype), arch)
+    compile_kernel(merge_kernel(shape, 8, dtype), arch)
+    compile_kernel(append_kernel(shape, dtype), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_products_compile_without_spills(format: WeightFormat, dtype: str, arch: int) -> None:
+    for columns, depth in ((1024, 4096), (8192, 4096), (50257, 1000), (16384, 11008)):
+        for _, kernel, _, _ in product_kernels(columns, depth, format, dtype, dtype, True, arch):
+            compile_kernel(kernel, arch)
+    compile_kernel(embedding_kernel(4096, format, dtype)[0], arch)

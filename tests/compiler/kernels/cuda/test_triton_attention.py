@@ -1,0 +1,325 @@
+"""The attention kernels on Triton's interpreter, against float64."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from triton_interpreter import run
+
+from kvc.kernels.attention import AttentionShape
+from kvc.kernels.cuda import predicates
+from kvc.kernels.cuda.attention import (
+    APPEND_TOKENS,
+    append_kernel,
+    choose_tile,
+    decode_kernel,
+    merge_kernel,
+    prefill_kernel,
+)
+
+pytest.importorskip("triton")
+
+PREDICATE = "k == q or k < q and (k + h) % 3 < 2 and (k - q) // 40 != -2 and not (q - k) % -7 == -3"
+SHAPES = {
+    "grouped": AttentionShape(8, 2, 64, 64, 0.125),
+    "odd group, softcap": AttentionShape(7, 1, 80, 96, 0.11, softcap=20.0, page_size=32),
+    "window": AttentionShape(4, 4, 72, 48, 0.12, window=37),
+    "wide window": AttentionShape(2, 1, 64, 64, 0.12, window=1040, page_size=128),
+    "wide chunks": AttentionShape(2, 1, 64, 64, 0.12, chunk=1024, page_size=64),
+    "wide group, sinks": AttentionShape(16, 1, 128, 128, 0.09, sink_scores=True, page_size=64),
+    "chunks": AttentionShape(4, 2, 48, 48, 0.2, chunk=50, page_size=32),
+    "sink keys": AttentionShape(4, 2, 64, 72, 0.2, window=37, sink_keys=19, slopes=True),
+    "sink keys that fill a page": AttentionShape(2, 2, 64, 64, 0.2, window=150, sink_keys=64, page_size=128),
+    "sink keys, wide window": AttentionShape(2, 2, 64, 64, 0.2, window=1030, sink_keys=4, page_size=64),
+    "predicate": AttentionShape(6, 2, 64, 64, 0.2, predicate=PREDICATE),
+    "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, page_size=128),
+    "guarded": AttentionShape(4, 2, 64, 64, 0.2, guarded=True),
+    "negative scale": AttentionShape(2, 1, 56, 64, -0.1),
+    "large heads": AttentionShape(3, 1, 256, 192, 0.06, window=70, sink_scores=True, page_size=64),
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+POOL_TOKENS = 2560
+"""Tokens of all pages."""
+
+
+@dataclass
+class Sequence:
+    """A sequence of `length` tokens, the last `new` of which are in the call; its pages in any order."""
+
+    length: int
+    new: int
+    pages: np.ndarray
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Case:
+    """Sequences with random contents and pages. Whatever the kernels must not read is NaN."""
+
+    def __init__(
+        self, shape: AttentionShape, dtype: str, lengths: list[tuple[int, int]], seed: int, kv: str = ""
+    ) -> None:
+        self.shape = shape = dataclasses.replace(shape, kv_dtype=kv or dtype)
+        self.dtype, self.type = dtype, DTYPES[dtype]
+        self.random = torch.Generator().manual_seed(seed)
+        self.slopes = torch.rand(shape.heads, generator=self.random) / 2
+        self.sinks = torch.rand(shape.heads, generator=self.random) * 11 - 3
+        self.extras = [a for a, has in ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores)) if has]
+        page = shape.page_size
+        count = POOL_TOKENS // page
+        order = torch.randperm(count - 1, generator=self.random).tolist()
+        self.sequences = []
+        for length, new in lengths:
+            pages = np.array([order.pop() + 1 for _ in range(-(-length // page))])
+            k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
+            self.sequences.append(Sequence(length, new, pages, k, v))
+        self.kpool, self.vpool = (
+            torch.full((count, shape.kv_heads, page, d), torch.nan, dtype=DTYPES[shape.kv_dtype])
+            for d in (shape.head_dim, shape.value_dim)
+        )
+        # Page 0 stays NaN; entries of the table past a sequence's end are no pages at all.
+        self.table = torch.full((len(lengths), count), 2**30, dtype=torch.int32)
+        for row, sequence in enumerate(self.sequences):
+            self.table[row, : len(sequence.pages)] = torch.from_numpy(sequence.pages)
+        self.append()
+        self.forget_what_no_query_sees()
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.random).to(self.type)
+
+    def append(self) -> None:
+        """The tokens of all sequences in one call."""
+        page = self.shape.page_size
+        where = [torch.arange(s.length) for s in self.sequences]
+        slots = [
+            torch.from_numpy(s.pages)[i // page] * page + i % page for s, i in zip(self.sequences, where)
+        ]
+        k, v = (torch.cat([getattr(s, x) for s in self.sequences], 1)[None] for x in "kv")
+        n = k.shape[2]
+        run(
+            append_kernel(self.shape, self.dtype),
+            (-(-n // APPEND_TOKENS), self.shape.kv_heads),
+            *(k, v, torch.cat(slots).int(), self.kpool, self.vpool, n),
+        )
+
+    def forget_what_no_query_sees(self) -> None:
+        """Pages that no query of the call sees may have been given away."""
+        page = self.shape.page_size
+        for row, s in enumerate(self.sequences):
+            seen = self.seen(np.arange(s.length - s.new, s.length), s.length).any(axis=(0, 1))
+            for i in range(len(s.pages)):
+                if self.shape.predicate is None and not seen[i * page : (i + 1) * page].any():
+                    self.table[row, i] = 2**30
+
+    def seen(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """The mask [heads, queries, keys], from its definition in kvc_passes.facts."""
+        shape = self.shape
+        q, k = positions[None, :, None], np.arange(length)[None, None]
+        h = np.arange(shape.heads)[:, None, None]
+        if shape.predicate is not None:
+            return np.vectorize(eval(f"lambda q, k, h: {shape.predicate}"), otypes=[bool])(q, k, h)
+        seen = np.broadcast_to(k <= q, (shape.heads, len(positions), length))
+        if shape.window is not None:
+            seen = seen & ((k > q - shape.window) | (k < (shape.sink_keys or 0)))
+        if shape.chunk is not None:
+            seen = seen & (k // shape.chunk == q // shape.chunk)
+        return seen
+
+    def check(self, q: torch.Tensor, out: torch.Tensor, sequence: Sequence, positions: np.ndarray) -> None:
+        """q, out: [tokens, heads, ...] of one sequence."""
+        shape = self.shape
+        assert out.isfinite().all()
+        kind = DTYPES[shape.kv_dtype]
+        masks = self.seen(positions, sequence.length)
+        behind = np.arange(sequence.length) - positions[:, None]
+        half = self.dtype == shape.kv_dtype == "float16"
+        unit = 2.0**-11 if half else 0.0
+        for h, seen in enumerate(masks):
+            k, v = (x[h // shape.group].to(kind).double().numpy() for x in (sequence.k, sequence.v))
+            query = q[:, h].double().numpy()
+            s = query @ k.T * shape.scale
+            # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
+            slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(query) @ np.abs(k).T * abs(shape.scale))
+            if shape.softcap:
+                s = shape.softcap * np.tanh(s / shape.softcap)
+                slack += shape.softcap * 4e-7
+            if shape.slopes:  # the slope in base 2, the product and the sum are rounded
+                s = s + float(self.slopes[h]) * behind
+                slack += 3 * 2.0**-24 * np.abs(float(self.slopes[h]) * behind) + 2.0**-24 * np.abs(s)
+            s = np.where(seen, s, -np.inf)
+            sink = np.full((len(s), 1), float(self.sinks[h]) if shape.sink_scores else -np.inf)
+            top = np.maximum(s.max(axis=1, keepdims=True), sink)
+            p = np.exp(s - top)
+            p /= p.sum(axis=1, keepdims=True) + np.exp(sink - top)
+            # A weight moves by at most twice the largest error of a score; exp and the sums add the rest.
+            # Of 16 bits, weights are rounded once to `unit`, and so is the result.
+            relative = 2 * np.where(seen, slack, 0).max(axis=1) + 1e-6 + sequence.length * 2.0**-23 + unit
+            relative += 2.0**-22 * np.abs(np.where(seen, s, 0)).max(axis=1)
+            if shape.sink_scores:
+                relative += 2.0**-22 * np.abs(sink[:, 0])
+            expected = p @ v
+            bound = relative[:, None] * (p @ np.abs(v)) + 1e-7
+            if half:  # weights below its normal numbers lose more, relative to the largest score's 1
+                bound += 2.0**-25 * np.abs(v).sum(axis=0) + 2.0**-11 * np.abs(expected)
+            elif self.dtype == "float16":
+                bound += 2.0**-11 * np.abs(expected)
+            assert (np.abs(out[:, h].double().numpy() - expected) <= bound).all()
+
+
+def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+    """q and out [tokens, heads, ...] of all sequences one after the other, and every sequence's positions."""
+    shape = case.shape
+    tile = tile or choose_tile(shape.group, shape.head_dim)
+    tiles, positions, at = [], [], 0
+    for row, s in enumerate(case.sequences):
+        tiles += [(row, at + i, min(tile, s.new - i)) for i in range(0, s.new, tile)]
+        positions.append(np.arange(s.length - s.new, s.length))
+        at += s.new
+    q = 2 * case.normal(1, shape.heads, at, shape.head_dim)
+    out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.type)
+    run(
+        prefill_kernel(shape, tile, case.dtype),
+        (len(tiles), shape.kv_heads),
+        *(q, case.kpool, case.vpool, torch.from_numpy(np.concatenate(positions))),
+        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras, out, at),
+        case.table.shape[1],
+    )
+    return q[0].transpose(0, 1), out[0], positions
+
+
+def check_prefill(case: Case, tile: int = 0) -> None:
+    q, out, positions = prefill(case, tile)
+    at = 0
+    for s, where in zip(case.sequences, positions):
+        case.check(q[at : at + s.new], out[at : at + s.new], s, where)
+        at += s.new
+
+
+def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """q and out [sequences, heads, ...], and the positions."""
+    shape, count = case.shape, len(case.sequences)
+    q = 2 * case.normal(1, shape.heads, count, shape.head_dim)
+    positions = np.array([s.length - 1 for s in case.sequences])
+    part = torch.full((count, splits, shape.heads, shape.value_dim + 2), torch.nan)
+    out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.type)
+    run(
+        decode_kernel(shape, splits, case.dtype),
+        (count, shape.kv_heads, splits),
+        *(q, case.kpool, case.vpool, torch.from_numpy(positions), case.table, *case.extras),
+        *(part, count, case.table.shape[1]),
+    )
+    run(merge_kernel(shape, splits, case.dtype), (count, shape.heads), part, out, count)
+    return q[0].transpose(0, 1), out[0], positions
+
+
+def check_decode(case: Case, splits: int) -> None:
+    q, out, positions = decode(case, splits)
+    for i, s in enumerate(case.sequences):
+        case.check(q[i : i + 1], out[i : i + 1], s, positions[i : i + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_sequences_that_end_beside_pages_chunks_and_windows(name: str, dtype: str) -> None:
+    lengths = [(180, 67), (1, 1), (51, 2), (64, 34), (57, 20), (129, 1)]
+    check_prefill(Case(SHAPES[name], dtype, lengths, 1))
+    check_decode(Case(SHAPES[name], dtype, [(length, 1) for length, _ in lengths], 2), 3)
+
+
+@pytest.mark.parametrize("name", ["wide window", "wide chunks", "sink keys, wide window", "grouped"])
+def test_contexts_of_several_blocks(name: str) -> None:
+    check_prefill(Case(SHAPES[name], "float16", [(1500, 100), (300, 140)], 3))
+    check_decode(Case(SHAPES[name], "float16", [(1500, 1)], 4), 5)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize("name", ["sink keys", "window", "predicate", "wide window"])
+def test_pages_of_every_size(name: str, page: int) -> None:
+    shape = dataclasses.replace(SHAPES[name], page_size=page)
+    check_prefill(Case(shape, "float16", [(170, 30), (128, 20)], 5))
+    check_decode(Case(shape, "float16", [(170, 1), (128, 1)], 6), 2)
+
+
+@pytest.mark.parametrize(
+    ("dim", "group"),
+    [
+        (48, 3),
+        (56, 5),
+        (64, 16),
+        (72, 1),
+        (80, 7),
+        (96, 12),
+        (112, 2),
+        (128, 4),
+        (160, 9),
+        (192, 6),
+        (256, 8),
+    ],
+)
+def test_heads_of_every_size(dim: int, group: int) -> None:
+    shape = AttentionShape(group, 1, dim, dim, dim**-0.5, page_size=32)
+    check_prefill(Case(shape, "float16", [(70, 37)], 7))
+    check_decode(Case(shape, "float16", [(70, 1)], 8), 1)
+
+
+@pytest.mark.parametrize("tile", [1, 5, 40, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_any_size(dtype: str, tile: int) -> None:
+    check_prefill(Case(SHAPES["odd group, softcap"], dtype, [(90, 45), (30, 2)], 9), tile)
+
+
+@pytest.mark.parametrize(("dtype", "kv"), [("float32", "float16"), ("float16", "float32")])
+def test_pages_of_another_type_than_the_queries(dtype: str, kv: str) -> None:
+    check_prefill(Case(SHAPES["grouped"], dtype, [(90, 45)], 10, kv))
+    check_decode(Case(SHAPES["grouped"], dtype, [(90, 1)], 11, kv), 2)
+
+
+@pytest.mark.parametrize("name", ["wide group, sinks", "sink keys", "predicate"])
+def test_more_shares_than_blocks(name: str) -> None:
+    check_decode(Case(SHAPES[name], "float32", [(1, 1), (33, 1), (150, 1)], 12), 7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_row_that_sees_no_number(guarded: bool, bad: float) -> None:
+    shape = dataclasses.replace(SHAPES["guarded"], guarded=guarded)
+    case = Case(shape, "float16", [(200, 200)], 13)
+    page = int(case.table[0, 180 // shape.page_size])
+    case.kpool[page, :, 180 % shape.page_size] = bad
+    sees = np.arange(200) >= 180
+    for (_, out, _), rows in ((prefill(case), sees), (decode(case, 3), sees[-1:])):
+        found = out.numpy() == 0 if guarded else np.isnan(out.numpy())
+        assert (found == rows[:, None, None]).all()
+
+
+def test_a_row_that_sees_no_key_is_no_number() -> None:
+    for guarded in (True, False):
+        shape = dataclasses.replace(SHAPES["guarded"], guarded=guarded, predicate="k < q")
+        case = Case(shape, "float16", [(40, 40)], 14)
+        for (_, out, _), rows in ((prefill(case), np.arange(40) == 0), (decode(case, 2), np.array([False]))):
+            found = out.numpy() == 0 if guarded else np.isnan(out.numpy())
+            assert (found == rows[:, None, None]).all()
+
+
+def test_keys_and_values_are_rounded_to_the_nearest() -> None:
+    shape = AttentionShape(1, 1, 40, 24, 1.0, kv_dtype="float16")
+    x = torch.randn(1, 1, 3, 40, generator=torch.Generator().manual_seed(15))
+    x[0, 0, 1, :6] = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 65519, 65520, 2.0**-25, torch.nan])
+    y = x[..., :24].contiguous()
+    kpool, vpool = (torch.zeros(1, 1, 16, d, dtype=torch.float16) for d in (40, 24))
+    slots = torch.tensor([2, 5, 9], dtype=torch.int32)
+    run(append_kernel(shape, "float32"), (1, 1), x, y, slots, kpool, vpool, 3)
+    for stored, given in ((kpool, x), (vpool, y)):
+        np.testing.assert_array_equal(stored[0, 0, [2, 5, 9]].numpy(), given[0, 0].half().numpy())
+
+
+def test_the_tree_of_a_predicate() -> None:
+    assert predicates.tree("0 <= k < min(q, 5, h) - -3") == (
+        "and",
+        ("<=", ("int", 0), ("k",)),
+        ("<", ("k",), ("-", ("min", ("min", ("q",), ("int", 5)), ("h",)), ("int", -3))),
+    )
+    with pytest.raises(ValueError, match="'x' is no number"):
+        predicates.tree("k <= x")

@@ -1,0 +1,74 @@
+"""Runs an artifact that was compiled for CUDA on the pretend GPU: `python -m pretend_gpu.run_artifact`.
+
+    run_artifact ARTIFACT DUMP FOLDER OUT
+
+DUMP is the folder that `kvc compile --dump` wrote the generated CUDA text to, FOLDER keeps compiled
+libraries, OUT.npz gets the logits: of two prompts in a ragged call that goes on with one of them, and of
+steps after them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from pretend_gpu.build import activate, build
+from pretend_gpu.cuda_text import compile_text
+from pretend_gpu.launches import Launches, run_triton
+
+LENGTHS = (37, 5)
+CHUNKS = (20, 17)
+STEPS = 3
+
+
+def tokens_of(vocab: int) -> list[list[int]]:
+    """The tokens of both sequences, those of the steps among them."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    return [[int(t) for t in random.integers(0, vocab, n + STEPS)] for n in LENGTHS]
+
+
+def main() -> None:
+    artifact, dump, folder, out = (Path(a) for a in sys.argv[1:])
+    driver = activate(build(folder))
+    launches = Launches(driver)
+    import numpy as np
+
+    from kvc.artifact import Artifact
+    from kvc.kernels.cuda.device import DeviceKernel
+    from kvc.runtime.executor import Executor, Segment
+
+    arch = f"sm_{os.environ.get('PRETEND_CC', '90')}"
+    for entry in json.loads((artifact / "kernels.json").read_text()):
+        fields = {k: entry[k] for k in ("function", "types", "constants", "aligned", "warps", "stages")}
+        pairs = {k: tuple(tuple(p) for p in fields[k]) for k in ("types", "constants")}
+        kernel = DeviceKernel(**{**fields, **pairs, "aligned": tuple(fields["aligned"])})
+        if entry["arch"] == arch:
+            launches.add(entry["name"], run_triton(kernel.load(), kernel.types, dict(kernel.constants)))
+    for name, call in compile_text((dump / f"kernels.{arch}.cu").read_text(), folder).items():
+        launches.add(name, call)
+    executor = Executor(Artifact.open(artifact), warm=False)
+    tokens = tokens_of(executor.facts.vocab)
+    pages = [[3, 1], [0, 2]]
+    rows: list[np.ndarray] = []
+    first = [Segment(tokens[0][: CHUNKS[0]], 0, pages[0], wanted=False)]
+    executor.prefill(first)
+    second = [
+        Segment(tokens[0][CHUNKS[0] : LENGTHS[0]], CHUNKS[0], pages[0]),
+        Segment(tokens[1][: LENGTHS[1]], 0, pages[1]),
+    ]
+    rows.append(executor.prefill(second).copy())
+    for step in range(STEPS):
+        segments = [Segment([t[n + step]], n + step, p) for t, n, p in zip(tokens, LENGTHS, pages)]
+        rows.append(executor.decode(segments).copy())
+    launches.check()
+    np.savez(out, logits=np.stack(rows), launches=len(launches.log))
+
+
+if __name__ == "__main__":
+    main()
