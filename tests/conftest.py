@@ -32,7 +32,7 @@ def _exporter_version() -> str:
 
 @pytest.fixture(scope="session")
 def model_file(pytestconfig: pytest.Config) -> ModelFile:
-    """`model_file(family, with_past=False)` exports a tiny model, "cnn" and "encoder" among them.
+    """`model_file(family, with_past=False, dtype="float32")` exports a tiny model, "cnn" and "encoder", too.
 
     An export takes 5 to 10 s and always gives the same file, so that pytest's cache keeps it between runs.
     """
@@ -40,8 +40,9 @@ def model_file(pytestconfig: pytest.Config) -> ModelFile:
     folder = pytestconfig.cache.mkdir(f"models-{_exporter_version()}")
 
     @functools.cache
-    def export(family: str, with_past: bool = False) -> Path:
-        out = folder / f"{family}{'-past' if with_past else ''}.onnx"
+    def export(family: str, with_past: bool = False, dtype: str = "float32") -> Path:
+        suffix = ("-past" if with_past else "") + ("" if dtype == "float32" else f"-{dtype}")
+        out = folder / f"{family}{suffix}.onnx"
         if not out.exists():
             from kvc_models import export_cnn, export_encoder, export_tiny
 
@@ -50,7 +51,7 @@ def model_file(pytestconfig: pytest.Config) -> ModelFile:
             if family in others:
                 others[family](part)
             else:
-                export_tiny(family, part, with_past=with_past)
+                export_tiny(family, part, with_past=with_past, dtype=dtype)
                 part.with_suffix(".assets").replace(out.with_suffix(".assets"))
             part.replace(out)
         return out

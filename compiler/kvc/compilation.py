@@ -58,7 +58,7 @@ def read_model(imported: Imported, runner: Runner) -> Model:
 
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
     """Rewrite and lower both functions for `machine`, without generating code."""
-    attention, products = machine.attention(model.understood.sites), machine.products
+    attention, products = machine.attention(model.understood.sites, model.facts.context), machine.products
     merged = prepare(model.understood, products, machine.widens, runner)
     functions: dict[Phase, IRModule] = {}
     recipes: list[dict[str, WeightPart]] = []

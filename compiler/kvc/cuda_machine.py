@@ -61,8 +61,8 @@ class CudaMachine:
     def products(self) -> CudaProducts:
         return CudaProducts(self.kernels)
 
-    def attention(self, sites: tuple[AttentionSite, ...]) -> CudaAttention:
-        return CudaAttention.for_sites(sites, self.kernels)
+    def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CudaAttention:
+        return CudaAttention.for_sites(sites, context, self.kernels)
 
     def schedule(self, phase: Phase) -> ScheduleForCuda:
         return ScheduleForCuda(self.target)

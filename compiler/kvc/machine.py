@@ -50,7 +50,8 @@ class Machine(Protocol):
     @property
     def products(self) -> MatmulKernels: ...
 
-    def attention(self, sites: tuple[AttentionSite, ...]) -> AttentionKernels: ...
+    def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> AttentionKernels:
+        """Kernels for attention over at most `context` tokens, None for any number."""
 
     @property
     def fuse(self) -> tuple[Pass, ...]:
@@ -93,7 +94,7 @@ class CpuMachine:
     def products(self) -> CpuProducts:
         return CpuProducts(CpuTraits.of(self.target))
 
-    def attention(self, sites: tuple[AttentionSite, ...]) -> CpuAttention:
+    def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CpuAttention:
         return CpuAttention.for_sites(self.target, sites)
 
     def schedule(self, phase: Phase) -> ScheduleKernels:

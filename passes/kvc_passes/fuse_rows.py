@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tvm import IRModule, relax
+from tvm.ir import GenericConst
 
 from .base import Result
 from .graph import Graph, dims, graph_of, op_name, operands, same_shape, static
@@ -46,7 +47,7 @@ class FuseRows:
                 return None
             inputs = _inputs(graph, groups[var])
             function = builder.add_func(_function(graph, groups[var], inputs), "rows")
-            return relax.Call(function, [values.get(i, i) for i in inputs], ty_args=[])
+            return relax.Call(function, [substitute(i, values) for i in inputs], ty_args=[])
 
         module = rebuild(mod, mod["main"].params, place, values=values)
         return Result(module, len(groups))
@@ -126,20 +127,27 @@ def _is_elementwise(graph: Graph, var: relax.Var, source: relax.Expr) -> bool:
     )
 
 
-def _inputs(graph: Graph, group: list[relax.Var]) -> list[relax.Var]:
-    """What the group reads, in order."""
+def _inputs(graph: Graph, group: list[relax.Var]) -> list[relax.Expr]:
+    """What the group reads, in order: variables, and constants that are no single numbers."""
     inside = set(group)
     read = [o for v in group for o in operands(graph.definitions[v])]
-    return list(dict.fromkeys(o for o in read if isinstance(o, relax.Var) and o not in inside))
+    tensors = (o for o in read if isinstance(o, relax.Var) or (isinstance(o, GenericConst) and dims(o)))
+    return list(dict.fromkeys(o for o in tensors if o not in inside))
 
 
-def _function(graph: Graph, group: list[relax.Var], inputs: list[relax.Var]) -> relax.Function:
+def _function(graph: Graph, group: list[relax.Var], inputs: list[relax.Expr]) -> relax.Function:
     builder = relax.BlockBuilder()
-    values: dict[relax.Var, relax.Expr] = {v: relax.Var(f"x{i}", v.ty) for i, v in enumerate(inputs)}
-    with builder.function("rows", [values[v] for v in inputs], {"Primitive": True}, private=True):
+    params = [relax.Var(f"x{i}", v.ty) for i, v in enumerate(inputs)]
+    values: dict[relax.Expr, relax.Expr] = dict(zip(inputs, params))
+
+    def within(var: relax.Var) -> relax.Call:
+        call = graph.definitions[var]
+        return relax.Call(call.op, [values.get(a, a) for a in call.args], call.attrs, call.ty_args)
+
+    with builder.function("rows", params, {"Primitive": True}, private=True):
         with builder.dataflow():
             for var in group[:-1]:
-                values[var] = builder.emit(substitute(graph.definitions[var], values))
-            result = builder.emit_output(substitute(graph.definitions[group[-1]], values))
+                values[var] = builder.emit(within(var))
+            result = builder.emit_output(within(group[-1]))
         builder.emit_func_output(result)
     return relax.utils.copy_with_new_vars(builder.get()["rows"])

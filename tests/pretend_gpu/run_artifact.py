@@ -14,8 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 from pretend_gpu.build import activate, build
 from pretend_gpu.cuda_text import compile_text
 from pretend_gpu.launches import Launches, run_triton
@@ -35,15 +33,20 @@ def tokens_of(vocab: int) -> list[list[int]]:
 
 def main() -> None:
     artifact, dump, folder, out = (Path(a) for a in sys.argv[1:])
+    os.environ["TRITON_INTERPRET"] = "1"
     driver = activate(build(folder))
+    if "PRETEND_MEMORY" in os.environ:
+        driver.pretend_set_memory(int(os.environ["PRETEND_MEMORY"]))
     launches = Launches(driver)
     import numpy as np
 
     from kvc.artifact import Artifact
     from kvc.kernels.cuda.device import DeviceKernel
+    from kvc.runtime.cuda import Device
     from kvc.runtime.executor import Executor, Segment
 
-    arch = f"sm_{os.environ.get('PRETEND_CC', '90')}"
+    opened = Artifact.open(artifact)
+    arch = Device.find().choose(tuple(opened.plan.target["archs"]))
     for entry in json.loads((artifact / "kernels.json").read_text()):
         fields = {k: entry[k] for k in ("function", "types", "constants", "aligned", "warps", "stages")}
         pairs = {k: tuple(tuple(p) for p in fields[k]) for k in ("types", "constants")}
@@ -52,7 +55,7 @@ def main() -> None:
             launches.add(entry["name"], run_triton(kernel.load(), kernel.types, dict(kernel.constants)))
     for name, call in compile_text((dump / f"kernels.{arch}.cu").read_text(), folder).items():
         launches.add(name, call)
-    executor = Executor(Artifact.open(artifact), warm=False)
+    executor = Executor(opened, warm=False)
     tokens = tokens_of(executor.facts.vocab)
     pages = [[3, 1], [0, 2]]
     rows: list[np.ndarray] = []

@@ -38,7 +38,7 @@ class DeviceKernel:
     """Parameters that are multiples of 16: a promise that callers must keep."""
     warps: int = 4
     stages: int = 3
-    """Blocks of data under way at once in a pipelined loop."""
+    """Most blocks of data under way at once in a pipelined loop: it may be fewer where they don't fit."""
 
     @cached_property
     def name(self) -> str:
@@ -74,8 +74,21 @@ def compile_kernel(kernel: DeviceKernel, arch: int) -> Compiled:
 
     The function's parameters are `kernel.types` and two pointers after them, which may be null.
     Raises TargetError without Triton, and PlanningError for code that cannot be launched that way or would
-    be slow: spilled registers, or more registers or shared memory than the architecture has.
+    be slow: that spills registers, or takes more of them or of shared memory than the architecture has, even
+    with one block of data under way.
     """
+    _triton()
+    problems: list[str] = []
+    for stages in range(kernel.stages, 0, -1):
+        code, problem = _compiled(kernel, arch, stages)
+        if not problem:
+            return code
+        problems.append(problem)
+    raise PlanningError(f"kernel {kernel.name} for sm_{arch} {problems[0]}")
+
+
+def _compiled(kernel: DeviceKernel, arch: int, stages: int) -> tuple[Compiled, str]:
+    """The code with so many blocks under way, and what about it is too much, if anything."""
     triton = _triton()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,31 +107,33 @@ def compile_kernel(kernel: DeviceKernel, arch: int) -> Compiled:
         constexprs=dict(kernel.constants),
         attrs={(parameters.index(p),): [["tt.divisibility", 16]] for p in kernel.aligned},
     )
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {"num_warps": kernel.warps, "num_stages": stages}
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, local = _resources(code.asm["cubin"])
+    metadata = code.metadata
     compiled = Compiled(
-        code.asm["cubin"], code.asm["ptx"], code.metadata.shared, registers, local, code.metadata.num_warps
+        code.asm["cubin"], code.asm["ptx"], metadata.shared, registers, local, metadata.num_warps
     )
-    _check(kernel, arch, compiled, code.metadata)
-    return compiled
-
-
-def _check(kernel: DeviceKernel, arch: int, code: Compiled, metadata: Any) -> None:
-    """Raises PlanningError for code that the launches kvc emits do not fit, or that spills."""
-    expected = ["u64" if type.startswith("*") else _PTX_TYPES[type] for _, type in kernel.types]
+    _check_launch(kernel, arch, compiled, metadata)
     limit = _SHARED_KIB.get(arch, 99) * 1024
+    excess = {
+        f"spills {local} bytes of registers": local != 0,
+        f"takes {registers} registers": registers > 255,
+        f"takes {compiled.shared} bytes of shared memory of {limit}": compiled.shared > limit,
+    }
+    return compiled, next((problem for problem, there in excess.items() if there), "")
+
+
+def _check_launch(kernel: DeviceKernel, arch: int, code: Compiled, metadata: Any) -> None:
+    """Raises PlanningError for code that the launches kvc emits do not fit."""
+    expected = ["u64" if type.startswith("*") else _PTX_TYPES[type] for _, type in kernel.types]
+    found = parameters_of(code.ptx)
     problems = {
-        f"takes {parameters_of(code.ptx)}, not {expected} and two pointers": (
-            parameters_of(code.ptx) != [*expected, "u64", "u64"]
-        ),
+        f"takes {found}, not {expected} and two pointers": found != [*expected, "u64", "u64"],
         "needs global scratch memory": metadata.global_scratch_size != 0,
         "needs a cluster of blocks": metadata.num_ctas != 1,
         f"runs {code.warps} warps, not {kernel.warps}": code.warps != kernel.warps,
-        f"spills {code.local} bytes of registers": code.local != 0,
-        f"takes {code.registers} registers": code.registers > 255,
-        f"takes {code.shared} bytes of shared memory of {limit}": code.shared > limit,
-        f"is not named so, but {metadata.name}": metadata.name != kernel.name,
+        f"is named {metadata.name}": metadata.name != kernel.name,
     }
     for problem, there in problems.items():
         if there:

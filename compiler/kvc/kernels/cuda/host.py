@@ -26,6 +26,9 @@ from .device import DeviceKernel
 PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
 SHARED = -1
 """Stands for the bytes of shared memory of a launch until its kernel is compiled."""
+_LONG = 1 << 20
+_WORTH = 128
+"""Keys for which a block of threads is worth starting."""
 FULL = 132 * 2
 """Blocks that fill a large GPU: two for each of an H100's processors."""
 
@@ -39,23 +42,28 @@ class CudaAttention:
     Attributes:
         kernels: filled with the kernels that the functions launch, by name.
         tile: query tokens of one prefill task.
+        context: most tokens of a sequence.
         page_size: tokens a page.
-        batch: sequences of a small decode, which decides how many shares a context is split into.
     """
 
     kernels: Kernels = field(repr=False, compare=False)
     tile: int
+    context: int
     page_size: int = PAGE_SIZE
     keys_transposed: bool = False
 
     @classmethod
-    def for_sites(cls, sites: tuple[AttentionSite, ...], kernels: Kernels) -> CudaAttention:
+    def for_sites(
+        cls, sites: tuple[AttentionSite, ...], context: int | None, kernels: Kernels
+    ) -> CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
-        return cls(kernels, min(attention.choose_tile(s.group, max(s.head_dim, s.value_dim)) for s in sites))
+        tile = min(attention.choose_tile(s.group, max(s.head_dim, s.value_dim)) for s in sites)
+        return cls(kernels, tile, context or _LONG)
 
     def splits(self, site: AttentionSite) -> int:
-        """Enough shares for one sequence to fill the GPU, as far as a merge of so many is cheap."""
-        return max(1, min(64, FULL // site.kv_heads))
+        """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
+        seen = min(self.context, site.mask.window or _LONG, site.mask.chunk or _LONG)
+        return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
 
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = replace(

@@ -123,6 +123,12 @@ def test_code_that_spills_or_takes_other_parameters_is_refused() -> None:
         compile_kernel(dataclasses.replace(append, types=append.types[::-1]), 80)
 
 
+def test_fewer_blocks_are_under_way_where_shared_memory_is_small() -> None:
+    kernel = dataclasses.replace(decode_kernel(SHAPE, 8, "float16"), stages=8)
+    large, small = (compile_kernel(kernel, arch) for arch in (90, 89))
+    assert large.shared > 99 * 1024 >= small.shared
+
+
 def test_no_triton_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(TargetError, match=r"pip install 'kvc\[cuda\]'"):

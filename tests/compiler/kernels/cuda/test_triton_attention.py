@@ -224,14 +224,16 @@ def check_decode(case: Case, splits: int) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_sequences_that_end_beside_pages_chunks_and_windows(name: str, dtype: str) -> None:
     lengths = [(180, 67), (1, 1), (51, 2), (64, 34), (57, 20), (129, 1)]
+    if dtype == "float32":  # interpreted as the same operations
+        lengths = [(101, 37), (1, 1), (64, 2)]
     check_prefill(Case(SHAPES[name], dtype, lengths, 1))
     check_decode(Case(SHAPES[name], dtype, [(length, 1) for length, _ in lengths], 2), 3)
 
 
 @pytest.mark.parametrize("name", ["wide window", "wide chunks", "sink keys, wide window", "grouped"])
 def test_contexts_of_several_blocks(name: str) -> None:
-    check_prefill(Case(SHAPES[name], "float16", [(1500, 100), (300, 140)], 3))
-    check_decode(Case(SHAPES[name], "float16", [(1500, 1)], 4), 5)
+    check_prefill(Case(SHAPES[name], "float16", [(1300, 70), (300, 100)], 3))
+    check_decode(Case(SHAPES[name], "float16", [(1300, 1)], 4), 5)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
