@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvc.runtime import cuda
-from kvc.runtime.cuda import Device, load_driver
+from kvc.runtime.cuda import Device
 from kvc_passes.errors import TargetError
 
 
@@ -38,8 +38,6 @@ def test_a_machine_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(*_: object) -> None:
         raise OSError("no such file")
 
-    load_driver.cache_clear()
     monkeypatch.setattr(cuda.ctypes, "CDLL", missing)
     with pytest.raises(TargetError, match=r"no NVIDIA driver.*--target cpu"):
         Device.find()
-    load_driver.cache_clear()

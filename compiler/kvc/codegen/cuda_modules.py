@@ -15,7 +15,7 @@ import tvm_ffi
 from kvc_passes.errors import TargetError
 
 from ..kernels.cuda.device import Compiled, DeviceKernel
-from ..runtime.cuda import load_driver, load_tvm_cuda
+from ..runtime.cuda import STAND_IN, load_driver, load_tvm_cuda
 from .link import find_linker
 
 _DRIVER = (
@@ -60,7 +60,8 @@ def prepare() -> None:
 def _load_stand_in() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "driver.c", Path(folder) / "libcuda.so.1"
-        source.write_text("".join(f"int {name}(void) {{ return {_NO_DEVICE}; }}\n" for name in _DRIVER))
+        names = (*_DRIVER, STAND_IN)
+        source.write_text("".join(f"int {name}(void) {{ return {_NO_DEVICE}; }}\n" for name in names))
         command = [*find_linker(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
         done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
         if done.returncode:

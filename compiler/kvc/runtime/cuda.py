@@ -16,6 +16,8 @@ from kvc_passes.errors import TargetError
 from .library import import_ffi, runtime_library, tvm_library
 
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # cudaDevAttrComputeCapability...
+STAND_IN: Final = "kvc_stand_in"
+"""A symbol of the library that takes the driver's place where code is only generated."""
 _NEEDED_DRIVER: Final = 13000  # of the CUDA runtime that TVM is built with
 
 
@@ -37,16 +39,22 @@ def load_cudart() -> ctypes.CDLL:
     raise TargetError("the CUDA runtime (libcudart.so.13) was not found: pip install 'kvc[cuda]'")
 
 
-@functools.cache
 def load_driver() -> ctypes.CDLL:
     """NVIDIA's driver. Raises TargetError where there is none."""
     try:
-        return ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
+        driver = ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
     except OSError:
-        raise TargetError(
-            "this machine has no NVIDIA driver (libcuda.so.1), so it cannot run code for CUDA: run the model "
-            "on a machine with a GPU, or compile it with --target cpu"
-        ) from None
+        raise _no_driver() from None
+    if hasattr(driver, STAND_IN):
+        raise _no_driver()
+    return driver
+
+
+def _no_driver() -> TargetError:
+    return TargetError(
+        "this machine has no NVIDIA driver (libcuda.so.1), so it cannot run code for CUDA: run the model "
+        "on a machine with a GPU, or compile it with --target cpu"
+    )
 
 
 @functools.cache
@@ -76,7 +84,7 @@ class Device:
         load_driver()
         cudart = load_cudart()
         version = _number(cudart.cudaDriverGetVersion)
-        if version < _NEEDED_DRIVER:
+        if 0 < version < _NEEDED_DRIVER:  # 0 where the driver finds no GPU
             raise TargetError(
                 f"the NVIDIA driver supports CUDA {_version(version)}; kvc's code needs "
                 f"{_version(_NEEDED_DRIVER)}: update the driver"
