@@ -54,15 +54,20 @@ class CudaMachine:
         return _target(self.archs[0])
 
     @property
+    def _blocks_for(self) -> int:
+        """The oldest architecture: its blocks fit the shared memory of all."""
+        return min(int(arch.removeprefix("sm_")) for arch in self.archs)
+
+    @property
     def description(self) -> dict[str, Any]:
         return {"kind": "cuda", "archs": list(self.archs)}
 
     @cached_property
     def products(self) -> CudaProducts:
-        return CudaProducts(self.kernels)
+        return CudaProducts(self.kernels, self._blocks_for)
 
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CudaAttention:
-        return CudaAttention.for_sites(sites, context, self.kernels)
+        return CudaAttention.for_sites(sites, context, self._blocks_for, self.kernels)
 
     def schedule(self, phase: Phase) -> ScheduleForCuda:
         return ScheduleForCuda(self.target)

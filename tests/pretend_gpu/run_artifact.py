@@ -31,6 +31,21 @@ def tokens_of(vocab: int) -> list[list[int]]:
     return [[int(t) for t in random.integers(0, vocab, n + STEPS)] for n in LENGTHS]
 
 
+def add_kernels(launches: Launches, built: Path, text: Path, arch: str, folder: Path) -> None:
+    """What Triton's and TVM's kernels of a built library do, by its kernels.json and the text."""
+    from kvc.kernels.cuda.device import DeviceKernel
+
+    for entry in json.loads((built / "kernels.json").read_text()):
+        fields = {k: entry[k] for k in ("function", "types", "constants", "aligned", "warps", "stages")}
+        pairs = {k: tuple(tuple(p) for p in fields[k]) for k in ("types", "constants")}
+        kernel = DeviceKernel(**{**fields, **pairs, "aligned": tuple(fields["aligned"])})
+        if entry["arch"] == arch:
+            launches.add(entry["name"], run_triton(kernel.load(), kernel.types, dict(kernel.constants)))
+    if text.exists():  # single kernels have none of TVM's
+        for name, call in compile_text(text.read_text(), folder).items():
+            launches.add(name, call)
+
+
 def main() -> None:
     artifact, dump, folder, out = (Path(a) for a in sys.argv[1:])
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,20 +56,12 @@ def main() -> None:
     import numpy as np
 
     from kvc.artifact import Artifact
-    from kvc.kernels.cuda.device import DeviceKernel
     from kvc.runtime.cuda import Device
     from kvc.runtime.executor import Executor, Segment
 
     opened = Artifact.open(artifact)
     arch = Device.find().choose(tuple(opened.plan.target["archs"]))
-    for entry in json.loads((artifact / "kernels.json").read_text()):
-        fields = {k: entry[k] for k in ("function", "types", "constants", "aligned", "warps", "stages")}
-        pairs = {k: tuple(tuple(p) for p in fields[k]) for k in ("types", "constants")}
-        kernel = DeviceKernel(**{**fields, **pairs, "aligned": tuple(fields["aligned"])})
-        if entry["arch"] == arch:
-            launches.add(entry["name"], run_triton(kernel.load(), kernel.types, dict(kernel.constants)))
-    for name, call in compile_text((dump / f"kernels.{arch}.cu").read_text(), folder).items():
-        launches.add(name, call)
+    add_kernels(launches, artifact, dump / f"kernels.{arch}.cu", arch, folder)
     executor = Executor(opened, warm=False)
     tokens = tokens_of(executor.facts.vocab)
     pages = [[3, 1], [0, 2]]

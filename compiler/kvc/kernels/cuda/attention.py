@@ -110,7 +110,7 @@ def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKern
             ("GUARDED", shape.guarded),
         ),
         ("part", "out"),
-        warps=2,
+        warps=min(16, max(2, _power(splits) * _power(shape.value_dim) // 2048)),  # 64 numbers a thread
     )
 
 

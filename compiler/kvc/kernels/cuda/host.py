@@ -43,22 +43,24 @@ class CudaAttention:
         kernels: filled with the kernels that the functions launch, by name.
         tile: query tokens of one prefill task.
         context: most tokens of a sequence.
+        arch: the architecture that blocks are chosen for, such as 90; others run them, too.
         page_size: tokens a page.
     """
 
     kernels: Kernels = field(repr=False, compare=False)
     tile: int
     context: int
+    arch: int
     page_size: int = PAGE_SIZE
     keys_transposed: bool = False
 
     @classmethod
     def for_sites(
-        cls, sites: tuple[AttentionSite, ...], context: int | None, kernels: Kernels
+        cls, sites: tuple[AttentionSite, ...], context: int | None, arch: int, kernels: Kernels
     ) -> CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
         tile = min(attention.choose_tile(s.group, max(s.head_dim, s.value_dim)) for s in sites)
-        return cls(kernels, tile, context or _LONG)
+        return cls(kernels, tile, context or _LONG, arch)
 
     def splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
@@ -81,7 +83,7 @@ class CudaAttention:
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        kernel = attention.prefill_kernel(shape, self.tile, dtype)
+        kernel = attention.prefill_kernel(shape, self.tile, dtype, self.arch)
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         kpool, vpool = self._pools(site, pages)
@@ -135,9 +137,11 @@ class CudaProducts:
 
     Attributes:
         kernels: filled with the kernels that the functions launch, by name.
+        arch: the architecture that blocks are chosen for.
     """
 
     kernels: Kernels = field(repr=False, compare=False)
+    arch: int
     panel: int = 16
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
@@ -157,7 +161,7 @@ class CudaProducts:
         values = {**inputs, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
         least = 0
         for most, kernel, tall, wide in products.product_kernels(
-            columns, depth, format, dtype, out_dtype, bias
+            columns, depth, format, dtype, out_dtype, bias, self.arch
         ):
             self.kernels[kernel.name] = kernel
             grid = (_parts(m, tall) * -(-columns // wide),)

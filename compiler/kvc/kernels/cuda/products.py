@@ -5,6 +5,8 @@ Weights are stored as kvc.kernels.cuda.rows says. Pointers are multiples of 16 b
 
 from __future__ import annotations
 
+import math
+
 from kvc_passes.facts import WeightFormat
 
 from .device import DeviceKernel
@@ -32,7 +34,7 @@ def product_kernels(
         not format.coded and format.dtype != x_dtype
     )
     variants: list[Variant] = []
-    for most, rows, wide, deep, warps, stages in _blocks(columns, format, float32, arch):
+    for most, rows, wide, deep, warps, stages in _blocks(columns, depth, format, float32, arch):
         constants = (
             *_absent(format, bias=bias),
             ("BM", rows),
@@ -41,6 +43,7 @@ def product_kernels(
             ("BITS", _bits(format)),
             ("BLOCK", block),
             ("WHOLE", depth % deep == 0),
+            ("UNIT", math.gcd(depth, 16)),
             ("FLOAT32", float32),
         )
         x = f"*{TRITON_TYPES[x_dtype]}"
@@ -85,7 +88,7 @@ def embedding_kernel(depth: int, format: WeightFormat, dtype: str) -> tuple[Devi
 
 
 def _blocks(
-    columns: int, format: WeightFormat, float32: bool, arch: int
+    columns: int, depth: int, format: WeightFormat, float32: bool, arch: int
 ) -> list[tuple[int | None, int, int, int, int, int]]:
     """Most rows, rows, columns and depth of a program's blocks, warps and stages, by the number of rows.
 
@@ -94,10 +97,12 @@ def _blocks(
     """
     narrow = next((wide for wide in (64, 32) if columns >= 256 * wide), 16)
     middle = 64 if columns >= 128 * 64 else 32
+    # A step has to take whole groups of 64 inputs of four bits.
+    least = 64 if format.dtype == "uint4" else 32
+    if depth % 8:  # numbers are loaded one by one, through registers
+        return [(16, 16, 32, 64, 4, 1), (None, 32 if float32 else 64, 64, least, 8, 1)]
     if float32:
-        # A step has to take whole groups of 64 inputs of four bits.
-        deep, warps = (64, 8) if format.dtype == "uint4" else (32, 4)
-        return [(16, 16, max(narrow, 32), 64, 4, 3), (None, 64, 64, deep, warps, 2)]
+        return [(16, 16, max(narrow, 32), 64, 4, 3), (None, 64 if least == 32 else 32, 64, least, 4, 2)]
     ample = 90 <= arch < 120
     return [
         (16, 16, narrow, 128 if format.coded or narrow == 64 else 256, 4, 4),

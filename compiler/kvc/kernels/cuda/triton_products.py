@@ -15,12 +15,15 @@ import triton.language as tl
 def product(
     x, w, scales, zeros, bias, y, m, columns, depth,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, FLOAT32: tl.constexpr,
+    WHOLE: tl.constexpr, UNIT: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """BM rows and BN columns of y = x w^T + bias, computed transposed: the weight is the left operand.
 
-    WHOLE says that depth is a multiple of BK; FLOAT32 that both sides are multiplied in float32.
+    WHOLE says that depth is a multiple of BK, UNIT is a number that it is a multiple of; FLOAT32 says that
+    both sides are multiplied in float32.
     """
+    # The compiler can tell from this how many numbers of a row it can load at once.
+    depth = depth // UNIT * UNIT
     TYPE: tl.constexpr = tl.float32 if FLOAT32 else x.dtype.element_ty
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     WIDTH: tl.constexpr = BK // HALVES

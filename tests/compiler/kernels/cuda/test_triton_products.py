@@ -25,7 +25,7 @@ FORMATS = [
     WeightFormat("uint8", 16, "float16"),
     WeightFormat("uint8", 10**6, "float16"),
 ]
-SIZES = [(1, 48, 512), (3, 33, 100), (17, 70, 200), (65, 130, 192), (260, 140, 72)]
+SIZES = [(1, 48, 512), (3, 33, 100), (17, 70, 200), (18, 40, 101), (65, 130, 192), (260, 140, 72)]
 """Rows of x, columns and depth: every variant, and sizes that its blocks do not divide."""
 
 
