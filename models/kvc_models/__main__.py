@@ -1,7 +1,7 @@
 """The command line.
 
 python -m kvc_models list
-python -m kvc_models export NAME OUT.onnx [--with-past] [--opset N]
+python -m kvc_models export NAME OUT.onnx [--with-past] [--opset N] [--dtype float16]
 python -m kvc_models make-big OUT.onnx --params 7b [--dtype float16] [--sparse]
 """
 
@@ -27,6 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT.onnx", type=Path, help="the ONNX file to write")
     export.add_argument("--with-past", action="store_true", help="take and return keys and values")
     export.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="ONNX operator set (%(default)s)")
+    export.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of the weights (%(default)s)"
+    )
     big = commands.add_parser("make-big", help="write a graph of real size with random weights")
     big.add_argument("out", metavar="OUT.onnx", type=Path, help="the ONNX file; weights go beside it")
     big.add_argument("--params", choices=sorted(SIZES), required=True, help="which size")
@@ -36,14 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export(name: str, out: Path, with_past: bool, opset: int) -> None:
+def _export(name: str, out: Path, with_past: bool, opset: int, dtype: str) -> None:
     start = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {line}", flush=True)
 
     _check_name(out)
-    export_named(name, out, with_past=with_past, opset=opset, say=say)
+    export_named(name, out, with_past=with_past, opset=opset, dtype=dtype, say=say)
     for file in (out, out.with_name(out.name + ".data")):
         if file.exists():
             say(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "make-big":
             _make_big(options)
             return 0
-        _export(options.name, options.out, options.with_past, options.opset)
+        _export(options.name, options.out, options.with_past, options.opset, options.dtype)
     except (ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -61,6 +61,7 @@ def export_named(
     *,
     with_past: bool = False,
     opset: int = DEFAULT_OPSET,
+    dtype: str = "float32",
     cache: Path | None = None,
     say: Say = lambda line: None,
 ) -> Path:
@@ -71,6 +72,7 @@ def export_named(
         out: the ONNX file; SmolLM2's weights go beside it into `out` + ".data".
         with_past: take and return keys and values, see `kvc_models.export`.
         opset: the ONNX operator set.
+        dtype: "float32", "float16" or "bfloat16", of the weights.
         cache: where downloads are kept; $KVC_CACHE, otherwise a folder `cache` beside `out`.
         say: is told what is being done.
 
@@ -81,5 +83,6 @@ def export_named(
     say(f"loading {name}")
     model, tokenizer = entry.load(cache or smollm2.default_cache(out.parent / "cache"))
     say("exporting, " + ("with" if with_past else "without") + f" past, opset {opset}")
+    model = tiny.cast(model, dtype)
     save_assets(model, tokenizer, out)
     return export_decoder(model, out, with_past=with_past, opset=opset, external_data=entry.external_data)

@@ -102,10 +102,10 @@ def make_tiny(family: str, dtype: str = "float32", **options: Any) -> Any:
                 else:
                     parameter.normal_(0, WEIGHT_STD)
     model.generation_config.eos_token_id = end
-    return _cast(model, dtype)
+    return cast(model, dtype)
 
 
-def _cast(model: Any, dtype: str) -> Any:
+def cast(model: Any, dtype: str) -> Any:
     """What loading with `dtype` gives: what is stored in a checkpoint is converted, and nothing else."""
     kind = getattr(torch, dtype)
     for parameter in model.parameters():
