@@ -74,8 +74,13 @@ def _scatter_elements(importer: Importer, inputs: Sequence[Any], attrs: dict[str
     same = all(importer.folder.equal(a, b) for a, b in zip(shape[:-1], given[:-1]))
     if axis != len(shape) - 1 or not same or not isinstance(given[-1], int) or given[-1] > _MOST:
         raise ValueError("it places elements along another axis than the last, or too many of them")
+    if not isinstance(shape[-1], int):
+        raise ValueError("it places elements in rows of unknown length")
     emit, last = importer.emit, len(shape) - 1
     numbers = relax.const(np.arange(shape[-1]), "int64")
+    indices = emit(op.astype(indices, "int64"))
+    from_end = emit(op.add(indices, relax.const(shape[-1], "int64")))
+    indices = emit(op.where(emit(op.less(indices, relax.const(0, "int64"))), from_end, indices))
 
     def column(value: relax.Expr, i: int) -> relax.Expr:
         return emit(op.strided_slice(value, [last], [i], [i + 1], [1], assume_inbound=True))
@@ -104,6 +109,8 @@ def _scatter_nd(importer: Importer, inputs: Sequence[Any], attrs: dict[str, Any]
             "it places elements at computed indices; only whole rows at known ones are supported"
         )
     first, count = int(rows[0, 0]), len(rows)
+    if first < 0 and isinstance(shape[0], int):
+        first, rows = first + shape[0], rows + shape[0]
     if not isinstance(shape[0], int) or not np.array_equal(rows[:, 0], np.arange(first, first + count)):
         raise ValueError("it places rows that are not consecutive")
 

@@ -33,6 +33,13 @@ def test_quick_subset(cases: Callable[..., list[node_cases.Case]]) -> None:
     assert not [o for o in outcomes if o.status != "passed"]
 
 
+def test_scattering_is_right_or_refused(cases: Callable[..., list[node_cases.Case]]) -> None:
+    outcomes = node_cases.run_all(cases("GatherND", "ScatterElements", "ScatterND", "Tile"))
+    assert not [o for o in outcomes if o.status == "failed"]
+    passed = {o.name for o in outcomes if o.status == "passed"}
+    assert {"scatter_elements_with_axis", "scatter_elements_with_negative_indices"} <= passed
+
+
 @pytest.mark.slow
 def test_all_cases(cases: Callable[..., list[node_cases.Case]]) -> None:
     everything = [op for group in node_cases_report.OPERATORS.values() for op in group]
