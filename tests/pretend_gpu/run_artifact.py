@@ -20,7 +20,7 @@ from pretend_gpu.launches import Launches, run_triton
 
 LENGTHS = (37, 5)
 CHUNKS = (20, 17)
-STEPS = 3
+STEPS = 6
 
 
 def tokens_of(vocab: int) -> list[list[int]]:
@@ -77,6 +77,8 @@ def main() -> None:
         segments = [Segment([t[n + step]], n + step, p) for t, n, p in zip(tokens, LENGTHS, pages)]
         rows.append(executor.decode(segments).copy())
     launches.check()
+    # The first step launches kernels, the second records them; that and all others are one launch each.
+    assert driver.pretend_graph_launches() == STEPS - 1
     np.savez(out, logits=np.stack(rows), launches=len(launches.log))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Final
 
 from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
-from kvc.runtime.cuda import Device, load_tvm_cuda
+from kvc.runtime.cuda import Device, load_cudart, load_tvm_cuda
+from kvc.runtime.graphs import Graphs
 from kvc.runtime.host_memory import Region, Shapes, mapped, padded
 from kvc.runtime.library import load_runtime, load_vm
 from kvc_passes.errors import InputError, TargetError
@@ -44,6 +46,11 @@ class DeviceMemory:
         self._to_device = get("runtime.TVMTensorCopyFromBytes")
         self._to_host = get("runtime.TVMTensorCopyToBytes")
         self._device = self._ffi.device("cuda:0")
+        # Of our own: what the default stream does cannot be recorded as a graph.
+        self._stream = get("runtime.Device_StreamCreate")(self._device)
+        get("runtime.Device_SetStream")(self._device, self._stream)
+        self._wait = get("runtime.Device_StreamSync")
+        self._graphs = Graphs(load_cudart(), self._stream)
         self._inputs = {name: self._tensor(*each) for name, each in inputs.items()}
         # Not zeroed: kernels read no key or value that was not written.
         self.pools = [self._tensor(*each) for each in pools.values()]
@@ -74,6 +81,18 @@ class DeviceMemory:
         array = self.arrays[name][:count]
         self._to_host(self.place(name, count), _pointer(array), array.nbytes)
         return array
+
+    def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
+        """Call a function and wait for it; calls of the same `shape` become a CUDA graph."""
+        if shape is None:
+            function(*arguments)
+        else:
+            self._graphs.run(shape, lambda: function(*arguments))
+        self._wait(self._device, self._stream)
+
+    def close(self) -> None:
+        """Free what was recorded."""
+        self._graphs.close()
 
     def _tensor(self, dtype: str, shape: tuple[int, ...]) -> Any:
         try:

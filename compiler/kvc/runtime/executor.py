@@ -53,6 +53,12 @@ class Memory(Protocol):
     def take(self, name: str, count: int) -> NDArray[Any]:
         """What a function wrote there."""
 
+    def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
+        """Call a function; calls of the same `shape` differ in nothing but what inputs hold."""
+
+    def close(self) -> None:
+        """Release what is held beside memory."""
+
 
 def input_shapes(plan: Plan) -> Shapes:
     """Dtype and shape of the integer inputs of the largest call."""
@@ -141,14 +147,15 @@ class Executor:
         count = int(ends[-1])
         self._check_tokens(count)
         give = self._memory.give
-        self._prefill(
+        arguments = [
             *(give(name, count) for name in ("tokens", "positions", "slots")),
             give("tiles", tiles),
             give("table", len(segments)),
             give("rows", len(rows)),
             self._memory.place("logits", len(rows)),
             *self._state,
-        )
+        ]
+        self._memory.run(self._prefill, arguments, None)
         return self._memory.take("logits", len(wanted)) if wanted else self._memory.arrays["logits"][:0]
 
     def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
@@ -163,15 +170,17 @@ class Executor:
         for sequence, segment in enumerate(segments):
             self._place(sequence, segment, sequence)
         self._check_tokens(count)
-        self._decode(
+        arguments = [
             *(self._memory.give(name, count) for name in ("tokens", "positions", "slots", "table")),
             self._memory.place("logits", count),
             *self._state,
-        )
+        ]
+        self._memory.run(self._decode, arguments, count)
         return self._memory.take("logits", count)
 
     def close(self) -> None:
         """Release the memory. The executor cannot be used afterwards."""
+        self._memory.close()
         self.__dict__.clear()
 
     def _place(self, sequence: int, segment: Segment, begin: int) -> None:

@@ -54,6 +54,13 @@ class HostMemory:
         """What the function wrote there."""
         return self.arrays[name][:count]
 
+    def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
+        """Call a function."""
+        function(*arguments)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
     def _map(self, file: Path, layout: Sequence[TensorSpec]) -> list[Any]:
         """The weights as tensors over a memory map, without a copy."""
         tensors = []
