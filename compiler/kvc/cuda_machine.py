@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .codegen.cuda_text import compile_text, compiling
 from .codegen.schedule_kernels import ScheduleForCuda
 from .kernels.cuda import rows
 from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
-from .kernels.cuda.host import CudaAttention, CudaProducts
+from .kernels.cuda.host import CudaAttention, CudaProducts, Variants
 from .machine import export
 from .pipeline import Phase, Runner
 from .stored_weights import Array, stored
@@ -46,17 +46,15 @@ class CudaMachine:
     chunks: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256, 128)
     widens: bool = False
     fuse: tuple[Pass, ...] = (FuseRows(),)
-    kernels: dict[str, DeviceKernel] = field(default_factory=dict, compare=False, repr=False)
-    """The Triton kernels that functions of this compilation launch."""
 
     @cached_property
     def target(self) -> Target:
         return _target(self.archs[0])
 
-    @property
-    def _blocks_for(self) -> int:
-        """The oldest architecture: its blocks fit the shared memory of all."""
-        return min(int(arch.removeprefix("sm_")) for arch in self.archs)
+    @cached_property
+    def variants(self) -> Variants:
+        """The Triton kernels that functions of this compilation launch."""
+        return Variants(_number(self.archs[0]))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -64,10 +62,10 @@ class CudaMachine:
 
     @cached_property
     def products(self) -> CudaProducts:
-        return CudaProducts(self.kernels, self._blocks_for)
+        return CudaProducts(self.variants)
 
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CudaAttention:
-        return CudaAttention.for_sites(sites, context, self._blocks_for, self.kernels)
+        return CudaAttention.for_sites(sites, context, self.variants)
 
     def schedule(self, phase: Phase) -> ScheduleForCuda:
         return ScheduleForCuda(self.target)
@@ -75,22 +73,22 @@ class CudaMachine:
     def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
         """One library an architecture, and kernels.json with what every kernel takes."""
         prepare()
-        launched = sorted(_launched(module) & set(self.kernels))
-        report, files = [], []
+        report, files, kernels = [], [], self.variants.kernels
         for arch in self.archs:
-            code = {}
+            own, code = self.variants.remade(module, _number(arch)), {}
+            launched = sorted(_launched(own) & set(kernels))
             for number, name in enumerate(launched, 1):
                 runner.report(f"compile kernel {number} of {len(launched)} for {arch}")
-                code[name] = compile_kernel(self.kernels[name], int(arch.removeprefix("sm_")))
-                report.append(_entry(self.kernels[name], arch, code[name]))
-            files.append(self._library(module, arch, code, folder, runner))
+                code[name] = compile_kernel(kernels[name], _number(arch))
+                report.append(_entry(kernels[name], arch, code[name]))
+            files.append(self._library(own, arch, code, folder, runner))
         (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
         return [*files, "kernels.json"]
 
     def _library(
         self, module: IRModule, arch: str, code: Mapping[str, Compiled], folder: Path, runner: Runner
     ) -> str:
-        modules = [cuda_module(self.kernels[name], each) for name, each in code.items()]
+        modules = [cuda_module(self.variants.kernels[name], each) for name, each in code.items()]
         module = _with_shared_memory(module, code).with_attr("external_mods", modules)
 
         def to_machine_code(text: str) -> bytes:
@@ -125,6 +123,10 @@ def parse_archs(text: str) -> tuple[str, ...]:
         if arch not in ARCHS:
             raise TargetError(f"unknown architecture '{arch}'; code can be generated for {', '.join(ARCHS)}")
     return archs
+
+
+def _number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
 
 
 def _target(arch: str) -> Target:

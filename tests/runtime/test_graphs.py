@@ -1,4 +1,4 @@
-"""Which calls become CUDA graphs, and what errors of CUDA become. The rest is in tests/compiler/test_cuda.py."""
+"""Which calls become CUDA graphs, and what errors of CUDA become. See also tests/compiler/test_cuda.py."""
 
 from __future__ import annotations
 

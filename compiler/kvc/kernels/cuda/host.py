@@ -7,11 +7,13 @@ How much shared memory a kernel takes is known when it is compiled: until then S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from tvm import tirx
+from tvm import IRModule, tirx
 from tvm.tirx import PrimFunc
 
 from kvc_passes.facts import AttentionSite, WeightFormat
@@ -32,7 +34,53 @@ _WORTH = 128
 FULL = 132 * 2
 """Blocks that fill a large GPU: two for each of an H100's processors."""
 
-Kernels = dict[str, DeviceKernel]
+VARIANT = "kvc.variant"
+"""The attribute of a function that names how it is made."""
+
+
+@dataclass
+class Variants:
+    """What the functions of a compilation launch, and how each is made for an architecture such as 90.
+
+    Attributes:
+        arch: the architecture that functions are made for at first; they run on later ones, too.
+        kernels: the kernels of all functions that were made, by name.
+        makers: makes a function for another architecture, by the value of its attribute VARIANT.
+    """
+
+    arch: int
+    kernels: dict[str, DeviceKernel] = field(default_factory=dict)
+    makers: dict[str, Callable[[int], PrimFunc]] = field(default_factory=dict)
+
+    def function(self, key: tuple[Any, ...], make: Callable[[int], PrimFunc]) -> PrimFunc:
+        """`make` for the first architecture; equal keys make equal functions."""
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        self.makers[name] = make
+        return make(self.arch).with_attr(VARIANT, name)
+
+    def remade(self, module: IRModule, arch: int) -> IRModule:
+        """`module` with its functions made for `arch`."""
+        functions = dict(module.functions_items())
+        for variable, function in functions.items():
+            name = function.attrs.get(VARIANT) if isinstance(function, PrimFunc) else None
+            if name is not None:
+                made = self.makers[str(name)](arch).with_attr(VARIANT, name)
+                functions[variable] = made.with_attr("global_symbol", function.attrs["global_symbol"])
+        return IRModule(functions)
+
+    def launch(self, e: Emitter, kernel: DeviceKernel, values: Mapping[str, Any], grid: Any) -> None:
+        """Emit the launch of a kernel with the values that its parameters name: buffers and int64 numbers."""
+        self.kernels[kernel.name] = kernel
+        arguments = [
+            values[name].data if kind.startswith("*") else tirx.Cast("int32", values[name])
+            for name, kind in kernel.types
+        ]
+        null = tirx.reinterpret("handle", tirx.const(0, "uint64"))
+        blocks = [i64(g) if isinstance(g, int) else g for g in (*grid, 1, 1, 1)[:3]]
+        call = tirx.call_packed(
+            kernel.name, *arguments, null, null, i64(32 * kernel.warps), *blocks, i64(SHARED)
+        )
+        e.add(tirx.Evaluate(call))
 
 
 @dataclass(frozen=True)
@@ -40,27 +88,25 @@ class CudaAttention:
     """Implements kvc_passes.kernel_sets.AttentionKernels.
 
     Attributes:
-        kernels: filled with the kernels that the functions launch, by name.
+        variants: what the functions launch, and how they are made.
         tile: query tokens of one prefill task.
         context: most tokens of a sequence.
-        arch: the architecture that blocks are chosen for, such as 90; others run them, too.
         page_size: tokens a page.
     """
 
-    kernels: Kernels = field(repr=False, compare=False)
+    variants: Variants = field(repr=False, compare=False)
     tile: int
     context: int
-    arch: int
     page_size: int = PAGE_SIZE
     keys_transposed: bool = False
 
     @classmethod
     def for_sites(
-        cls, sites: tuple[AttentionSite, ...], context: int | None, arch: int, kernels: Kernels
+        cls, sites: tuple[AttentionSite, ...], context: int | None, variants: Variants
     ) -> CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
         tile = min(attention.choose_tile(s.group, max(s.head_dim, s.value_dim)) for s in sites)
-        return cls(kernels, tile, context or _LONG, arch)
+        return cls(variants, tile, context or _LONG)
 
     def splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
@@ -68,9 +114,12 @@ class CudaAttention:
         return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
 
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = replace(
-            attention_shape(site, self.page_size), scale=1.0, softcap=None, window=None, chunk=None
-        )
+        shape = attention_shape(site, self.page_size)
+        key = ("append", shape, self.tile, self.context, dtype)
+        return self.variants.function(key, lambda arch: self._append(site, dtype, arch))
+
+    def _append(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+        shape = attention_shape(site, self.page_size)
         kernel = attention.append_kernel(shape, dtype)
         e, n, pages = Emitter(), size_var("n"), size_var("pages")
         k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
@@ -78,12 +127,17 @@ class CudaAttention:
         slots = argument("slots", (n,), "int32")
         kpool, vpool = self._pools(site, pages)
         values = {"k": k, "v": v, "slots": slots, "kpool": kpool, "vpool": vpool, "n": n}
-        self._launch(e, kernel, values, (_parts(n, attention.APPEND_TOKENS), shape.kv_heads))
+        self.variants.launch(e, kernel, values, (_parts(n, attention.APPEND_TOKENS), shape.kv_heads))
         return e.function([k, v, slots, kpool, vpool], [k, v, slots], [kpool, vpool])
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        kernel = attention.prefill_kernel(shape, self.tile, dtype, self.arch)
+        key = ("prefill", shape, self.tile, self.context, dtype)
+        return self.variants.function(key, lambda arch: self._prefill(site, dtype, arch))
+
+    def _prefill(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+        shape = attention_shape(site, self.page_size)
+        kernel = attention.prefill_kernel(shape, self.tile, dtype, arch)
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         kpool, vpool = self._pools(site, pages)
@@ -97,10 +151,15 @@ class CudaAttention:
             **_extras(shape),
         }
         out = argument("out", (1, n, shape.heads, shape.value_dim), dtype)
-        self._launch(e, kernel, {**inputs, "out": out, "n": n, "width": m}, (t, shape.kv_heads))
+        self.variants.launch(e, kernel, {**inputs, "out": out, "n": n, "width": m}, (t, shape.kv_heads))
         return e.function([*inputs.values(), out], list(inputs.values()), [out])
 
     def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:
+        shape = attention_shape(site, self.page_size)
+        key = ("decode", shape, self.tile, self.context, dtype)
+        return self.variants.function(key, lambda arch: self._decode(site, dtype, arch))
+
+    def _decode(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
         shape, splits = attention_shape(site, self.page_size), self.splits(site)
         kernel = attention.decode_kernel(shape, splits, dtype)
         merge = attention.merge_kernel(shape, splits, dtype)
@@ -118,17 +177,13 @@ class CudaAttention:
         part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
         out = argument("out", (1, b, shape.heads, shape.value_dim), dtype)
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
-        self._launch(e, kernel, values, (b, shape.kv_heads, splits))
-        self._launch(e, merge, values, (b, shape.heads))
+        self.variants.launch(e, kernel, values, (b, shape.kv_heads, splits))
+        self.variants.launch(e, merge, values, (b, shape.heads))
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
     def _pools(self, site: AttentionSite, pages: Expr) -> tuple[Any, Any]:
         k, v = site.page_shapes(self.page_size, self.keys_transposed)
         return argument("kpool", (pages, *k), site.kv_dtype), argument("vpool", (pages, *v), site.kv_dtype)
-
-    def _launch(self, e: Emitter, kernel: DeviceKernel, values: Mapping[str, Any], grid: Any) -> None:
-        self.kernels[kernel.name] = kernel
-        launch(e, kernel, values, grid)
 
 
 @dataclass(frozen=True)
@@ -136,12 +191,10 @@ class CudaProducts:
     """Implements kvc_passes.kernel_sets.MatmulKernels.
 
     Attributes:
-        kernels: filled with the kernels that the functions launch, by name.
-        arch: the architecture that blocks are chosen for.
+        variants: what the functions launch, and how they are made.
     """
 
-    kernels: Kernels = field(repr=False, compare=False)
-    arch: int
+    variants: Variants = field(repr=False, compare=False)
     panel: int = 16
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
@@ -150,6 +203,12 @@ class CudaProducts:
 
     def matmul(
         self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool, dtype: str
+    ) -> PrimFunc:
+        arguments = (columns, depth, format, bias, flat, dtype)
+        return self.variants.function(("matmul", *arguments), partial(self._matmul, *arguments))
+
+    def _matmul(
+        self, columns: int, depth: int, format: WeightFormat, bias: bool, flat: bool, dtype: str, arch: int
     ) -> PrimFunc:
         e, m = Emitter(), size_var("m")
         out_dtype = "float32" if flat else dtype
@@ -161,13 +220,12 @@ class CudaProducts:
         values = {**inputs, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
         least = 0
         for most, kernel, tall, wide in products.product_kernels(
-            columns, depth, format, dtype, out_dtype, bias, self.arch
+            columns, depth, format, dtype, out_dtype, bias, arch
         ):
-            self.kernels[kernel.name] = kernel
             grid = (_parts(m, tall) * -(-columns // wide),)
             fits = m > least if most is None else tirx.And(m > least, m <= most)
             with e.when(fits):
-                launch(e, kernel, values, grid)
+                self.variants.launch(e, kernel, values, grid)
             least = most or least
         return e.function([*inputs.values(), y], list(inputs.values()), [y])
 
@@ -177,28 +235,15 @@ class CudaProducts:
         ids = argument("ids", (1, n), "int64")
         y = argument("y", (1, n, depth), dtype)
         kernel, wide = products.embedding_kernel(depth, format, dtype)
-        self.kernels[kernel.name] = kernel
         inputs = {**weight, "ids": ids}
         values = {**inputs, "y": y, "n": n, "depth": i64(depth)}
-        launch(e, kernel, values, (n, -(-depth // wide)))
+        self.variants.launch(e, kernel, values, (n, -(-depth // wide)))
         return e.function([*inputs.values(), y], list(inputs.values()), [y])
 
     def _weight(self, columns: int, depth: int, format: WeightFormat) -> dict[str, Any]:
         names = ("w", "scales", "zeros")
         tensors = self.packed(columns, depth, format)
         return {name: argument(name, t.shape, t.dtype) for name, t in zip(names, tensors)}
-
-
-def launch(e: Emitter, kernel: DeviceKernel, values: Mapping[str, Any], grid: tuple[Any, ...]) -> None:
-    """Emit the launch of a kernel with the values that its parameters name: buffers and int64 numbers."""
-    arguments = [
-        values[name].data if kind.startswith("*") else tirx.Cast("int32", values[name])
-        for name, kind in kernel.types
-    ]
-    null = tirx.reinterpret("handle", tirx.const(0, "uint64"))
-    blocks = [i64(g) if isinstance(g, int) else g for g in (*grid, 1, 1, 1)[:3]]
-    call = tirx.call_packed(kernel.name, *arguments, null, null, i64(32 * kernel.warps), *blocks, i64(SHARED))
-    e.add(tirx.Evaluate(call))
 
 
 def _extras(shape: AttentionShape) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Functions of the host: what they launch, and that every architecture gets kernels of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tvm import IRModule, tirx
+from tvm.ir import Call
+from tvm_ffi import structural_walk
+
+from kvc.kernels.cuda.host import SHARED, VARIANT, CudaAttention, CudaProducts, Variants
+from kvc_passes.facts import WeightFormat
+from support import site
+
+WIDE = site(heads=32, kv_heads=8, head_dim=128, value_dim=128, kv_dtype="float16")
+CONTEXT = 1 << 15
+
+
+def launches(function: tirx.PrimFunc) -> list[Any]:
+    """The calls of packed functions, in order."""
+    found: list[Any] = []
+
+    def visit(call: Any) -> None:
+        if getattr(call.op, "name", "") == "tirx.tvm_call_packed":
+            found.append(call)
+
+    structural_walk(function.body, [(Call, visit)])
+    return found
+
+
+def names(function: tirx.PrimFunc) -> list[str]:
+    return [str(call.args[0].value) for call in launches(function)]
+
+
+def test_a_launch_has_the_kernels_parameters_and_no_shared_memory_yet() -> None:
+    variants = Variants(80)
+    kernels = CudaAttention.for_sites((WIDE,), CONTEXT, variants)
+    (call,) = launches(kernels.prefill(WIDE, "float16"))
+    kernel = variants.kernels[str(call.args[0].value)]
+    # The name, the parameters, two null pointers, threads, a grid of three, shared memory.
+    assert len(call.args) == 1 + len(kernel.types) + 2 + 5
+    assert int(call.args[-5].value) == 32 * kernel.warps
+    assert int(call.args[-1].value) == SHARED
+
+
+def test_decode_splits_what_is_worth_it() -> None:
+    kernels = CudaAttention.for_sites((WIDE,), CONTEXT, Variants(80))
+    assert len(launches(kernels.decode(WIDE, "float16"))) == 2  # shares, then their merge
+    assert kernels.splits(WIDE) == 33
+    assert CudaAttention.for_sites((WIDE,), 300, Variants(80)).splits(WIDE) == 2
+    assert CudaAttention.for_sites((WIDE,), 64, Variants(80)).splits(WIDE) == 1
+
+
+def test_few_rows_take_other_kernels_than_many() -> None:
+    variants = Variants(80)
+    options: dict[str, Any] = {"bias": False, "flat": False, "dtype": "float16"}
+    function = CudaProducts(variants).matmul(4096, 4096, WeightFormat("float16"), **options)
+    assert len(set(names(function))) == len(names(function)) > 2
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_functions_are_remade_for_an_architecture(arch: int) -> None:
+    first, own = Variants(80), Variants(arch)
+    made = CudaAttention.for_sites((WIDE,), CONTEXT, first).prefill(WIDE, "float16")
+    expected = CudaAttention.for_sites((WIDE,), CONTEXT, own).prefill(WIDE, "float16")
+    other = tirx.PrimFunc([], tirx.Evaluate(tirx.const(0, "int32"))).with_attr("global_symbol", "other")
+    module = IRModule({"prefill": made.with_attr("global_symbol", "prefill"), "other": other})
+    remade = first.remade(module, arch)
+    assert names(remade["prefill"]) == names(expected)
+    assert (names(remade["prefill"]) == names(made)) is (arch == 80)  # blocks differ
+    assert remade["prefill"].attrs["global_symbol"] == "prefill"
+    assert remade["prefill"].attrs[VARIANT] == made.attrs[VARIANT]
+    assert set(names(remade["prefill"])) <= set(first.kernels)
+    assert "other" in {v.name_hint for v in remade.get_global_vars()}
+
+
+def test_equal_functions_are_named_alike() -> None:
+    variants = Variants(80)
+    kernels = CudaAttention.for_sites((WIDE,), CONTEXT, variants)
+    again = site(index=3, heads=32, kv_heads=8, head_dim=128, value_dim=128, kv_dtype="float16")
+    one, two = (kernels.prefill(s, "float16").attrs[VARIANT] for s in (WIDE, again))
+    assert one == two
+    assert kernels.prefill(WIDE, "float32").attrs[VARIANT] != one
