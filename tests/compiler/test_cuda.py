@@ -73,7 +73,7 @@ def run(built: Built, libraries: Path, **machine: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-def worst(built: Built, folder: Path) -> float:
+def worst(built: Built, folder: Path, vocab: int = 512) -> float:
     """Largest difference of a logit from ONNX Runtime's, of the same graph in float32."""
     reference = folder / "reference.onnx"
     widen(built.model, reference)
@@ -82,7 +82,7 @@ def worst(built: Built, folder: Path) -> float:
     assert got.shape[:2] == (STEPS + 1, len(LENGTHS))
     differences = [
         np.abs(got[:, i] - graph.logits(tokens)[length - 1 :]).max()
-        for i, (tokens, length) in enumerate(zip(tokens_of(512), LENGTHS))
+        for i, (tokens, length) in enumerate(zip(tokens_of(vocab), LENGTHS))
     ]
     return float(max(differences))
 
@@ -98,6 +98,18 @@ def test_logits_on_a_pretend_gpu(
     done = run(built, libraries)
     assert done.returncode == 0, done.stderr
     assert worst(built, tmp_path) < LIMITS[dtype]
+
+
+def test_weights_of_four_bits_on_a_pretend_gpu(libraries: Path, tmp_path: Path) -> None:
+    """What onnxruntime-genai's builder writes for GPUs: MatMulNBits and GroupQueryAttention in float16."""
+    model = ROOT / "tests" / "fixtures" / "genai" / "llama-int4-cuda.onnx"
+    built = Built(model, tmp_path / "m.kvc", tmp_path / "dump")
+    kvc.compile(model, target="cuda:sm_90", output=built.artifact, dump=built.dump, **OPTIONS)
+    layout = kvc.Artifact.open(built.artifact).layout()
+    assert sum(spec.dtype == "uint8" for spec in layout) > 8  # codes stay codes
+    done = run(built, libraries)
+    assert done.returncode == 0, done.stderr
+    assert worst(built, tmp_path, vocab=128) < LIMITS["float16"]
 
 
 def test_one_artifact_has_code_for_several_architectures(
