@@ -70,13 +70,25 @@ class MatmulKernels(Protocol):
     def dtypes(self) -> tuple[str, ...]:
         """Types that x and y may have."""
 
+    @property
+    def adds(self) -> bool:
+        """Whether a product can add a tensor of y's shape."""
+
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
         """The tensors of a packed weight [columns, depth]: the data; for codes then scales, then zeros."""
 
     def matmul(
-        self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool, dtype: str
+        self,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        *,
+        bias: bool,
+        flat: bool,
+        dtype: str,
+        residual: bool = False,
     ) -> PrimFunc:
-        """(x [1,m,depth], *packed, [bias [columns]], y [1,m,columns]), all of `dtype`.
+        """(x [1,m,depth], *packed, [bias [columns]], [residual like y], y [1,m,columns]), all of `dtype`.
 
         Flat: y is f32 [m,columns].
         """

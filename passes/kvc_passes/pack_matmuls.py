@@ -25,8 +25,9 @@ class PackMatmuls:
 
     Before: `matmul(x [.., m, depth], w [depth, columns])`, w a parameter of floats or a dequantized one, the
         transpose or a widening cast of one, or a concatenation of such; a bias that is a parameter [columns]
-        of x's type may be added; `take(w, ids)` may read rows of the same weight, or of a dequantized one.
-    After: `call_tir(packed_matmul, x, *packed, [bias])`; parameters have the packed shapes.
+        of x's type may be added, and, where the kernels can, any value of the product's shape;
+        `take(w, ids)` may read rows of the same weight, or of a dequantized one.
+    After: `call_tir(packed_matmul, x, *packed, [bias], [residual])`; parameters have the packed shapes.
     Needs: FlattenTokens (x is [1, n, depth] or [n, depth]).
     Refuses: nothing; a product that does not match stays a plain matmul.
     """
@@ -37,7 +38,7 @@ class PackMatmuls:
         """Facts of the result: dict of WeightPart by the new function's weight parameter names."""
         function = mod["main"]
         graph = graph_of(function)
-        products = {m.result: m for v in graph.order if (m := _product(graph, v, self.kernels.dtypes))}
+        products = {m.result: m for v in graph.order if (m := _product(graph, v, self.kernels))}
         weights = {m.weight for m in products.values()}
         lookups = {v: w for v in graph.order if (w := _lookup(graph, v, weights, self.kernels.dtypes))}
         ordered = dict.fromkeys([*(m.weight for m in products.values()), *lookups.values()])
@@ -50,7 +51,8 @@ class PackMatmuls:
                 return self._embedding(builder, made, var, value, packed[lookups[var]], lookups[var])
             if var in products:
                 match = products[var]
-                return self._matmul(builder, made, match, values.get(match.x, match.x), packed[match.weight])
+                x, residual = (values.get(v, v) for v in (match.x, match.residual))
+                return self._matmul(builder, made, match, x, residual, packed[match.weight])
             return None
 
         new = [parameter for parameters in packed.values() for parameter in parameters]
@@ -98,13 +100,20 @@ class PackMatmuls:
         made: dict[Any, Any],
         match: _Product,
         x: relax.Expr,
+        residual: relax.Expr | None,
         packed: Sequence[relax.Var],
     ) -> relax.Expr:
         weight, bias, dtype = match.weight, match.bias is not None, str(x.ty.dtype.dtype)
-        key = (MATMUL, weight.columns, weight.depth, weight.format, bias, dtype)
+        key = (MATMUL, weight.columns, weight.depth, weight.format, bias, residual is not None, dtype)
         if key not in made:
             kernel = self.kernels.matmul(
-                weight.columns, weight.depth, weight.format, bias=bias, flat=False, dtype=dtype
+                weight.columns,
+                weight.depth,
+                weight.format,
+                bias=bias,
+                flat=False,
+                dtype=dtype,
+                residual=residual is not None,
             )
             made[key] = builder.add_func(kernel, MATMUL)
         leading = dims(x)[:-1]
@@ -113,7 +122,9 @@ class PackMatmuls:
             depth = tirx.IntImm("int64", weight.depth)
             x = builder.emit(relax.op.reshape(x, relax.ShapeExpr([*one, *leading, depth])))
         shape = [*one, *leading, tirx.IntImm("int64", weight.columns)]
-        args = [x, *packed, *([] if match.bias is None else [match.bias])]
+        if one and residual is not None:
+            residual = builder.emit(relax.op.reshape(residual, relax.ShapeExpr(shape)))
+        args = [x, *packed, *(value for value in (match.bias, residual) if value is not None)]
         result = relax.op.call_tir(made[key], args, relax.TensorType(shape, dtype))
         if not one:
             return result
@@ -122,11 +133,12 @@ class PackMatmuls:
 
 @dataclass(frozen=True)
 class _Product:
-    """x @ w^T (+ bias), and the value that a kernel call replaces."""
+    """x @ w^T (+ bias) (+ residual), and the value that a kernel call replaces."""
 
     x: relax.Expr
     weight: PackedWeight
     bias: relax.Var | None
+    residual: relax.Var | None
     result: relax.Var
 
 
@@ -143,9 +155,9 @@ def _lookup(
     return weight if weight is not None and (weight in packed or weight.format.coded) else None
 
 
-def _product(graph: Graph, var: relax.Var, dtypes: tuple[str, ...]) -> _Product | None:
+def _product(graph: Graph, var: relax.Var, kernels: MatmulKernels) -> _Product | None:
     call = graph.definitions[var]
-    if op_name(call) != "matmul" or str(var.ty.dtype.dtype) not in dtypes:
+    if op_name(call) != "matmul" or str(var.ty.dtype.dtype) not in kernels.dtypes:
         return None
     x = call.args[0]
     if x.ty.dtype.dtype != var.ty.dtype.dtype:
@@ -158,7 +170,10 @@ def _product(graph: Graph, var: relax.Var, dtypes: tuple[str, ...]) -> _Product 
     if weight is None:
         return None
     bias, result = _bias(graph, var, weight.columns)
-    return _Product(x, weight, bias, result)
+    residual = None
+    if kernels.adds:
+        residual, result = _residual(graph, result)
+    return _Product(x, weight, bias, residual, result)
 
 
 def _bias(graph: Graph, product: relax.Var, columns: int) -> tuple[relax.Var | None, relax.Var]:
@@ -174,4 +189,20 @@ def _bias(graph: Graph, product: relax.Var, columns: int) -> tuple[relax.Var | N
             own = operand in graph.function.params and operand.ty.dtype.dtype == product.ty.dtype.dtype
             if own and [static(d) for d in dims(operand)] == [columns]:
                 return operand, users[0]
+    return None, product
+
+
+def _residual(graph: Graph, product: relax.Var) -> tuple[relax.Var | None, relax.Var]:
+    """The other value of an addition that is the only use of the product, unless that is what is returned."""
+    users = graph.users[product]
+    if len(users) != 1:
+        return None, product
+    add = graph.definitions[users[0]]
+    returned = graph.alias(users[0]) == graph.alias(graph.function.body.body)
+    if op_name(add) != "add" or returned or not same_shape(dims(users[0]), dims(product)):
+        return None, product
+    others = [a for a in add.args if graph.alias(a) != graph.alias(product)]
+    for other in others:
+        if isinstance(other, relax.Var) and same_shape(dims(other), dims(product)):
+            return other, users[0]
     return None, product

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flat_graphs import PRODUCTS, QUICK, SITES, WEIGHTS, flat, tokens_and_positions
 from packing import packed
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 from tvm.relax import op
 
+from kvc.kernels.cuda.host import CudaProducts, Variants
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.weights import WeightPart
 from support import Compiled, floats, module_of, ops, param, params_of, run_markers, symbol
@@ -52,6 +53,50 @@ def test_a_product_with_a_weight(bias: bool, transposed: bool, rank: int) -> Non
     assert ops(result.module)["call_tir"] == result.sites == 1
     weights = {p.name: floats(*(int(d) for d in p.ty.shape.values)) for p in params[1:]}
     check(module, weights, floats(1, 7, 16)[0] if rank == 2 else floats(1, 7, 16))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_residual_goes_into_kernels_that_add(bias: bool, turned: bool) -> None:
+    """As those of GPUs do; the CPU's leave the addition to its own function."""
+    w, b, rest = param("w", [16, 16]), param("b", [16]), param("rest", [1, N, 16])
+
+    def body(emit: Any, *_: Any) -> Any:
+        y = emit(op.matmul(X, w))
+        y = emit(op.add(y, b)) if bias else y
+        total = emit(op.add(rest, y) if turned else op.add(y, rest))
+        return emit(op.tanh(total))
+
+    module, _ = module_of([X, w, b, rest], body)
+    adding = PackMatmuls(CudaProducts(Variants(90))).run(module).module
+    assert ops(adding)["add"] == 0
+    (kernel,) = (f for f in adding.functions.values() if isinstance(f, tirx.PrimFunc))
+    assert len(kernel.params) == 4 + bias  # x, the weight, the bias, the residual, y
+    assert ops(PackMatmuls(PRODUCTS).run(module).module)["add"] == 1
+
+
+def used_twice(emit: Any, y: relax.Expr, rest: relax.Expr) -> relax.Expr:
+    return emit(op.multiply(emit(op.add(y, rest)), y))
+
+
+def doubled(emit: Any, y: relax.Expr, rest: relax.Expr) -> relax.Expr:
+    return emit(op.tanh(emit(op.add(y, y))))
+
+
+def broadcast(emit: Any, y: relax.Expr, rest: relax.Expr) -> relax.Expr:
+    return emit(op.tanh(emit(op.add(y, emit(op.sum(rest, 1, keepdims=True))))))
+
+
+def returned(emit: Any, y: relax.Expr, rest: relax.Expr) -> relax.Expr:
+    """The logits' product writes where the caller wants, in a form of its own."""
+    return emit(op.add(y, rest))
+
+
+@pytest.mark.parametrize("body", [used_twice, doubled, broadcast, returned])
+def test_other_additions_stay(body: Any) -> None:
+    w, rest = param("w", [16, 16]), param("rest", [1, N, 16])
+    module, _ = module_of([X, w, rest], lambda emit, *_: body(emit, emit(op.matmul(X, w)), rest))
+    assert ops(PackMatmuls(CudaProducts(Variants(90))).run(module).module)["add"] == 1
 
 
 def test_a_tied_embedding_is_stored_once() -> None:

@@ -75,6 +75,7 @@ class CpuProducts:
 
     traits: CpuTraits
     dtypes: tuple[str, ...] = ("float32",)
+    adds: bool = False
 
     @property
     def panel(self) -> int:
@@ -92,6 +93,7 @@ class CpuProducts:
         bias: bool,
         flat: bool,
         dtype: str = "float32",
+        residual: bool = False,
     ) -> PrimFunc:
         return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat, format=format)
 

@@ -197,30 +197,49 @@ class CudaProducts:
     variants: Variants = field(repr=False, compare=False)
     panel: int = 16
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    adds: bool = True
 
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
         return rows.packed_tensors(columns, depth, format)
 
     def matmul(
-        self, columns: int, depth: int, format: WeightFormat, *, bias: bool, flat: bool, dtype: str
+        self,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        *,
+        bias: bool,
+        flat: bool,
+        dtype: str,
+        residual: bool = False,
     ) -> PrimFunc:
-        arguments = (columns, depth, format, bias, flat, dtype)
+        arguments = (columns, depth, format, bias, residual, flat, dtype)
         return self.variants.function(("matmul", *arguments), partial(self._matmul, *arguments))
 
     def _matmul(
-        self, columns: int, depth: int, format: WeightFormat, bias: bool, flat: bool, dtype: str, arch: int
+        self,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        bias: bool,
+        residual: bool,
+        flat: bool,
+        dtype: str,
+        arch: int,
     ) -> PrimFunc:
         e, m = Emitter(), size_var("m")
         out_dtype = "float32" if flat else dtype
         x = argument("x", (1, m, depth), dtype)
         weight = self._weight(columns, depth, format)
-        shift = {"bias": argument("bias", (columns,), dtype)} if bias else {}
+        added = {"bias": argument("bias", (columns,), dtype)} if bias else {}
+        if residual:
+            added["residual"] = argument("residual", (1, m, columns), dtype)
         y = argument("y", (m, columns) if flat else (1, m, columns), out_dtype)
-        inputs = {"x": x, **weight, **shift}
+        inputs = {"x": x, **weight, **added}
         values = {**inputs, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
         least = 0
         for most, kernel, tall, wide in products.product_kernels(
-            columns, depth, format, dtype, out_dtype, bias, arch
+            columns, depth, format, dtype, out_dtype, bias, arch, residual
         ):
             grid = (_parts(m, tall) * -(-columns // wide),)
             fits = m > least if most is None else tirx.And(m > least, m <= most)

@@ -18,12 +18,20 @@ Variant = tuple[int | None, DeviceKernel, int, int]
 
 
 def product_kernels(
-    columns: int, depth: int, format: WeightFormat, x_dtype: str, out_dtype: str, bias: bool, arch: int = 80
+    columns: int,
+    depth: int,
+    format: WeightFormat,
+    x_dtype: str,
+    out_dtype: str,
+    bias: bool,
+    arch: int = 80,
+    residual: bool = False,
 ) -> tuple[Variant, ...]:
-    """y = x w^T + bias, for few rows, more, and any number of them.
+    """y = x w^T + bias + residual, for few rows, more, and any number of them.
 
     Arguments: x [m, depth] of x_dtype, w, scales and zeros (as the format has them), bias [columns] of
-    x_dtype if `bias`, y [m, columns] of out_dtype, m, columns, depth.
+    x_dtype if `bias`, residual [m, columns] of x_dtype if `residual`, y [m, columns] of out_dtype, m,
+    columns, depth.
     Grid (ceil(m / rows) * ceil(columns / columns of a program)), with both from the variant.
     Raises ValueError for blocks of codes that are neither a power of two of at least 16 nor all of depth.
     """
@@ -37,6 +45,7 @@ def product_kernels(
     for most, rows, wide, deep, warps, stages in _blocks(columns, depth, format, float32, arch):
         constants = (
             *_absent(format, bias=bias),
+            *([] if residual else [("residual", None)]),
             ("BM", rows),
             ("BN", wide),
             ("BK", deep),
@@ -51,6 +60,7 @@ def product_kernels(
             ("x", x),
             *_weight(format),
             *([("bias", x)] if bias else []),
+            *([("residual", x)] if residual else []),
             ("y", f"*{TRITON_TYPES[out_dtype]}"),
             ("m", "i32"),
             ("columns", "i32"),

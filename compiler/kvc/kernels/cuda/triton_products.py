@@ -13,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def product(
-    x, w, scales, zeros, bias, y, m, columns, depth,
+    x, w, scales, zeros, bias, residual, y, m, columns, depth,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, UNIT: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """BM rows and BN columns of y = x w^T + bias, computed transposed: the weight is the left operand.
+    """BM rows and BN columns of y = x w^T + bias + residual.
 
-    WHOLE says that depth is a multiple of BK, UNIT is a number that it is a multiple of; FLOAT32 says that
-    both sides are multiplied in float32.
+    Computed transposed: the weight is the left operand. WHOLE says that depth is a multiple of BK, UNIT is a
+    number that it is a multiple of; FLOAT32 says that both sides are multiplied in float32.
     """
     # The compiler can tell from this how many numbers of a row it can load at once.
     depth = depth // UNIT * UNIT
@@ -76,8 +76,10 @@ def product(
     if bias is not None:
         acc += tl.load(bias + column).to(tl.float32)[:, None]
     there = (rn < columns)[:, None] & (rm < m)[None, :]
-    at = y + rm.to(tl.int64)[None, :] * columns + rn[:, None]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=there)
+    at = rm.to(tl.int64)[None, :] * columns + rn[:, None]
+    if residual is not None:
+        acc += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit

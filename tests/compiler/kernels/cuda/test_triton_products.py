@@ -73,18 +73,23 @@ def test_products(format: WeightFormat, dtype: str, size: tuple[int, int, int]) 
     x = with_surroundings(torch.from_numpy(random.standard_normal((m, depth))).to(DTYPES[dtype]))
     shift = torch.from_numpy(random.standard_normal(columns)).to(DTYPES[dtype])
     out_dtype, bias = ("float32", False) if m % 2 else (dtype, True)
+    extra = with_surroundings(torch.from_numpy(random.standard_normal((m, columns))).to(DTYPES[dtype]))
+    residual = m % 3 != 0
     expected = x.double().numpy() @ numbers.T + (shift.double().numpy() if bias else 0)
+    expected += extra.double().numpy() if residual else 0
     # A weight of codes is rounded to x's type, the sum in float32 with an error for each term, the result.
     magnitude = np.abs(x.double().numpy()) @ np.abs(numbers).T + np.abs(shift.double().numpy())
+    magnitude += np.abs(extra.double().numpy())
     bound = (depth + 8) * 2.0**-24 * magnitude + unit(out_dtype) * np.abs(expected) + 1e-6
     if format.coded:
         bound += unit(dtype) * magnitude + 2.0**-25 * np.abs(x.double().numpy()).sum(axis=1, keepdims=True)
-    variants = product_kernels(columns, depth, format, dtype, out_dtype, bias)
+    variants = product_kernels(columns, depth, format, dtype, out_dtype, bias, residual=residual)
     assert [most for most, *_ in variants] == [*sorted(most for most, *_ in variants[:-1]), None]
     for _, kernel, tall, wide in variants if m == 65 else [fitting(m, variants)]:
         y = with_surroundings(torch.full((m, columns), torch.nan, dtype=DTYPES[out_dtype]))
         grid = (-(-m // tall) * -(-columns // wide),)
-        run(kernel, grid, x, *weight, *([shift] if bias else []), y, m, columns, depth)
+        added = [*([shift] if bias else []), *([extra] if residual else [])]
+        run(kernel, grid, x, *weight, *added, y, m, columns, depth)
         assert (np.abs(y.double().numpy() - expected) <= bound).all()
 
 
