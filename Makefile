@@ -26,7 +26,7 @@ demo: build/smollm2-135m.onnx
 	$(BIN)/kvc run build/smollm2-135m.kvc --prompt "What is the capital of France?"
 
 test: setup check
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test-all: setup check
 	$(BIN)/python -m pytest -q -m "not gpu"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,13 @@ def model_file(pytestconfig: pytest.Config) -> ModelFile:
     def export(family: str, with_past: bool = False, dtype: str = "float32") -> Path:
         suffix = ("-past" if with_past else "") + ("" if dtype == "float32" else f"-{dtype}")
         out = folder / f"{family}{suffix}.onnx"
+        # Tests run in several processes: what one exports the others wait for.
+        with out.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write(out, family, with_past, dtype)
+        return out
+
+    def write(out: Path, family: str, with_past: bool, dtype: str) -> None:
         if not out.exists():
             from kvc_models import export_cnn, export_encoder, export_tiny
 
@@ -52,8 +61,8 @@ def model_file(pytestconfig: pytest.Config) -> ModelFile:
                 others[family](part)
             else:
                 export_tiny(family, part, with_past=with_past, dtype=dtype)
+                shutil.rmtree(out.with_suffix(".assets"), ignore_errors=True)  # of a run that was killed
                 part.with_suffix(".assets").replace(out.with_suffix(".assets"))
             part.replace(out)
-        return out
 
     return export
