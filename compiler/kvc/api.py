@@ -59,7 +59,8 @@ def compile(
         budget: most bytes that the running process may use: "8GB" (10^9), "512MiB" (2^20) or a number.
         workload: batch x context in tokens, alternatives separated by commas: "8x256,1x2048".
         output: the artifact's folder, `<model>.kvc` beside the model by default.
-        target: "cpu" (this machine's) or "cpu:<LLVM name of a CPU>", such as "cpu:x86-64-v3".
+        target: "cpu" (this machine's), "cpu:<LLVM name of a CPU>", such as "cpu:x86-64-v3", or "cuda" and
+            "cuda:sm_80,sm_90" for GPUs, whose memory is then what the budget counts.
         allow: permissions to change results beyond rounding, of `options.PERMISSIONS`, none by default.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
@@ -73,7 +74,7 @@ def compile(
         InputError: a file or an option that cannot be used.
         UnsupportedModel: the model fails an import rule or a proof; names the ONNX node.
         BudgetError: the workload cannot fit; says the smallest budget that works.
-        TargetError: an unknown target, or no linker.
+        TargetError: an unknown target, no linker, or for GPUs no Triton or NVIDIA compiler.
     """
     source = Path(path)
     require_file(source)

@@ -160,7 +160,11 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workload", required=True, help="batch x context: 8x256, or alternatives 8x256,1x2048"
     )
-    parser.add_argument("--target", default="cpu", help="cpu, or cpu:NAME of a CPU that LLVM knows (cpu)")
+    parser.add_argument(
+        "--target",
+        default="cpu",
+        help="cpu, cpu:NAME of a CPU that LLVM knows, cuda, or cuda:sm_80,sm_90 (cpu)",
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
