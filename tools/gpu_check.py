@@ -128,7 +128,7 @@ def check_product(kernels: Kernels, case: cases.ProductCase, rows: int) -> dict[
         scales = cases.rounded(rng.uniform(0.5, 1, (columns, depth // 32)) / (1 << bits) / 4)
         weight = (codes.astype(np.float32) - (1 << (bits - 1))) * np.repeat(scales, 32, 1)
         # A kernel rounds the number that a code stands for to the type of x.
-        weight = widened(narrowed(rounded_to(weight, case.dtype), case.dtype), case.dtype)
+        weight = rounded_to(weight, case.dtype)
         tensors = [kernels.put(packed(codes, bits), "uint8"), kernels.put(scales, case.dtype)]
     else:
         weight = cases.rounded(rng.standard_normal((columns, depth)) / 16)

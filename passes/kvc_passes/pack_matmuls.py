@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import IRModule, relax, tirx
@@ -38,7 +38,7 @@ class PackMatmuls:
         """Facts of the result: dict of WeightPart by the new function's weight parameter names."""
         function = mod["main"]
         graph = graph_of(function)
-        products = {m.result: m for v in graph.order if (m := _product(graph, v, self.kernels))}
+        products = self._products(graph)
         weights = {m.weight for m in products.values()}
         lookups = {v: w for v in graph.order if (w := _lookup(graph, v, weights, self.kernels.dtypes))}
         ordered = dict.fromkeys([*(m.weight for m in products.values()), *lookups.values()])
@@ -64,6 +64,17 @@ class PackMatmuls:
         )
         recipes = {p.name: WeightPart(weight, i) for weight, ps in packed.items() for i, p in enumerate(ps)}
         return Result(module, len(products) + len(lookups), recipes)
+
+    def _products(self, graph: Graph) -> dict[relax.Var, _Product]:
+        """By the value that a kernel replaces; of two products that are added, the first adds the other."""
+        found: dict[relax.Var, _Product] = {}
+        for var in graph.order:
+            match = _product(graph, var, self.kernels)
+            if match is not None and match.result in found:
+                match = replace(match, residual=None, result=match.sum)
+            if match is not None:
+                found[match.result] = match
+        return found
 
     def _parameters(self, weight: PackedWeight) -> tuple[relax.Var, ...]:
         first = weight.sources[0]
@@ -139,7 +150,10 @@ class _Product:
     weight: PackedWeight
     bias: relax.Var | None
     residual: relax.Var | None
+    sum: relax.Var
+    """x @ w^T (+ bias) in the graph."""
     result: relax.Var
+    """The same with the residual."""
 
 
 def _lookup(
@@ -169,11 +183,9 @@ def _product(graph: Graph, var: relax.Var, kernels: MatmulKernels) -> _Product |
     weight = weight_of(graph, call.args[1])
     if weight is None:
         return None
-    bias, result = _bias(graph, var, weight.columns)
-    residual = None
-    if kernels.adds:
-        residual, result = _residual(graph, result)
-    return _Product(x, weight, bias, residual, result)
+    bias, total = _bias(graph, var, weight.columns)
+    residual, result = _residual(graph, total) if kernels.adds else (None, total)
+    return _Product(x, weight, bias, residual, total, result)
 
 
 def _bias(graph: Graph, product: relax.Var, columns: int) -> tuple[relax.Var | None, relax.Var]:

@@ -75,6 +75,22 @@ def test_a_residual_goes_into_kernels_that_add(bias: bool, turned: bool) -> None
     assert ops(PackMatmuls(PRODUCTS).run(module).module)["add"] == 1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_of_two_products_that_are_added_both_are_packed(bias: bool) -> None:
+    """As where attention and feed-forward stand side by side: the first product adds the second."""
+    a, w, b = param("a", [16, 16]), param("w", [16, 16]), param("b", [16])
+
+    def body(emit: Any, *_: Any) -> Any:
+        second = emit(op.matmul(emit(op.tanh(X)), w))
+        second = emit(op.add(second, b)) if bias else second
+        return emit(op.tanh(emit(op.add(emit(op.matmul(X, a)), second))))
+
+    module, _ = module_of([X, a, w, b], body)
+    packed_module = PackMatmuls(CudaProducts(Variants(90))).run(module).module
+    assert ops(packed_module)["matmul"] == ops(packed_module)["add"] == 0
+    assert ops(packed_module)["call_tir"] == 2
+
+
 def used_twice(emit: Any, y: relax.Expr, rest: relax.Expr) -> relax.Expr:
     return emit(op.multiply(emit(op.add(y, rest)), y))
 

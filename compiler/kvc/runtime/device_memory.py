@@ -48,7 +48,7 @@ class DeviceMemory:
         self._device = self._ffi.device("cuda:0")
         # Of our own: what the default stream does cannot be recorded as a graph.
         self._stream = get("runtime.Device_StreamCreate")(self._device)
-        get("runtime.Device_SetStream")(self._device, self._stream)
+        self._use_stream = get("runtime.Device_SetStream")
         self._wait = get("runtime.Device_StreamSync")
         self._graphs = Graphs(load_cudart(), self._stream)
         self._inputs = {name: self._tensor(*each) for name, each in inputs.items()}
@@ -84,6 +84,7 @@ class DeviceMemory:
 
     def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
         """Call a function and wait for it; calls of the same `shape` become a CUDA graph."""
+        self._use_stream(self._device, self._stream)  # another model may have set its own
         if shape is None:
             function(*arguments)
         else:
