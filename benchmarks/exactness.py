@@ -32,12 +32,14 @@ class Phases:
     def __init__(self, artifact: Path, model: Path) -> None:
         from kvc.artifact import Artifact
         from kvc.reference import Reference
-        from kvc.runtime.executor import Executor, Segment
+        from kvc.runtime.executor import Executor
+        from kvc.runtime.sequences import Sequences
 
-        self.executor, self.segment = Executor(Artifact.open(artifact)), Segment
-        self.plan, self.vocab = self.executor.plan, self.executor.facts.vocab
+        executor = Executor(Artifact.open(artifact))
+        self.plan, self.vocab = executor.plan, executor.facts.vocab
         self.reference = Reference(model)
         self.random = np.random.default_rng(7)
+        self.sequences = Sequences(executor, share=False, shuffle=self.random)
 
     def all(self, quick: bool) -> Iterator[tuple[str, str, float]]:
         """(phase, what was run, largest absolute difference)."""
@@ -56,58 +58,50 @@ class Phases:
         tokens = self.random.integers(0, self.vocab, length)
         return tokens.tolist(), self.reference.logits(tokens)
 
-    def _pages(self, lengths: Sequence[int]) -> list[list[int]]:
-        free = iter(self.random.permutation(self.plan.pages).tolist())
-        return [[next(free) for _ in range(-(-n // self.plan.page_size))] for n in lengths]
-
     def chunked(self, sizes: Sequence[int]) -> float:
         """Prefill in chunks of these sizes (split further where the plan's chunk is smaller)."""
         tokens, expected = self._sequence(sum(sizes))
-        (pages,) = self._pages([len(tokens)])
-        worst, start = 0.0, 0
+        kept, worst = self.sequences.open(tokens), 0.0
         for size in sizes:
-            stop = start + size
-            while start < stop:
-                end = min(stop, start + self.plan.chunk)
-                got = self.executor.prefill([self.segment(tokens[start:end], start, pages)])
-                worst = max(worst, _difference(got[0], expected[end - 1]))
-                start = end
+            stop = kept.length + size
+            while kept.length < stop:
+                got = self.sequences.prefill([(kept, min(stop - kept.length, self.plan.chunk))])
+                worst = max(worst, _difference(got[0], expected[kept.length - 1]))
+        self.sequences.close(kept)
         return worst
 
     def decode(self, first: int, steps: int) -> float:
         """Prefill `first` tokens, then decode."""
         tokens, expected = self._sequence(first + steps)
-        (pages,) = self._pages([len(tokens)])
-        for start in range(0, first, self.plan.chunk):
-            part = tokens[start : min(first, start + self.plan.chunk)]
-            self.executor.prefill([self.segment(part, start, pages)])
+        kept = self.sequences.open(tokens)
+        while kept.length < first:
+            self.sequences.prefill([(kept, min(first - kept.length, self.plan.chunk))])
         rows = [
-            _difference(self.executor.decode([self.segment([tokens[at]], at, pages)])[0], expected[at])
-            for at in range(first, first + steps)
+            _difference(self.sequences.decode([kept])[0], expected[at]) for at in range(first, first + steps)
         ]
+        self.sequences.close(kept)
         return max(rows)
 
     def ragged(self, count: int, longest: int) -> float:
         """Sequences of different lengths that begin at different calls, prefilled and decoded together."""
         lengths = self.random.integers(longest // 4, longest, count).tolist()
         sequences = [self._sequence(length) for length in lengths]
-        pages, done, worst = self._pages(lengths), [0] * count, 0.0
+        kept, worst = [self.sequences.open(tokens) for tokens, _ in sequences], 0.0
         begins = self.random.integers(0, 5, count)
         call = 0
-        while any(d < n for d, n in zip(done, lengths)):
-            live = [i for i in range(count) if call >= begins[i] and done[i] < lengths[i]]
+        while any(k.length < n for k, n in zip(kept, lengths)):
+            live = [i for i in range(count) if call >= begins[i] and kept[i].length < lengths[i]]
             call += 1
-            decode = call % 2 == 0 and all(done[i] for i in live)
-            steps = {i: 1 if decode else int(self.random.integers(1, 20)) for i in live}
-            segments = []
-            for i in live:
-                part = sequences[i][0][done[i] : done[i] + steps[i]]
-                segments.append(self.segment(part, done[i], pages[i]))
-                done[i] += len(part)
-            if segments:
-                got = self.executor.decode(segments) if decode else self.executor.prefill(segments)
-                for row, i in zip(got, live):
-                    worst = max(worst, _difference(row, sequences[i][1][done[i] - 1]))
+            if not live:
+                continue
+            if call % 2 == 0 and all(kept[i].length for i in live):
+                got = self.sequences.decode([kept[i] for i in live])
+            else:
+                steps = {i: min(int(self.random.integers(1, 20)), lengths[i] - kept[i].length) for i in live}
+                got = self.sequences.prefill([(kept[i], step) for i, step in steps.items()])
+            for row, i in zip(got, live):
+                worst = max(worst, _difference(row, sequences[i][1][kept[i].length - 1]))
+        self.sequences.close(*kept)
         return worst
 
 
@@ -152,7 +146,7 @@ def main() -> int:
     for phase, what, worst in phases.all(options.quick):
         rows.append({"phase": phase, "run": what, "largest_difference": worst})
         print(f"{phase}, {what}: {worst:.2e}", file=sys.stderr)
-    phases.executor.close()
+    phases.sequences.model.close()
     del phases  # ONNX Runtime's threads would compete with those of PyTorch
     continuations = texts(artifact, 32 if options.quick else options.new_tokens)
     identical = [c["identical_alone"] and c["identical_in_a_batch"] for c in continuations]

@@ -42,15 +42,16 @@ def worst(path: str) -> None:
             batch = prompts(workload.batch, workload.context - room)
             session.generate(batch, max_new_tokens=max(1, room), ignore_eos=True)
         # Every page: as many sequences as a call takes, as long as the pages allow, and one that waits.
-        each = min(plan.pages // plan.max_batch * plan.page_size, session.limit)
+        pages = min(group.pages for group in plan.groups)
+        each = min(pages // plan.max_batch * plan.page_size, session.limit)
         new = min(24, each - 1)
         used = 0
         for prompt in prompts(plan.max_batch + 1, each - new):
             session.add_request(prompt, kvc.SamplingParams(max_new_tokens=max(1, new), ignore_eos=True))
         while session.busy:
             session.step()
-            used = max(used, session.stats.pages_used)
-        print(plan.chunk, plan.pages, used, _peak())
+            used = max(used, sum(session.stats.pages_used))
+        print(plan.chunk, sum(group.pages for group in plan.groups), used, _peak())
 
 
 def _peak() -> int:

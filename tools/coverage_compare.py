@@ -10,7 +10,8 @@ import numpy as np
 from tools.onnx_graph import Graph, Logits
 
 from kvc.artifact import Artifact
-from kvc.runtime.executor import Executor, Segment
+from kvc.runtime.executor import Executor
+from kvc.runtime.sequences import Sequences
 
 PROMPTS: Final = (1, 17, 61)
 CHUNKS: Final = (1, 7, 13, 3, 17, 14)
@@ -33,7 +34,7 @@ class Comparison:
     def __init__(self, artifact: Artifact, seed: int = 0) -> None:
         self.executor = Executor(artifact)
         self.random = np.random.default_rng(seed)
-        self.page = self.executor.plan.page_size
+        self.sequences = Sequences(self.executor, share=False, shuffle=self.random)
 
     def close(self) -> None:
         self.executor.close()
@@ -42,7 +43,9 @@ class Comparison:
         """Prompts, chunks, decoding and ragged batches; `padded`: also left-padded batches."""
         for length in PROMPTS:
             tokens = self._tokens(length)
-            got = self.executor.prefill([Segment(tokens, 0, self._pages(length)[0])])
+            kept = self.sequences.open(tokens)
+            got = self.sequences.prefill([(kept, length)])
+            self.sequences.close(kept)
             yield Compared(f"prompt of {length}", _error([(got[0], graph.logits(tokens)[-1])]))
         yield self._chunks(graph)
         sequences = [self._tokens(n + DECODED) for n in RAGGED]
@@ -58,40 +61,32 @@ class Comparison:
     def _tokens(self, length: int) -> list[int]:
         return [int(x) for x in self.random.integers(0, self.executor.facts.vocab, length)]
 
-    def _pages(self, *lengths: int) -> list[list[int]]:
-        """Pages for sequences of these lengths, from all over the pool."""
-        counts = [-(-length // self.page) for length in lengths]
-        chosen = iter(self.random.choice(self.executor.plan.pages, sum(counts), replace=False).tolist())
-        return [[next(chosen) for _ in range(count)] for count in counts]
-
     def _chunks(self, graph: Graph) -> Compared:
         """A prompt in pieces, then single tokens."""
         tokens = self._tokens(sum(CHUNKS) + DECODED)
         expected = graph.logits(tokens)
-        (pages,) = self._pages(len(tokens))
-        pairs, start = [], 0
+        kept, pairs = self.sequences.open(tokens), []
         for count in CHUNKS:
-            got = self.executor.prefill([Segment(tokens[start : start + count], start, pages)])
-            start += count
-            pairs.append((got[0].copy(), expected[start - 1]))
-        for at in range(start, len(tokens)):
-            got = self.executor.decode([Segment([tokens[at]], at, pages)])
-            pairs.append((got[0].copy(), expected[at]))
+            got = self.sequences.prefill([(kept, count)])
+            pairs.append((got[0].copy(), expected[kept.length - 1]))
+        while kept.length < len(tokens):
+            got = self.sequences.decode([kept])
+            pairs.append((got[0].copy(), expected[kept.length - 1]))
+        self.sequences.close(kept)
         return Compared("chunks, then decode", _error(pairs))
 
     def _ragged(self, sequences: Sequence[Sequence[int]]) -> list[list[Logits]]:
         """Prompts of unlike lengths in one call, then decoding together."""
         lengths = [len(tokens) - DECODED for tokens in sequences]
-        pages = self._pages(*(len(tokens) for tokens in sequences))
+        kept = [self.sequences.open(tokens) for tokens in sequences]
         halves = [max(1, n // 2) for n in lengths]
-        first = [Segment(t[:n], 0, p, wanted=False) for t, n, p in zip(sequences, halves, pages)]
-        self.executor.prefill(first)
-        rest = [Segment(t[h:n], h, p) for t, h, n, p in zip(sequences, halves, lengths, pages)]
-        rows = [[row.copy()] for row in self.executor.prefill(rest)]
-        for step in range(DECODED):
-            again = [Segment([t[n + step]], n + step, p) for t, n, p in zip(sequences, lengths, pages)]
-            for row, new in zip(rows, self.executor.decode(again)):
+        self.sequences.prefill(list(zip(kept, halves)))
+        rest = [(each, n - h) for each, h, n in zip(kept, halves, lengths) if n > h]
+        rows = [[row.copy()] for row in self.sequences.prefill(rest)]
+        for _ in range(DECODED):
+            for row, new in zip(rows, self.sequences.decode(kept)):
                 row.append(new.copy())
+        self.sequences.close(*kept)
         return rows
 
 

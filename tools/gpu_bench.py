@@ -194,17 +194,22 @@ def decode_steps(torch: Any, folder: Path) -> Iterator[dict[str, Any]]:
 
     from tools.gpu_check import artifact_of
 
-    from kvc.runtime.executor import Executor, Segment
+    from kvc.runtime.executor import Executor
+    from kvc.runtime.state import State
 
     with tempfile.TemporaryDirectory() as work:
         executor = Executor(artifact_of(folder, Path(work)))
     plan, facts = executor.plan, executor.facts
-    rng = np.random.default_rng(0)
     for workload in plan.workload:
         length = min(workload.context, plan.max_context) - 1
-        each = -(-(length + 1) // plan.page_size)
-        pages = rng.permutation(plan.pages)[: workload.batch * each].reshape(workload.batch, each)
-        calls = [Segment([1], length, p.tolist()) for p in pages]
+        state = State(plan, share=False, shuffle=np.random.default_rng(0))
+        sequences = [state.open([1] * (length + 1)) for _ in range(workload.batch)]
+        for kept in sequences:  # what the pages hold does not matter for the time
+            while kept.length < length:
+                count = min(plan.chunk, length - kept.length)
+                state.segment(kept, count)
+                state.advance(kept, count)
+        calls = [state.segment(kept, 1) for kept in sequences]
         times = []
         for _ in range(20):
             start = time.perf_counter()

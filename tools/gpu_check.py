@@ -31,8 +31,9 @@ from tools.gpu_weights import assembled  # noqa: E402
 
 from kvc.artifact import Artifact, ArtifactWriter  # noqa: E402
 from kvc.runtime.cuda import Device, load_tvm_cuda, used_bytes  # noqa: E402
-from kvc.runtime.executor import Executor, Segment  # noqa: E402
+from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.library import load_runtime, load_vm  # noqa: E402
+from kvc.runtime.sequences import Sequences  # noqa: E402
 
 Array = NDArray[Any]
 CUDA: Final = 2
@@ -187,12 +188,10 @@ def check_model(folder: Path, work: Path) -> list[dict[str, Any]]:
     expected = np.load(folder / "expected.npz")
     lengths = [int(n) for n in expected["lengths"]]
     tokens = [expected[f"tokens{i}"].tolist() for i in range(len(lengths))]
-    each = executor.plan.pages // len(lengths)
-    pages = [list(range(i * each, (i + 1) * each))[: executor.plan.table_width] for i in range(len(lengths))]
-    rows = [executor.prefill([Segment(t[:n], 0, p) for t, n, p in zip(tokens, lengths, pages)]).copy()]
-    for step in range(len(expected["logits"]) - 1):
-        calls = [Segment([t[n + step]], n + step, p) for t, n, p in zip(tokens, lengths, pages)]
-        rows.append(executor.decode(calls).copy())
+    sequences = Sequences(executor)
+    kept = [sequences.open(t) for t in tokens]
+    rows = [sequences.prefill(list(zip(kept, lengths))).copy()]
+    rows += [sequences.decode(kept).copy() for _ in range(len(expected["logits"]) - 1)]
     taken = used_bytes() - before
     executor.close()
     want = expected["logits"]

@@ -80,10 +80,8 @@ def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: Attentio
     decode = case.phase == "decode"
     rows = b if decode else n
     q = _tensor("q", (1, case.heads, rows, case.dim), case.dtype)
-    k, v = (
-        _tensor(name, (pages, *shape), case.dtype)
-        for name, shape in zip("kv", site.page_shapes(PAGE, kernels.keys_transposed))
-    )
+    state = site.state(PAGE, kernels.keys_transposed)
+    k, v = (_tensor(name, (pages, *shape), dtype) for name, (dtype, shape) in state.items())
     positions, tiles = _tensor("positions", (rows,), "int64"), _tensor("tiles", (t, 3), "int32")
     table = _tensor("table", (b, m), "int32")
     params = [q, k, v, positions, table] if decode else [q, k, v, positions, tiles, table]

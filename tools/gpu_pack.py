@@ -33,10 +33,12 @@ from kvc.compilation import build_libraries, costs, lower_model, read_model  # n
 from kvc.cuda_machine import CudaMachine, parse_archs  # noqa: E402
 from kvc.frontend.importer import import_onnx  # noqa: E402
 from kvc.options import parse_size, parse_workload  # noqa: E402
+from kvc.permissions import Permissions  # noqa: E402
 from kvc.pipeline import Runner  # noqa: E402
 from kvc.planner import make_plan  # noqa: E402
-from kvc.runtime.executor import Executor, Segment  # noqa: E402
+from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.library import tvm_library  # noqa: E402
+from kvc.runtime.sequences import Sequences  # noqa: E402
 from kvc_models.big import INSIDE, make_big  # noqa: E402
 from kvc_passes.facts import to_json  # noqa: E402
 
@@ -170,7 +172,7 @@ def _pack_model(
 ) -> None:
     """An artifact for GPUs without its weights; recipe.json says what those are made of."""
     runner, machine = Runner(dump=dump), CudaMachine(archs)
-    understood = read_model(import_onnx(model, frozenset()), runner)
+    understood = read_model(import_onnx(model), Permissions(), machine.page_size, runner)
     lowered = lower_model(understood, machine, runner)
     price = costs(understood, lowered, machine.runtime_bytes(model.parent, 0))
     plan = make_plan(price, parse_size(budget), parse_workload(workload))
@@ -203,11 +205,10 @@ def _expect(out: Path, model: Path, work: Path, vocab: int) -> None:
     executor = Executor(artifact)
     rng = np.random.default_rng(0)
     tokens = [[int(t) for t in rng.integers(0, vocab, n + STEPS)] for n in LENGTHS]
-    pages = [list(range(0, 16)), list(range(16, 32))]
-    rows = [executor.prefill([Segment(t[:n], 0, p) for t, n, p in zip(tokens, LENGTHS, pages)]).copy()]
-    for step in range(STEPS):
-        calls = [Segment([t[n + step]], n + step, p) for t, n, p in zip(tokens, LENGTHS, pages)]
-        rows.append(executor.decode(calls).copy())
+    sequences = Sequences(executor)
+    kept = [sequences.open(t) for t in tokens]
+    rows = [sequences.prefill(list(zip(kept, LENGTHS))).copy()]
+    rows += [sequences.decode(kept).copy() for _ in range(STEPS)]
     executor.close()
     shutil.rmtree(artifact.path)
     expected: dict[str, Any] = {f"tokens{i}": np.array(t) for i, t in enumerate(tokens)}

@@ -109,21 +109,21 @@ def _worst(artifact: Any, reference: Graph) -> tuple[float, str]:
 
 
 def _compared(executor: Any, reference: Graph) -> Iterator[tuple[float, str]]:
-    from kvc.runtime.executor import Segment
+    from kvc.runtime.sequences import Sequences
 
-    pages = [int(p) for p in np.random.default_rng(1).permutation(executor.plan.pages)]
+    served = Sequences(executor, share=False, shuffle=np.random.default_rng(1))
     for length in PROMPTS:
         tokens = sample_tokens(length)
-        got = executor.prefill([Segment(tokens, 0, pages[:4])])[0].copy()
+        kept = served.open(tokens)
+        got = served.prefill([(kept, length)])[0].copy()
+        served.close(kept)
         with contextlib.suppress(*_runtime_errors()):
             yield error_of(got, reference.logits(tokens)[-1]), f"a prompt of {length}"
-    count = sum(CHUNKS) + DECODED
-    tokens, start, rows = sample_tokens(count, 1), 0, []
-    for piece in CHUNKS:
-        rows.append(executor.prefill([Segment(tokens[start : start + piece], start, pages[:4])])[0].copy())
-        start += piece
-    for at in range(start, count):
-        rows.append(executor.decode([Segment([tokens[at]], at, pages[:4])])[0].copy())
+    tokens = sample_tokens(sum(CHUNKS) + DECODED, 1)
+    kept = served.open(tokens)
+    rows = [served.prefill([(kept, piece)])[0].copy() for piece in CHUNKS]
+    rows += [served.decode([kept])[0].copy() for _ in range(DECODED)]
+    served.close(kept)
     pieces = [*CHUNKS, *[1] * DECODED]
     ends = np.cumsum(pieces) - 1
     with contextlib.suppress(*_runtime_errors()):
@@ -133,16 +133,15 @@ def _compared(executor: Any, reference: Graph) -> Iterator[tuple[float, str]]:
             yield error_of(np.stack(rows), expected), "chunks, against ONNX Runtime's caches"
     lengths = (33, 5)
     sequences = [sample_tokens(n + DECODED, 2) for n in lengths]
-    place = [pages[4:8], pages[8:12]]
-    got = executor.prefill([Segment(t[:n], 0, p) for t, n, p in zip(sequences, lengths, place)])
-    both = [[row.copy()] for row in got]
-    for step in range(DECODED):
-        again = [Segment([t[n + step]], n + step, p) for t, n, p in zip(sequences, lengths, place)]
-        for kept, row in zip(both, executor.decode(again)):
-            kept.append(row.copy())
+    live = [served.open(tokens) for tokens in sequences]
+    both = [[row.copy()] for row in served.prefill(list(zip(live, lengths)))]
+    for _ in range(DECODED):
+        for found, row in zip(both, served.decode(live)):
+            found.append(row.copy())
+    served.close(*live)
     with contextlib.suppress(*_runtime_errors()):
-        for kept, tokens, n in zip(both, sequences, lengths):
-            yield from _rows("a ragged batch", kept, reference, tokens, range(n - 1, n + DECODED))
+        for found, tokens, n in zip(both, sequences, lengths):
+            yield from _rows("a ragged batch", found, reference, tokens, range(n - 1, n + DECODED))
 
 
 def _rows(

@@ -11,7 +11,8 @@ from kvc_passes.errors import InputError
 from kvc_passes.facts import ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
-from .options import parse_permissions, parse_size, parse_workload
+from .options import parse_size, parse_workload
+from .permissions import Permissions, parse_permissions
 from .runtime.library import without_torch
 from .runtime.text import Text
 
@@ -61,7 +62,8 @@ def compile(
         output: the artifact's folder, `<model>.kvc` beside the model by default.
         target: "cpu" (this machine's), "cpu:<LLVM name of a CPU>", such as "cpu:x86-64-v3", or "cuda" and
             "cuda:sm_80,sm_90" for GPUs, whose memory is then what the budget counts.
-        allow: permissions to change results beyond rounding, of `options.PERMISSIONS`, none by default.
+        allow: permissions to change results beyond rounding, none by default: "window=4096,sinks=4",
+            "kv-int8", ...: all are in permissions.KNOWN.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
@@ -113,16 +115,16 @@ def plan(
 
 
 def _weigh(
-    source: Path, machine: Machine, allow: frozenset[str], runner: Runner
+    source: Path, machine: Machine, allow: Permissions, runner: Runner
 ) -> tuple[Model, Lowered, Costs]:
     """Import, prove and lower a model; meanwhile measure what a process takes here."""
     runner.report("import")
-    imported = import_onnx(source, allow)
+    imported = import_onnx(source, allow.names)
     Text.check(assets_of(source))
     weights = sum(imported.file.parameter_bytes().values())
     with ThreadPoolExecutor(1) as pool:
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
-        model = read_model(imported, runner)
+        model = read_model(imported, allow, machine.page_size, runner)
         lowered = lower_model(model, machine, runner)
         return model, lowered, costs(model, lowered, runtime.result())
 
@@ -138,7 +140,8 @@ def inspect(
     """
     runner = _runner(None, report)
     runner.report("import")
-    return read_model(import_onnx(Path(path), parse_permissions(allow)), runner).facts
+    permissions = parse_permissions(allow)
+    return read_model(import_onnx(Path(path), permissions.names), permissions, 1, runner).facts
 
 
 def _runner(

@@ -14,9 +14,12 @@ import numpy as np
 
 from kvc_passes.errors import InputError, PlanningError
 
+from . import perplexity
 from .artifact import Artifact
 from .reference import Reference
-from .runtime.executor import Executor, Segment
+from .runtime.executor import Executor
+from .runtime.sequences import Sequences
+from .runtime.text import Text
 
 TOLERANCE = 1e-3
 """Largest difference of a logit: rounding of sums in another order, over some tens of layers."""
@@ -45,6 +48,7 @@ def verify(
     against: str | os.PathLike[str],
     *,
     tolerance: float | None = None,
+    text: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> list[Check]:
     """Compare the artifact `path` with the ONNX file it was compiled from.
@@ -52,11 +56,13 @@ def verify(
     Logits of random tokens are compared, as the largest absolute difference, for prefill at several lengths,
     chunked prefill, decode after prefill and ragged batches; then the peak memory of a fresh process under
     the worst planned workload is compared with the plan. The tolerance is that of the type that keys and
-    values are kept in, by default. A model that was compiled with permissions is measured, not judged.
+    values are kept in, by default. A model that was compiled with permissions is measured, not judged: how
+    far its logits are off, and its perplexity on a text (a file, or one that comes with kvc) if it has a
+    tokenizer.
 
     Raises:
-        InputError: the artifact or the ONNX file cannot be read, ONNX Runtime is not installed, or the
-            tolerance is not a number >= 0.
+        InputError: the artifact, the ONNX file or the text cannot be read, ONNX Runtime is not installed, or
+            the tolerance is not a number >= 0.
     """
     if tolerance is not None and not tolerance >= 0:
         raise InputError(f"a tolerance of {tolerance} is not a distance; give a number such as {TOLERANCE:g}")
@@ -74,6 +80,8 @@ def verify(
     executor = Executor(artifact)
     try:
         checks = list(_Logits(executor, reference, tolerance, seed).checks())
+        if artifact.facts.allowed and artifact.file("tokenizer.json"):
+            checks.append(_perplexity(artifact, executor, reference, None if text is None else Path(text)))
     finally:
         executor.close()
     return [*checks, _memory(artifact)]
@@ -83,10 +91,11 @@ class _Logits:
     """Runs the same random sequences through both."""
 
     def __init__(self, executor: Executor, reference: Reference, tolerance: float, seed: int) -> None:
-        self.executor, self.reference, self.tolerance = executor, reference, tolerance
+        self.reference, self.tolerance = reference, tolerance
         self.plan, self.facts = executor.plan, executor.facts
         self.random = np.random.default_rng(seed)
-        self.longest = min(200, self.plan.max_context, self.plan.pages * self.plan.page_size)
+        self.sequences = Sequences(executor, share=False, shuffle=self.random)
+        self.longest = min(200, self.plan.max_context)
 
     def checks(self) -> Iterator[Check]:
         yield from self._prefill()
@@ -102,62 +111,67 @@ class _Logits:
         tokens = self.random.integers(0, self.facts.vocab, length)
         return tokens, self.reference.logits(tokens)
 
-    def _pages(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Pages for sequences of these lengths, in no order."""
-        size = self.plan.page_size
-        free = iter(self.random.permutation(self.plan.pages).tolist())
-        return [[next(free) for _ in range(-(-length // size))] for length in lengths]
-
     def _prefill(self) -> Iterator[Check]:
         lengths = sorted({n for n in (1, 5, 17, 64, self.longest) if n <= min(self.longest, self.plan.chunk)})
         for length in lengths:
             tokens, expected = self._sequence(length)
-            (pages,) = self._pages([length])
-            got = self.executor.prefill([Segment(tokens.tolist(), 0, pages)])
-            yield self._check("prefill", f"{length} tokens", [_difference(got[0], expected[-1])])
+            kept = self.sequences.open(tokens.tolist())
+            (got,) = self.sequences.prefill([(kept, length)])
+            self.sequences.close(kept)
+            yield self._check("prefill", f"{length} tokens", [_difference(got, expected[-1])])
 
     def _chunked(self) -> Check:
         tokens, expected = self._sequence(self.longest)
-        (pages,) = self._pages([len(tokens)])
-        differences, start, sizes = [], 0, [1, 3, 16, 17, 50, 31, 64]
-        while start < len(tokens):
-            stop = min(start + min(sizes[0], self.plan.chunk), len(tokens))
+        kept = self.sequences.open(tokens.tolist())
+        differences, sizes = [], [1, 3, 16, 17, 50, 31, 64]
+        while kept.length < len(tokens):
+            count = min(sizes[0], self.plan.chunk, len(tokens) - kept.length, self.sequences.state.room(kept))
             sizes = sizes[1:] + sizes[:1]
-            got = self.executor.prefill([Segment(tokens[start:stop].tolist(), start, pages)])
-            differences.append(_difference(got[0], expected[stop - 1]))
-            start = stop
+            (got,) = self.sequences.prefill([(kept, count)])
+            differences.append(_difference(got, expected[kept.length - 1]))
+        self.sequences.close(kept)
         return self._check("chunked prefill", f"{len(tokens)} tokens, {len(differences)} chunks", differences)
 
     def _decode(self) -> Check:
         tokens, expected = self._sequence(min(72, self.longest))
-        (pages,) = self._pages([len(tokens)])
+        kept = self.sequences.open(tokens.tolist())
         first = min(max(1, len(tokens) // 2), self.plan.chunk)
-        self.executor.prefill([Segment(tokens[:first].tolist(), 0, pages)])
+        self.sequences.prefill([(kept, first)])
         differences = []
         for at in range(first, len(tokens)):
-            got = self.executor.decode([Segment([int(tokens[at])], at, pages)])
-            differences.append(_difference(got[0], expected[at]))
+            (got,) = self.sequences.decode([kept])
+            differences.append(_difference(got, expected[at]))
+        self.sequences.close(kept)
         return self._check("decode", f"{len(differences)} steps after {first} tokens", differences or [0.0])
 
     def _ragged(self) -> Check:
         """Sequences at different points of their lives share calls: some begin, some go on."""
-        count = min(self.plan.max_batch, 6)
-        room = min(self.longest, self.plan.pages // count * self.plan.page_size, self.plan.chunk // count)
+        plan, count = self.plan, min(self.plan.max_batch, 6)
+        least = min(group.pages for group in plan.groups)
+        room = min(self.longest, least // count * plan.page_size, plan.chunk // count)
         lengths = [max(2, int(n)) for n in self.random.integers(max(2, room // 3), max(3, room + 1), count)]
         sequences = [self._sequence(length) for length in lengths]
-        pages = self._pages(lengths)
-        done, differences = [0] * count, []
-        while any(d < n for d, n in zip(done, lengths)):
-            steps = [min(int(self.random.integers(1, 24)), n - d) for d, n in zip(done, lengths)]
-            active = [i for i in range(count) if steps[i]]
-            decode = all(steps[i] == 1 for i in active)
-            parts = {i: sequences[i][0][done[i] : done[i] + steps[i]].tolist() for i in active}
-            segments = [Segment(parts[i], done[i], pages[i]) for i in active]
-            got = self.executor.decode(segments) if decode else self.executor.prefill(segments)
+        kept = [self.sequences.open(tokens.tolist()) for tokens, _ in sequences]
+        differences = []
+        while active := [i for i in range(count) if kept[i].length < lengths[i]]:
+            steps = {i: min(int(self.random.integers(1, 24)), lengths[i] - kept[i].length) for i in active}
+            if all(step == 1 for step in steps.values()):
+                got = self.sequences.decode([kept[i] for i in active])
+            else:
+                got = self.sequences.prefill([(kept[i], step) for i, step in steps.items()])
             for row, i in zip(got, active):
-                done[i] += steps[i]
-                differences.append(_difference(row, sequences[i][1][done[i] - 1]))
+                differences.append(_difference(row, sequences[i][1][kept[i].length - 1]))
+        self.sequences.close(*kept)
         return self._check("ragged batches", f"{count} sequences, {len(differences)} rows", differences)
+
+
+def _perplexity(artifact: Artifact, executor: Executor, reference: Reference, text: Path | None) -> Check:
+    found = perplexity.measure(Sequences(executor, share=False), reference, Text(artifact.path), text)
+    detail = (
+        f"{found.tokens} tokens of text; the ONNX file's is {found.reference:.3f}; the same likeliest token "
+        f"at {found.agreement:.1%} of them"
+    )
+    return Check("perplexity", detail, found.ours, math.inf)
 
 
 def _difference(got: np.ndarray, expected: np.ndarray) -> float:

@@ -140,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="largest difference of a logit (1e-3; with 16-bit keys and values 2e-2, 2e-1)",
     )
+    verify.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="what a model that was compiled with --allow has to predict (a text that comes with kvc)",
+    )
     _add_run(command("run", _run, "generate text with a compiled model"))
     return parser
 
@@ -151,14 +157,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a permission to change results beyond rounding: token-scales",
+        help="permissions to change results beyond rounding: window=N, sinks=N, kv-int8, kv-fp8, kv-int4, "
+        "token-scales",
     )
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", required=True, help="most memory to use: 8GB, 512MiB, or bytes")
     parser.add_argument(
-        "--workload", required=True, help="batch x context: 8x256, or alternatives 8x256,1x2048"
+        "--workload",
+        required=True,
+        help="batch x context: 8x256, alternatives 8x256,1x2048, a common prefix 8x256/100",
     )
     parser.add_argument(
         "--target",
@@ -214,19 +223,19 @@ def _print(*tables: object) -> None:
 
 def _notes(facts: ModelFacts) -> None:
     """What a person should know about how the model was understood."""
-    from .options import PERMISSIONS
+    from .permissions import explain
 
     for text in facts.warnings:
         print(f"kvc: note: {text}", file=sys.stderr)
     for name in facts.allowed:
-        print(f"kvc: allowed: {name}: {PERMISSIONS[name]}", file=sys.stderr)
+        print(f"kvc: allowed: {name}: {explain(name)}", file=sys.stderr)
 
 
 def _compile(options: argparse.Namespace) -> int:
     import time
 
     from .api import compile
-    from .report import plan_table, timing_table
+    from .report import plan_tables, timing_table
 
     start = time.perf_counter()
     with _progress() as report:
@@ -245,7 +254,7 @@ def _compile(options: argparse.Namespace) -> int:
         )
     if options.time_passes:
         _print(timing_table(timings))
-    _print(plan_table(artifact.plan, artifact.facts.name))
+    _print(*plan_tables(artifact.plan, artifact.facts.name))
     _notes(artifact.facts)
     print(f"{artifact.path}: compiled in {time.perf_counter() - start:.1f} s")
     return 0
@@ -255,7 +264,7 @@ def _plan(options: argparse.Namespace) -> int:
     from kvc_passes.facts import to_json
 
     from .api import plan
-    from .report import plan_table
+    from .report import plan_tables
 
     with _progress() as report:
         result = plan(
@@ -269,7 +278,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(to_json(result), end="")
     else:
-        _print(plan_table(result, options.model.stem))
+        _print(*plan_tables(result, options.model.stem))
     return 0
 
 
@@ -299,6 +308,7 @@ def _verify(options: argparse.Namespace) -> int:
             options.artifact,
             options.against,
             tolerance=options.tolerance,
+            text=options.text,
         )
     _print(check_table(checks, f"{options.artifact} against {options.against}"))
     broken = dict.fromkeys(check.name for check in checks if not check.passed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .codegen.lower import finish, join, lower
 from .frontend.importer import Imported
 from .machine import Machine
 from .model_facts import facts_of
+from .permissions import Permissions
 from .pipeline import Phase, Runner, Understood, prepare, serve, understand
 from .planner import Costs
 
@@ -50,10 +51,14 @@ class Lowered:
     machine: Machine
 
 
-def read_model(imported: Imported, runner: Runner) -> Model:
-    """Prove what serving needs. Raises UnsupportedModel."""
-    understood = understand(imported, runner)
-    return Model(imported, understood, facts_of(imported, understood))
+def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner) -> Model:
+    """Prove what serving needs, then change what is allowed, for pages of `page` tokens.
+
+    Raises UnsupportedModel, and InputError for a permission that does not apply.
+    """
+    proved = understand(imported, runner)
+    understood = replace(proved, sites=allow.applied(proved.sites, page))
+    return Model(imported, understood, facts_of(imported, understood, allow.used(imported.allowed)))
 
 
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:

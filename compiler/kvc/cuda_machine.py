@@ -28,7 +28,7 @@ from .codegen.cuda_text import compile_text, compiling
 from .codegen.schedule_kernels import ScheduleForCuda
 from .kernels.cuda import rows
 from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
-from .kernels.cuda.host import CudaAttention, CudaProducts, Variants
+from .kernels.cuda.host import PAGE_SIZE, CudaAttention, CudaProducts, Variants
 from .machine import export
 from .pipeline import Phase, Runner
 from .stored_weights import Array, stored
@@ -45,6 +45,7 @@ class CudaMachine:
     archs: tuple[str, ...]
     chunks: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256, 128)
     widens: bool = False
+    page_size: int = PAGE_SIZE
     fuse: tuple[Pass, ...] = (FuseRows(),)
 
     @cached_property

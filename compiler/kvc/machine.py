@@ -21,7 +21,7 @@ from kvc_passes.weights import WeightPart
 from .codegen.link import link
 from .codegen.schedule_kernels import ScheduleKernels
 from .kernels import packing
-from .kernels.cpu import CpuAttention, CpuProducts
+from .kernels.cpu import PAGE_SIZE, CpuAttention, CpuProducts
 from .kernels.traits import CpuTraits
 from .pipeline import Phase, Runner
 from .runtime.overhead import measure
@@ -46,6 +46,10 @@ class Machine(Protocol):
     @property
     def widens(self) -> bool:
         """Whether graphs of 16-bit floats are computed in float32."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
 
     @property
     def products(self) -> MatmulKernels: ...
@@ -78,6 +82,7 @@ class CpuMachine:
     chunks: tuple[int, ...] = (512, 256, 128, 64, 32)
     """Beyond 512 tokens a CPU gains nothing."""
     widens: bool = True
+    page_size: int = PAGE_SIZE
     fuse: tuple[Pass, ...] = ()
 
     @cached_property

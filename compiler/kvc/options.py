@@ -13,13 +13,8 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _MOST = 1 << 63
-PERMISSIONS = {
-    "token-scales": "activations that a graph quantizes by one scale for all tokens get one for each token"
-}
-"""What a user can allow, and what it changes."""
-
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-_WORKLOAD = re.compile(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*")
+_WORKLOAD = re.compile(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*(?:/\s*([0-9]+)\s*)?")
 
 
 def parse_size(text: str | int) -> int:
@@ -46,6 +41,8 @@ def parse_size(text: str | int) -> int:
 def parse_workload(text: str | Workload | Iterable[str | Workload]) -> tuple[Workload, ...]:
     """Alternatives such as "8x256,1x2048": each, batch x context in tokens, must fit on its own.
 
+    "8x256/100": of the 256 tokens, the first 100 are the same for all 8.
+
     Raises:
         InputError: not of this form, or a zero.
     """
@@ -64,24 +61,12 @@ def _workload(text: str) -> Workload:
         raise InputError(
             f"'{text}' is not a workload; write BATCHxCONTEXT, for example 8x256 or 8x256,1x2048"
         )
-    workload = Workload(int(found[1]), int(found[2]))
+    workload = Workload(int(found[1]), int(found[2]), int(found[3] or 0))
     if workload.batch == 0 or workload.context == 0:
         raise InputError(f"the workload '{text}' is empty: batch and context must be at least 1")
+    if workload.prefix >= workload.context:
+        raise InputError(f"the workload '{text}' has no tokens behind its common prefix; give a shorter one")
     return workload
-
-
-def parse_permissions(text: str | Iterable[str]) -> frozenset[str]:
-    """Permissions to change results beyond rounding, such as "token-scales".
-
-    Raises:
-        InputError: one that does not exist.
-    """
-    given = text.split(",") if isinstance(text, str) else list(text)
-    names = frozenset(name.strip() for name in given if name.strip())
-    for name in sorted(names - PERMISSIONS.keys()):
-        known = ", ".join(f"{n} ({what})" for n, what in PERMISSIONS.items())
-        raise InputError(f"there is no permission '{name}'; there are: {known}")
-    return names
 
 
 def format_size(size: int) -> str:

@@ -161,13 +161,14 @@ def serve(
     mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module
     packed = runner.apply(mod, PackMatmuls(products), label)
     mod = runner.apply(packed.module, WriteLogits(products, packed.facts), label).module
-    return Served(mod, _recipes(mod, len(model.sites), packed.facts))
+    pools = sum(len(site.state(1, False)) for site in model.sites)
+    return Served(mod, _recipes(mod, pools, packed.facts))
 
 
-def _recipes(mod: IRModule, sites: int, packed: dict[str, WeightPart]) -> dict[str, WeightPart]:
-    """Weights in parameter order: they stand behind the logits and the sites' pools."""
+def _recipes(mod: IRModule, pools: int, packed: dict[str, WeightPart]) -> dict[str, WeightPart]:
+    """Weights in parameter order: they stand behind the logits and the pools."""
     names = [p.name for p in mod["main"].params]
     return {
         name: packed.get(name, WeightPart(PackedWeight.kept(name)))
-        for name in names[names.index("logits") + 1 + 2 * sites :]
+        for name in names[names.index("logits") + 1 + pools :]
     }

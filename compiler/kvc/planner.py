@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
 
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import Bytes, ModelFacts, Plan, Workload
+from kvc_passes.facts import Bytes, ModelFacts, Plan, Reach, StateGroup, Workload
 
 from .options import format_size
 from .runtime.executor import logits_bytes, pool_bytes, table_bytes
 from .runtime.sampler import scratch_bytes
 
-_VARIATION = 1 << 20
+_LONGEST: Final = 1 << 30
+"""Tokens; positions are computed with 32 bits."""
+_MOST_REQUESTS: Final = 1 << 16
+_VARIATION: Final = 1 << 20
 """Bytes by which the process measures differently from run to run: a budget named in a refusal must work."""
 
 
@@ -59,12 +63,44 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
             )
     plans = []
     for chunk in _chunks(costs.chunks, workload):
-        plans.append(_smallest(costs, budget, workload, chunk))
+        plans.append(_Draft(costs, budget, workload, chunk).smallest())
         if plans[-1].bytes.total <= budget:
-            return _fill(costs, plans[-1])
+            plan = _Draft(costs, budget, workload, chunk).filled()
+            return replace(plan, capacities=_capacities(costs, plan))
     least = min(plans, key=lambda p: p.bytes.total)
     needed = least.bytes.total + _VARIATION
     raise BudgetError(_refusal(least, needed, workload), needed=needed, given=budget)
+
+
+def _capacities(costs: Costs, plan: Plan) -> tuple[Workload, ...]:
+    """The longest context of one request, and the most requests of each of the workload's contexts."""
+
+    def context_fits(context: int) -> bool:
+        return _fits(costs, plan.budget, Workload(1, context))
+
+    def batch_fits(context: int, batch: int) -> bool:
+        return _fits(costs, plan.budget, Workload(batch, context))
+
+    alone = Workload(1, _most(costs.facts.context or _LONGEST, context_fits))
+    contexts = sorted({w.context for w in plan.workload})
+    return (alone, *(Workload(_most(_MOST_REQUESTS, partial(batch_fits, c)), c) for c in contexts))
+
+
+def _fits(costs: Costs, budget: int, workload: Workload) -> bool:
+    chunks = _chunks(costs.chunks, (workload,))
+    return any(_Draft(costs, budget, (workload,), c).smallest().bytes.total <= budget for c in chunks[::-1])
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits, where all smaller ones do; 0 if none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> list[int]:
@@ -74,63 +110,129 @@ def _chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> list[int
     return useful or [chunks[-1]]
 
 
-def _smallest(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int) -> Plan:
-    """The plan with no more pages than the workload needs."""
-    batch = max(w.batch for w in workload)
-    pages = max(w.batch * -(-w.context // costs.page_size) for w in workload)
-    return _plan(costs, budget, workload, chunk, batch, pages)
+@dataclass(frozen=True)
+class _Draft:
+    """Plans with one prefill chunk."""
+
+    costs: Costs
+    budget: int
+    workload: tuple[Workload, ...]
+    chunk: int
+
+    def smallest(self) -> Plan:
+        """No more pages than the workload needs."""
+        return self._plan(self._pages(self.workload), max(w.context for w in self.workload))
+
+    def filled(self) -> Plan:
+        """What the budget leaves makes the workload's contexts longer, all in the same proportion."""
+        longest = max(w.context for w in self.workload)
+        limit = self.costs.facts.context
+
+        def grown(more: int) -> Plan:
+            longer = [w.context + -(-more * w.context // longest) for w in self.workload]
+            capped = [min(context, limit or context) for context in longer]
+            workload = [replace(w, context=context) for w, context in zip(self.workload, capped)]
+            return self._plan(self._pages(workload), max(capped))
+
+        def fits(more: int) -> bool:
+            return grown(more).bytes.total <= self.budget
+
+        # Where every reach is bounded and the model has no limit, contexts could grow for ever.
+        most = 0 if all(reach.bounded for reach, _ in self.costs.facts.groups()) else _LONGEST
+        if limit is not None:
+            most = max(-(-limit * longest // w.context) for w in self.workload)
+        return self._with_rest(grown(_most(most, fits)))
+
+    def _with_rest(self, plan: Plan) -> Plan:
+        """Less than a page for every request is left: it becomes pages of the layers that keep all tokens."""
+        pages = [group.pages for group in plan.groups]
+        whole = next((i for i, group in enumerate(plan.groups) if not group.reach.bounded), None)
+        if whole is None:
+            return plan
+
+        def more(count: int) -> Plan:
+            return self._plan([n + count * (i == whole) for i, n in enumerate(pages)], plan.max_context)
+
+        limit, size = self.costs.facts.context, self.costs.page_size
+        most = _LONGEST if limit is None else plan.max_batch * -(-limit // size) - pages[whole]
+        return more(_most(most, lambda count: more(count).bytes.total <= self.budget))
+
+    def _pages(self, workload: Sequence[Workload]) -> list[int]:
+        """Pages of every group, such that each alternative of the workload fits on its own."""
+        size = self.costs.page_size
+        return [
+            max(_pages_of(reach, w, size, self.chunk) for w in workload)
+            for reach, _ in self.costs.facts.groups()
+        ]
+
+    def _plan(self, pages: Sequence[int], context: int) -> Plan:
+        """The plan with so many pages in each group.
+
+        context: what a sequence may have where no layer keeps all tokens; else its pages say that.
+        """
+        costs, size = self.costs, self.costs.page_size
+        batch = max(w.batch for w in self.workload)
+        groups = tuple(
+            StateGroup(
+                sites=tuple(site.index for site in sites),
+                reach=reach,
+                form=sites[0].form,
+                page_bytes=sum(site.token_bytes() for site in sites) * size,
+                pages=count,
+            )
+            for (reach, sites), count in zip(costs.facts.groups(), pages, strict=True)
+        )
+        draft = Plan(
+            budget=self.budget,
+            workload=self.workload,
+            target=costs.target,
+            page_size=size,
+            groups=groups,
+            chunk=self.chunk,
+            tile=costs.tile,
+            keys_transposed=costs.keys_transposed,
+            max_batch=batch,
+            max_context=_context(groups, size, context, costs.facts.context),
+            bytes=Bytes(0, 0, 0, 0, 0, 0),
+        )
+        counted = Bytes(
+            weights=costs.weights,
+            pools=pool_bytes(draft, costs.facts),
+            tables=table_bytes(draft),
+            arena=costs.arena(self.chunk, batch),
+            outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
+            runtime=costs.runtime,
+        )
+        return replace(draft, bytes=counted)
 
 
-def _plan(
-    costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int, batch: int, pages: int
-) -> Plan:
-    context = pages * costs.page_size
-    if costs.facts.context is not None:
-        context = min(context, costs.facts.context)
-    draft = Plan(
-        budget=budget,
-        workload=workload,
-        target=costs.target,
-        page_size=costs.page_size,
-        page_bytes=costs.facts.kv_token_bytes() * costs.page_size,
-        pages=pages,
-        chunk=chunk,
-        tile=costs.tile,
-        keys_transposed=costs.keys_transposed,
-        max_batch=batch,
-        max_context=context,
-        bytes=Bytes(0, 0, 0, 0, 0, 0),
-    )
-    counted = Bytes(
-        weights=costs.weights,
-        pools=pool_bytes(draft, costs.facts),
-        tables=table_bytes(draft),
-        arena=costs.arena(chunk, batch),
-        outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
-        runtime=costs.runtime,
-    )
-    return Plan(**{**draft.__dict__, "bytes": counted})
+def _context(groups: Sequence[StateGroup], size: int, context: int, limit: int | None) -> int:
+    """Most tokens of one sequence that has all pages of all groups to itself."""
+    limits = [] if limit is None else [limit]
+    for group in groups:
+        endless = group.reach.bounded and group.pages >= group.reach.most_pages(size, _LONGEST, 1)
+        limits += [] if endless else [group.pages * size]
+    if all(group.reach.bounded for group in groups):
+        limits.append(context)
+    return min(limits)
 
 
-def _fill(costs: Costs, plan: Plan) -> Plan:
-    """Turn what the budget leaves into pages, as far as the model's context can use them."""
-    most = plan.pages + (plan.budget - plan.bytes.total) // plan.page_bytes
-    if costs.facts.context is not None:
-        most = min(most, plan.max_batch * -(-costs.facts.context // plan.page_size))
-    pages = max(most, plan.pages)
-    while True:
-        larger = _plan(costs, plan.budget, plan.workload, plan.chunk, plan.max_batch, pages)
-        if larger.bytes.total <= plan.budget or pages == plan.pages:
-            return larger
-        over = larger.bytes.total - plan.budget  # a longer context widens the tables
-        pages = max(plan.pages, pages - max(1, over // plan.page_bytes))
+def _pages_of(reach: Reach, workload: Workload, size: int, chunk: int) -> int:
+    """Pages that a workload holds at once in a group, when a call computes a chunk of a request."""
+    between = reach.most_pages(size, workload.context, 1)
+    if reach.bounded:
+        one = reach.most_pages(size, workload.context, chunk)
+        return min(workload.batch * one, (workload.batch - 1) * between + one)
+    shared = workload.prefix // size
+    return shared + workload.batch * (between - shared)
 
 
 def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:
     b = least.bytes
+    tokens = max(group.pages for group in least.groups) * least.page_size
     parts = [
         f"weights {format_size(b.weights)}",
-        f"KV pages {format_size(b.pools)} for {least.pages * least.page_size} tokens",
+        f"KV pages {format_size(b.pools)} for {tokens} tokens",
         f"temporaries {format_size(b.arena)} with chunks of {least.chunk} tokens",
         f"logits and tables {format_size(b.outputs + b.tables)}",
         f"the process {format_size(b.runtime)}",

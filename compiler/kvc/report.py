@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from kvc_passes.facts import AttentionSite, ModelFacts, Plan
+from kvc_passes.facts import AttentionSite, ModelFacts, Plan, Reach
 
 from .options import format_size
 
@@ -22,17 +23,20 @@ def _row(table: Table, *cells: str | Text) -> None:
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
-def plan_table(plan: Plan, facts_name: str) -> Table:
-    """Every byte of a plan, and what it is for."""
+def plan_tables(plan: Plan, facts_name: str) -> list[Table]:
+    """Every byte of a plan and what it is for, and what the layers keep."""
+    return [_bytes_table(plan, facts_name), _groups_table(plan)]
+
+
+def _bytes_table(plan: Plan, facts_name: str) -> Table:
     b, on_gpu = plan.bytes, plan.target["kind"] == "cuda"
-    tokens = plan.pages * plan.page_size
     process = "interpreter, libraries, tokenizer, threads (measured on this machine)"
     lines = [
         ("weights", b.weights, "copied to the GPU" if on_gpu else "memory-mapped from the artifact"),
-        ("KV pages", b.pools, f"{plan.pages} pages of {plan.page_size} tokens: {tokens} tokens in flight"),
+        ("KV pages", b.pools, f"pages of {plan.page_size} tokens, see below"),
         ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens"),
         ("logits", b.outputs, f"{plan.max_batch} rows, and the sampler's scratch"),
-        ("tables", b.tables, f"block table {plan.max_batch} x {plan.table_width}, positions, slots"),
+        ("tables", b.tables, f"block tables {plan.max_batch} x {plan.table_width}, positions, slots"),
         ("process", b.runtime, "CUDA's context and the machine code (a bound)" if on_gpu else process),
     ]
     workloads = ",".join(map(str, plan.workload))
@@ -55,6 +59,44 @@ def plan_table(plan: Plan, facts_name: str) -> Table:
     )
     _row(table, "budget", f"{plan.budget:,}", "", f"up to {plan.max_context} tokens a sequence")
     return table
+
+
+def _groups_table(plan: Plan) -> Table:
+    """What layers keep of a token, of how many, and what the budget could hold besides."""
+    table = Table(title="state", title_justify="left")
+    for name in ("layers", "form", "keeps", "pages", "tokens", "bytes", "bytes a token"):
+        table.add_column(name, justify="left" if name in ("layers", "form", "keeps") else "right")
+    for group in plan.groups:
+        size = group.pages * group.page_bytes
+        numbers = (group.pages, group.pages * plan.page_size, size, group.page_bytes // plan.page_size)
+        _row(table, ranges(group.sites), group.form, _keeps(group.reach), *(f"{n:,}" for n in numbers))
+    alone, *others = plan.capacities
+    most = [f"{w.batch:,} request{'s' * (w.batch != 1)} of {w.context:,} tokens" for w in others]
+    table.caption = Text(
+        f"within this budget at most: {alone.context:,} tokens for one request; {'; '.join(most)}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers in ascending order, briefly: 0-4,6."""
+    parts = []
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        first, *rest = (number for _, number in run)
+        parts.append(f"{first}-{rest[-1]}" if rest else str(first))
+    return ",".join(parts)
+
+
+def _keeps(reach: Reach) -> str:
+    """Which tokens a sequence keeps."""
+    if reach.chunk is not None:
+        return f"a chunk of {reach.chunk}"
+    if reach.window is None:
+        return "all tokens"
+    return (
+        f"the first {reach.sinks} and the last {reach.window}" if reach.sinks else f"the last {reach.window}"
+    )
 
 
 def model_tables(facts: ModelFacts) -> list[Table]:
@@ -143,12 +185,14 @@ def check_table(checks: Sequence[Check], name: str) -> Table:
     for check in checks:
         number = "{:,.0f}" if check.unit == "bytes" else "{:.2e}"
         verdict = Text("kept", "green") if check.passed else Text("BROKEN", "red")
+        if math.isinf(check.limit):
+            verdict = Text("allowed", "yellow")
         _row(
             table,
             check.name,
             check.detail,
             number.format(check.measured),
-            number.format(check.limit),
+            "" if math.isinf(check.limit) else number.format(check.limit),
             verdict,
         )
     return table

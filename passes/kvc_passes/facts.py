@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 FloatName = Literal["float32", "float16", "bfloat16"]
+StoredName = Literal["int8", "fp8", "int4"]
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,41 @@ class Roles:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """Which keys the query at a position, and all later ones, may still see: what else is there can go.
+
+    window: keys above position - window. chunk: keys of the position's chunk. Neither: every key.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    sinks: int = 0
+    """Keys from 0 on that every query sees, whatever else it does."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a long sequence keeps less than all its tokens."""
+        return self.window is not None or self.chunk is not None
+
+    def oldest(self, position: int) -> int:
+        """The first key behind the sinks that a query at `position` or later may see."""
+        if self.window is not None:
+            return max(0, position - self.window + 1)
+        return position // self.chunk * self.chunk if self.chunk is not None else 0
+
+    def most_pages(self, page: int, context: int, step: int) -> int:
+        """Most pages of `page` tokens that a sequence of at most `context` tokens holds while a call
+        computes `step` of them."""
+        whole = -(-context // page)
+        if not self.bounded:
+            return whole
+        span = (self.window or self.chunk or 1) - 1 + step
+        begins_on_page = self.chunk is not None and self.chunk % page == 0
+        kept = -(-span // page) if begins_on_page or span < 2 else (span - 2) // page + 2
+        return min(whole, kept + -(-self.sinks // page))
+
+
+@dataclass(frozen=True)
 class MaskFact:
     """The proved predicate m(q, k) of an attention site: whether the query at position q sees the key at k.
 
@@ -40,12 +79,18 @@ class MaskFact:
 
     kind: Literal["causal", "window", "chunk", "sinks", "predicate"]
     window: int | None
+    """Of a predicate: a window that it is proved to stay within, if one was found."""
     proof: str
     """How it was proved, in words, for `kvc inspect`."""
     chunk: int | None = None
     sinks: int | None = None
     predicate: str = "k <= q"
     """m as a Python expression over the ints q (position), k (position) and h (query head)."""
+
+    @property
+    def reach(self) -> Reach:
+        """Which keys have to be kept."""
+        return Reach(self.window, self.chunk, self.sinks or 0)
 
 
 @dataclass(frozen=True)
@@ -71,21 +116,46 @@ class AttentionSite:
     guarded: bool = False
     """Whether a row of the softmax that is NaN counts as zeros: PyTorch's where(isnan(p), 0, p)."""
     kv_dtype: FloatName = "float32"
-    """The type that the graph computes keys and values in, and that they are stored in."""
+    """The type that the graph computes keys and values in, and that they are kept in."""
+    stored: StoredName | None = None
+    """Codes that they are kept in instead, with a scale for every token and KV head; fp8 is e4m3."""
 
     @property
     def group(self) -> int:
         """Query heads that share one KV head (GQA)."""
         return self.heads // self.kv_heads
 
-    def page_shapes(self, page: int, transposed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a page of keys and of one of values; `transposed` keys stand as [head_dim, page]."""
-        keys = (self.head_dim, page) if transposed else (page, self.head_dim)
-        return (self.kv_heads, *keys), (self.kv_heads, page, self.value_dim)
+    def state(self, page: int, transposed: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of what is kept of `page` tokens; `transposed` keys stand as [head_dim, page].
+
+        A byte of int4 holds elements i and i + dim / 2.
+        """
+        dtypes: dict[str | None, str] = {None: self.kv_dtype, "int8": "int8", "fp8": "uint8", "int4": "uint8"}
+        parts = 2 if self.stored == "int4" else 1
+        keys = (self.head_dim // parts, page) if transposed else (page, self.head_dim // parts)
+        kept = {
+            "k": (dtypes[self.stored], (self.kv_heads, *keys)),
+            "v": (dtypes[self.stored], (self.kv_heads, page, self.value_dim // parts)),
+        }
+        scales = ("bfloat16", (self.kv_heads, page))
+        return kept | ({"k_scale": scales, "v_scale": scales} if self.stored else {})
+
+    @property
+    def form(self) -> str:
+        """How keys and values are kept."""
+        return f"paged K and V, {self.stored or self.kv_dtype}"
 
     def token_bytes(self) -> int:
-        """Bytes of K and V kept for one token."""
-        return self.kv_heads * (self.head_dim + self.value_dim) * FLOAT_BYTES[self.kv_dtype]
+        """Bytes kept for one token."""
+        return sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in self.state(1, False).values())
+
+
+def grouped(sites: Sequence[AttentionSite]) -> tuple[tuple[Reach, tuple[AttentionSite, ...]], ...]:
+    """Sites by their reach, in the order of the first of each."""
+    found: dict[Reach, list[AttentionSite]] = {}
+    for site in sites:
+        found.setdefault(site.mask.reach, []).append(site)
+    return tuple((reach, tuple(members)) for reach, members in found.items())
 
 
 @dataclass(frozen=True)
@@ -114,6 +184,10 @@ class ModelFacts:
     def kv_token_bytes(self) -> int:
         """Bytes of KV state that one token of context takes over all layers."""
         return sum(s.token_bytes() for s in self.sites)
+
+    def groups(self) -> tuple[tuple[Reach, tuple[AttentionSite, ...]], ...]:
+        """The sites by which tokens they keep."""
+        return grouped(self.sites)
 
 
 @dataclass(frozen=True)
@@ -145,9 +219,25 @@ class Workload:
 
     batch: int
     context: int
+    prefix: int = 0
+    """Tokens at the beginning that all requests have in common, and keep once."""
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.context}"
+        return f"{self.batch}x{self.context}" + (f"/{self.prefix}" if self.prefix else "")
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """Attention sites that keep the same tokens: they share a pool's page numbers and a block table."""
+
+    sites: tuple[int, ...]
+    reach: Reach
+    form: str
+    """How the sites keep their state; see AttentionSite.form."""
+    page_bytes: int
+    """Bytes that a page takes over the group's sites."""
+    pages: int
+    """Pages in the pools of its sites."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +270,7 @@ class Plan:
     target: dict[str, Any]
     page_size: int
     """Tokens a page."""
-    page_bytes: int
-    """Bytes a page takes over all sites."""
-    pages: int
-    """Pages in the pools."""
+    groups: tuple[StateGroup, ...]
     chunk: int
     """Most tokens in one prefill call."""
     tile: int
@@ -191,10 +278,12 @@ class Plan:
     max_batch: int
     """Most sequences in one call."""
     max_context: int
-    """Most tokens of one sequence (a multiple of page_size unless the model's context is not)."""
+    """Most tokens of one sequence."""
     bytes: Bytes
     keys_transposed: bool = True
     """Whether a page holds its keys as [head_dim, page_size]; else as [page_size, head_dim]."""
+    capacities: tuple[Workload, ...] = ()
+    """What this budget could serve at most: one request, and requests of the workload's contexts."""
 
     @property
     def table_width(self) -> int:
@@ -229,4 +318,10 @@ def plan_from_json(text: str) -> Plan:
     """The inverse of `to_json` for Plan. Raises KeyError or TypeError on other JSON."""
     data = json.loads(text)
     workload = tuple(Workload(**w) for w in data["workload"])
-    return Plan(**{**data, "workload": workload, "bytes": Bytes(**data["bytes"])})
+    groups, capacities = tuple(map(_group, data["groups"])), tuple(Workload(**w) for w in data["capacities"])
+    lists = {"workload": workload, "groups": groups, "capacities": capacities}
+    return Plan(**{**data, **lists, "bytes": Bytes(**data["bytes"])})
+
+
+def _group(data: dict[str, Any]) -> StateGroup:
+    return StateGroup(**{**data, "sites": tuple(data["sites"]), "reach": Reach(**data["reach"])})

@@ -34,16 +34,16 @@ def decoder_families(predicate: Any, q: Any, k: Any) -> Iterator[Family]:
     """What a decoder's mask may be, the usual first; sizes come from the predicate's own constants."""
     causal = k <= q
     yield Family(causal, "causal", "k <= q")
-    sizes = _sizes(predicate)
-    for window in sizes:
+    tried = sizes(predicate)
+    for window in tried:
         inside = tirx.And(causal, k > q - window)
         yield Family(inside, "window", f"k <= q and k > q - {window}", window=window)
-    for chunk in sizes:
+    for chunk in tried:
         same = tirx.EQ(tirx.floordiv(q, int64(chunk)), tirx.floordiv(k, int64(chunk)))
         text = f"k <= q and k // {chunk} == q // {chunk}"
         yield Family(tirx.And(causal, same), "chunk", text, chunk=chunk)
-    for sinks in sizes:
-        for window in sizes:
+    for sinks in tried:
+        for window in tried:
             seen = tirx.And(causal, tirx.Or(k < sinks, k > q - window))
             text = f"k <= q and (k < {sinks} or k > q - {window})"
             yield Family(seen, "sinks", text, window=window, sinks=sinks)
@@ -51,12 +51,12 @@ def decoder_families(predicate: Any, q: Any, k: Any) -> Iterator[Family]:
 
 def other_families(predicate: Any, q: Any, k: Any) -> Iterator[tuple[Any, str]]:
     """What is no decoder's mask but has a name: for the refusal."""
-    for prefix in _sizes(predicate):
+    for prefix in sizes(predicate):
         seen = tirx.Or(k <= q, k < prefix)
         yield seen, f"is a prefix mask: all tokens see the first {prefix}, also those that come later"
 
 
-def _sizes(predicate: Any) -> list[int]:
+def sizes(predicate: Any) -> list[int]:
     """Sizes that the constants of a predicate suggest."""
     found: set[int] = set()
     stack = [predicate]

@@ -16,7 +16,7 @@ from .conditions import Choice, Unprovable, as_condition, both, either, lift, ne
 from .element import Elements
 from .facts import MaskFact
 from .indices import int64, replaced
-from .mask_families import decoder_families, other_families
+from .mask_families import decoder_families, other_families, sizes
 from .predicates import CAUSAL, counter_example, to_text
 
 HIDDEN = -1e4
@@ -158,12 +158,22 @@ def prove_mask(elements: Elements, predicate: Any, place: Place) -> MaskFact:
             f"is not proved to show a token itself; its predicate is {elements.simplify(predicate)}"
         )
     text = _text(elements, predicate, place)
+    window = _window(elements, predicate, place)
+    within = "" if window is None else f" and key > query + past - {window}"
     return MaskFact(
         "predicate",
-        None,
-        "SMT: for all query, key, past: mask implies key <= query + past",
+        window,
+        f"SMT: for all query, key, past: mask implies key <= query + past{within}",
         predicate=f"{CAUSAL} and {text}",
     )
+
+
+def _window(elements: Elements, predicate: Any, place: Place) -> int | None:
+    """The smallest window of those that a predicate's constants suggest which it is proved to stay within."""
+    for size in sizes(predicate):
+        if elements.prove(either(negate(predicate), place.key > place.position - size)):
+            return size
+    return None
 
 
 def _not_causal(elements: Elements, predicate: Any, place: Place) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,11 +11,18 @@ import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .facts import AttentionSite
+from .facts import AttentionSite, grouped
 from .graph import dims, op_name
 from .kernel_sets import AttentionKernels
 from .markers import ATTENTION
 from .rebuild import insert_params, rebuild
+
+_INPUT = re.compile(r"tokens|positions|tiles|rows|(slots|block_table)_\d+")
+
+
+def is_input(name: str) -> bool:
+    """Whether a parameter is an integer input of every call, and no pool or weight."""
+    return _INPUT.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,10 @@ class PageAttention:
     """Keys and values live in pages that the function is given and updates in place.
 
     Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`.
-    After: k and v are appended to the site's pools at `slots`, then attention reads the pages of
-        `block_table`. New parameters behind positions: slots [n], in prefill tiles [t,3], block_table [b,m];
-        before the weights: k_i [pages, g, e, page] and v_i [pages, g, page, f] for every site.
+    After: k and v are appended to the site's pools at `slots`, then attention reads the pages of a block
+        table. Sites that keep other tokens have slots and a table of their own, numbered as `grouped` does.
+        New parameters behind positions: slots_0 [n], ..., in prefill tiles [t,3], block_table_0 [b,m], ...;
+        before the weights: k_i [pages_g, g, e, page] and v_i [pages_g, g, page, f] of every site i.
         Pools are of the type that the graph keeps keys and values in.
     Needs: FlattenTokens.
     Refuses: nothing; every site's geometry was proved.
@@ -43,11 +52,14 @@ class PageAttention:
 
         t, m = tirx.Var("t", "int64"), tirx.Var("m", "int64")
         sequences = n if self.phase == "decode" else tirx.Var("b", "int64")
-        slots, tiles, table = int32("slots", n), int32("tiles", t, 3), int32("block_table", sequences, m)
-        inputs = [slots, table] if self.phase == "decode" else [slots, tiles, table]
+        groups = grouped(self.sites)
+        slots = [int32(f"slots_{g}", n) for g in range(len(groups))]
+        tables = [int32(f"block_table_{g}", sequences, m) for g in range(len(groups))]
+        tiles = int32("tiles", t, 3)
+        integers = [*slots, *([] if self.phase == "decode" else [tiles]), *tables]
+        group_of = {site.index: g for g, (_, members) in enumerate(groups) for site in members}
         positions = function.params[1]
         pools = self._pools()
-        current = dict(pools)
         names: dict[Any, Any] = {}
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
@@ -55,46 +67,45 @@ class PageAttention:
                 return None
             query, key, new_value, index = value.args[1:]
             site = self.sites[int(index.value)]
-            k_pool, v_pool = current[site.index]
+            before, group = pools[site.index], group_of[site.index]
             append = self._kernel(builder, names, "append_kv", site, _dtype(key))
+            inputs = [key, new_value, slots[group], *before]
+            places = list(range(3, len(inputs)))
             updated = builder.emit(
-                relax.op.call_tir_inplace(
-                    append, [key, new_value, slots, k_pool, v_pool], [3, 4], [k_pool.ty, v_pool.ty]
-                )
+                relax.op.call_tir_inplace(append, inputs, places, [pool.ty for pool in before])
             )
-            pair = (
-                builder.emit(relax.TupleGetItem(updated, 0)),
-                builder.emit(relax.TupleGetItem(updated, 1)),
-            )
-            current[site.index] = pair
+            state = [builder.emit(relax.TupleGetItem(updated, i)) for i in range(len(before))]
             numbers = (x for x in (site.slopes, site.sinks) if x is not None)
             extras = [relax.const(np.array(x, np.float32)) for x in numbers]
             out = relax.TensorType((1, n, site.heads, site.value_dim), _dtype(query))
             if self.phase == "prefill":
                 attend = self._kernel(builder, names, "prefill_attention", site, _dtype(query))
-                return relax.op.call_tir(attend, [query, *pair, positions, tiles, table, *extras], out)
+                return relax.op.call_tir(
+                    attend, [query, *state, positions, tiles, tables[group], *extras], out
+                )
             attend = self._kernel(builder, names, "decode_attention", site, _dtype(query))
             part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
-            inputs = [query, *pair, positions, table, *extras]
-            both = builder.emit(relax.op.call_tir(attend, inputs, [part, out]))
+            operands = [query, *state, positions, tables[group], *extras]
+            both = builder.emit(relax.op.call_tir(attend, operands, [part, out]))
             return relax.TupleGetItem(both, 1)
 
-        params = insert_params(function, "positions", inputs)
-        last = next(p.name for p in reversed(params) if p.name in ("rows", "block_table"))
-        ordered = [pools[s.index][i] for i in (0, 1) for s in self.sites]
-        at = next(i for i, p in enumerate(params) if p.name == last) + 1
+        params = insert_params(function, "positions", integers)
+        ordered = [pool for site in self.sites for pool in pools[site.index]]
+        at = max(i for i, p in enumerate(params) if is_input(p.name)) + 1
         module = rebuild(mod, [*params[:at], *ordered, *params[at:]], place)
         return Result(module, len(self.sites))
 
-    def _pools(self) -> dict[int, tuple[relax.Var, relax.Var]]:
-        pages, kernels = tirx.Var("pages", "int64"), self.kernels
+    def _pools(self) -> dict[int, list[relax.Var]]:
+        kernels = self.kernels
         pools = {}
-        for site in self.sites:
-            k, v = (
-                relax.TensorType((pages, *shape), site.kv_dtype)
-                for shape in site.page_shapes(kernels.page_size, kernels.keys_transposed)
-            )
-            pools[site.index] = (relax.Var(f"k_{site.index}", k), relax.Var(f"v_{site.index}", v))
+        for group, (_, members) in enumerate(grouped(self.sites)):
+            pages = tirx.Var(f"pages_{group}", "int64")
+            for site in members:
+                state = site.state(kernels.page_size, kernels.keys_transposed)
+                pools[site.index] = [
+                    relax.Var(f"{name}_{site.index}", relax.TensorType((pages, *shape), dtype))
+                    for name, (dtype, shape) in state.items()
+                ]
         return pools
 
     def _kernel(
@@ -113,7 +124,7 @@ class PageAttention:
             site.sinks is not None,
             site.guarded,
         )
-        key = (kind, dtype, site.kv_dtype, geometry[1:4] if kind == "append_kv" else geometry)
+        key = (kind, dtype, site.kv_dtype, site.stored, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:
             make = {
                 "append_kv": self.kernels.append,

@@ -11,6 +11,7 @@ from .base import Result
 from .graph import dims, graph_of, op_name
 from .kernel_sets import MatmulKernels
 from .pack_matmuls import MATMUL
+from .page_attention import is_input
 from .rebuild import insert_params, rebuild
 from .weights import WeightPart
 
@@ -57,20 +58,12 @@ class WriteLogits:
             copy = builder.add_func(_copy(r, columns, str(source.ty.dtype.dtype)), "copy_logits")
             return relax.op.call_tir_inplace(copy, [source, logits], [1], logits.ty)
 
-        behind = next(
-            p.name
-            for p in function.params
-            if p.name in ("rows", "block_table") and self._is_last(function, p)
-        )
+        behind = [p.name for p in function.params if is_input(p.name)][-1]
         module = rebuild(mod, insert_params(function, behind, [logits]), place)
         return Result(module, 1)
 
     def _is_product(self, value: relax.Expr) -> bool:
         return op_name(value) == "call_tir" and value.args[0].name_hint.startswith(MATMUL)
-
-    def _is_last(self, function: relax.Function, param: relax.Var) -> bool:
-        names = [p.name for p in function.params]
-        return names.index(param.name) == max(names.index(n) for n in ("rows", "block_table") if n in names)
 
 
 def _copy(rows: object, columns: object, dtype: str) -> object:

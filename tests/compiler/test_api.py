@@ -111,10 +111,12 @@ def test_more_budget_never_gives_less(llama: Path, monkeypatch: pytest.MonkeyPat
     plans = [kvc.plan(llama, budget=budget, workload="4x64") for budget in budgets]
     for plan, budget in zip(plans, budgets):
         assert plan.bytes.total <= budget == plan.budget
-        assert plan.pages * plan.page_size >= 4 * 64
+        assert plan.groups[0].pages * plan.page_size >= 4 * 64
     for less, more in itertools.pairwise(plans):
-        assert more.chunk > less.chunk or (more.chunk == less.chunk and more.pages >= less.pages)
-    assert plans[-1].pages > plans[0].pages
+        assert more.chunk > less.chunk or (
+            more.chunk == less.chunk and more.groups[0].pages >= less.groups[0].pages
+        )
+    assert plans[-1].groups[0].pages > plans[0].groups[0].pages
 
 
 def test_errors_from_python(llama: Path, tmp_path: Path) -> None:

@@ -22,13 +22,26 @@ from safetensors import safe_open
 from kvc.artifact import FORMAT, Artifact, ArtifactWriter
 from kvc.weights_file import ALIGNMENT
 from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Workload
+from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
 
 MASK = MaskFact("causal", None, "test")
 FACTS = ModelFacts(
     "m", 11, 11, 64, (AttentionSite(0, "n", 2, 1, 4, 4, 0.5, None, MASK, None),), ("p",), {}, 3
 )
-PLAN = Plan(1 << 20, (Workload(2, 32),), {"kind": "llvm"}, 4, 256, 16, 8, 4, 2, 32, Bytes(1, 2, 3, 4, 5, 6))
+GROUPS = (StateGroup((0,), Reach(window=9, sinks=2), "form", 256, 16),)
+PLAN = Plan(
+    1 << 20,
+    (Workload(2, 32, 8),),
+    {"kind": "llvm"},
+    4,
+    GROUPS,
+    8,
+    4,
+    2,
+    32,
+    Bytes(1, 2, 3, 4, 5, 6),
+    capacities=(Workload(1, 90), Workload(7, 32)),
+)
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "w.float32": np.arange(15, dtype=np.float32).reshape(3, 5),
     "a.float16": np.arange(7, dtype=np.float16),
@@ -276,7 +289,7 @@ def test_another_format(artifact: Path, step: int, advice: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 2}', '{"format": "2", "files": {}}', '{"format": 2, "files": {"../x": {}}}'],
+    ["", "[]", "{}", '{"format": 3}', '{"format": "3", "files": {}}', '{"format": 3, "files": {"../x": {}}}'],
 )
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)

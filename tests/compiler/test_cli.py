@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import pytest
 
 import kvc
 from kvc.artifact import Artifact
+from kvc_passes.facts import to_json
 
 from .cli_fixtures import BUDGET, COMMAND, Result, environment, start
 from .cli_fixtures import kvc as command
@@ -78,10 +78,13 @@ def test_plan_as_json(run: Run, llama: Path) -> None:
     assert result.status == 0
     assert result.err == ""
     given = json.loads(result.out)
-    wanted = dataclasses.asdict(kvc.plan(llama, budget="1GB", workload="4x64"))
-    wanted["workload"] = [{"batch": 4, "context": 64}]
+    wanted = json.loads(to_json(kvc.plan(llama, budget="1GB", workload="4x64")))
+    assert wanted["workload"] == [{"batch": 4, "context": 64, "prefix": 0}]
     # What a process takes is measured each time.
     assert abs(given["bytes"].pop("runtime") - wanted["bytes"].pop("runtime")) <= 4 << 20
+    for one, other in zip(given.pop("capacities"), wanted.pop("capacities"), strict=True):
+        assert one["context"] == other["context"]
+        assert one["batch"] == pytest.approx(other["batch"], rel=0.02)
     assert given == wanted
 
 
@@ -96,7 +99,7 @@ def test_plan_as_a_table(run: Run, llama: Path, artifact: Path) -> None:
 
 def test_inspect(run: Run, llama: Path) -> None:
     given = json.loads(run("inspect", llama, "--json").out)
-    assert given == json.loads(json.dumps(dataclasses.asdict(kvc.inspect(llama))))
+    assert given == json.loads(to_json(kvc.inspect(llama)))
     table = run("inspect", llama)
     assert table.status == 0
     for text in ("512 tokens, 512 logits", "256 positions", "1,024 bytes a token over 2 layers", "causal"):

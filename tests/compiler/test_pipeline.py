@@ -19,8 +19,9 @@ from tvm import IRModule, relax
 
 import kvc
 from kvc.pipeline import Runner
-from kvc.runtime.executor import Executor, Segment
+from kvc.runtime.executor import Executor
 from kvc.runtime.overhead import measure
+from kvc.runtime.sequences import Sequences
 from kvc_passes.base import Result
 from kvc_passes.errors import PlanningError
 from kvc_passes.facts import AttentionSite
@@ -42,9 +43,9 @@ class Case:
     sites: tuple[AttentionSite, ...]
 
     @property
-    def pages(self) -> list[int]:
-        """All pages, shuffled: a sequence's pages stand anywhere."""
-        return list(np.random.default_rng(1).permutation(self.executor.plan.pages))
+    def sequences(self) -> Sequences:
+        """Nothing is kept yet; a sequence's pages stand anywhere."""
+        return Sequences(self.executor, share=False, shuffle=np.random.default_rng(1))
 
     def tokens(self, length: int, seed: int = 0) -> list[int]:
         vocab = self.executor.facts.vocab
@@ -80,52 +81,45 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_a_whole_prompt(case: Case) -> None:
-    tokens = case.tokens(61)
-    got = case.executor.prefill([Segment(tokens, 0, case.pages[:4])])
+    tokens, sequences = case.tokens(61), case.sequences
+    got = sequences.prefill([(sequences.open(tokens), 61)])
     close(got[0], case.reference.logits(tokens)[-1])
 
 
 def test_chunks_of_odd_lengths_then_single_tokens(case: Case) -> None:
-    tokens = case.tokens(60, seed=1)
-    expected = case.reference.logits(tokens)
-    start, pages = 0, case.pages[:4]
+    tokens, sequences = case.tokens(60, seed=1), case.sequences
+    expected, kept = case.reference.logits(tokens), sequences.open(tokens)
     for count in (1, 7, 13, 3, 17, 5):
-        got = case.executor.prefill([Segment(tokens[start : start + count], start, pages)])
-        start += count
-        close(got[0], expected[start - 1])
-    while start < len(tokens):
-        got = case.executor.decode([Segment([tokens[start]], start, pages)])
-        close(got[0], expected[start])
-        start += 1
+        got = sequences.prefill([(kept, count)])
+        close(got[0], expected[kept.length - 1])
+    while kept.length < len(tokens):
+        got = sequences.decode([kept])
+        close(got[0], expected[kept.length - 1])
 
 
 def test_sequences_side_by_side(case: Case) -> None:
     """Prompts, later pieces and single tokens in one call, then decoding together, in shuffled pages."""
-    lengths, shuffled = (45, 3, 16, 33), case.pages
-    sequences = [case.tokens(n + 6, seed=n) for n in lengths]
-    expected = [case.reference.logits(tokens) for tokens in sequences]
-    pages = [shuffled[4 * i : 4 * i + 4] for i in range(4)]
-    first = [20, 2, 16, 32]
-    case.executor.prefill([Segment(t[:n], 0, p, wanted=False) for t, n, p in zip(sequences, first, pages)])
-    pieces = [
-        Segment(t[n:m], n, p, wanted=m != 45) for t, n, m, p in zip(sequences, first, lengths, pages) if n < m
-    ]
-    got = case.executor.prefill(pieces)
-    for row, which in zip(got, (1, 3), strict=True):
+    lengths, first, served = (45, 3, 16, 33), (20, 2, 16, 32), case.sequences
+    texts = [case.tokens(n + 6, seed=n) for n in lengths]
+    expected = [case.reference.logits(tokens) for tokens in texts]
+    kept = [served.open(tokens) for tokens in texts]
+    served.prefill(list(zip(kept, first)))
+    pieces = [(k, m - n) for k, n, m in zip(kept, first, lengths) if n < m]
+    for row, (each, _) in zip(served.prefill(pieces), pieces, strict=True):
+        which = kept.index(each)
         close(row, expected[which][lengths[which] - 1])
     for step in range(6):
-        got = case.executor.decode(
-            [Segment([t[n + step]], n + step, p) for t, n, p in zip(sequences, lengths, pages)]
-        )
-        for row, logits, n in zip(got, expected, lengths, strict=True):
+        for row, logits, n in zip(served.decode(kept), expected, lengths, strict=True):
             close(row, logits[n + step])
 
 
 def test_pages_are_reused_without_a_trace(case: Case) -> None:
-    pages = case.pages[:4]
-    case.executor.prefill([Segment(case.tokens(64, seed=5), 0, pages)])
+    sequences = case.sequences
+    before = sequences.open(case.tokens(64, seed=5))
+    sequences.prefill([(before, 64)])
+    sequences.close(before)
     tokens = case.tokens(19, seed=6)
-    got = case.executor.prefill([Segment(tokens, 0, pages[::-1])])
+    got = sequences.prefill([(sequences.open(tokens), 19)])
     close(got[0], case.reference.logits(tokens)[-1])
 
 
@@ -153,7 +147,8 @@ def test_a_window_hides_what_lies_behind_it(
     tokens = case.tokens(3 * WINDOW)
     rows = []
     for first in (tokens[0], (tokens[0] + 1) % case.executor.facts.vocab):
-        rows.append(case.executor.prefill([Segment([first, *tokens[1:]], 0, case.pages[:2])])[0].copy())
+        sequences, changed = case.sequences, [first, *tokens[1:]]
+        rows.append(sequences.prefill([(sequences.open(changed), len(changed))])[0].copy())
     assert bool(np.abs(rows[0] - rows[1]).max() > 1e-3) is reaches
 
 

@@ -45,8 +45,9 @@ def test_the_promise_is_the_sum_of_its_lines() -> None:
     assert b.total <= plan.budget == 64 * MIB
     assert (b.weights, b.runtime) == (3 * MIB, 5 * MIB)
     assert b.arena == 4096 * plan.chunk + 512 * plan.max_batch
-    assert plan.page_bytes == 2 * 2 * (16 + 16) * 4 * 16
-    assert b.pools == plan.pages * plan.page_bytes
+    (group,) = plan.groups
+    assert group.page_bytes == 2 * 2 * (16 + 16) * 4 * 16
+    assert b.pools == group.pages * group.page_bytes
     widths = {"int64": 8, "int32": 4}
     shapes = input_shapes(plan)
     counted = 0
@@ -56,21 +57,21 @@ def test_the_promise_is_the_sum_of_its_lines() -> None:
             size *= extent
         counted += -(-size // 64) * 64
     assert b.tables == counted
-    assert shapes["table"][1] == (plan.max_batch, -(-plan.max_context // 16))
+    assert shapes["table_0"][1] == (plan.max_batch, -(-plan.max_context // 16))
     assert b.outputs >= plan.max_batch * 512 * 4
 
 
 def test_the_workload_decides_batch_and_least_pages() -> None:
     plan = make_plan(costs(), 64 * MIB, (Workload(3, 33), Workload(1, 200)))
     assert plan.max_batch == 3
-    assert plan.pages >= max(3 * 3, 13)
+    assert plan.groups[0].pages >= max(3 * 3, 13)
     assert plan.workload == (Workload(3, 33), Workload(1, 200))
 
 
 def test_the_largest_chunk_that_fits_is_taken() -> None:
     big = costs(arena=lambda chunk, batch: chunk * 100_000)
     base = make_plan(costs(arena=lambda chunk, batch: 0), 64 * MIB, (Workload(1, 1024),))
-    rest = base.bytes.total - base.bytes.arena - (base.pages - 64) * base.page_bytes
+    rest = base.bytes.total - base.bytes.arena - (base.groups[0].pages - 64) * base.groups[0].page_bytes
     for chunk in CHUNKS:
         plan = make_plan(big, rest + chunk * 100_000 + 8192, (Workload(1, 1024),))
         assert plan.chunk == chunk
@@ -85,10 +86,10 @@ def test_no_chunk_is_much_larger_than_the_workload() -> None:
 
 def test_what_is_left_becomes_pages_up_to_the_models_context() -> None:
     small = make_plan(costs(), 9 * MIB, SMALL)
-    larger = make_plan(costs(), 9 * MIB + 10 * (small.page_bytes + 64), SMALL)
-    assert larger.pages == small.pages + 10
+    larger = make_plan(costs(), 9 * MIB + 10 * (small.groups[0].page_bytes + 64), SMALL)
+    assert larger.groups[0].pages == small.groups[0].pages + 10
     full = make_plan(costs(), 1 << 40, SMALL)
-    assert full.pages == 2 * 1024 // 16
+    assert full.groups[0].pages == 2 * 1024 // 16
     assert full.max_context == 1024
     assert full.bytes.total < 64 * MIB
 
@@ -96,8 +97,8 @@ def test_what_is_left_becomes_pages_up_to_the_models_context() -> None:
 def test_a_model_without_a_limit_takes_all_pages() -> None:
     unbounded = costs(facts=facts(context=None))
     plan = make_plan(unbounded, 64 * MIB, SMALL)
-    assert 64 * MIB - plan.bytes.total < 2 * plan.page_bytes
-    assert plan.max_context == plan.pages * 16
+    assert 64 * MIB - plan.bytes.total < 2 * plan.groups[0].page_bytes
+    assert plan.max_context == plan.groups[0].pages * 16
 
 
 @pytest.mark.parametrize("workload", [Workload(1, 1025), Workload(8, 2000)])
@@ -168,7 +169,9 @@ def test_a_plan_holds_its_workload_within_its_budget(
     for w in workload:
         assert w.batch <= plan.max_batch
         assert w.context <= plan.max_context
-        assert w.batch * -(-w.context // plan.page_size) <= plan.pages
+        assert w.batch * -(-w.context // plan.page_size) <= plan.groups[0].pages
     unused, context = budget - plan.bytes.total, given_.facts.context
-    if context is None or plan.pages < plan.max_batch * -(-context // plan.page_size):
-        assert unused < 2 * plan.page_bytes + plan.bytes.pools // 16  # the tables widen with the pages
+    if context is None or plan.groups[0].pages < plan.max_batch * -(-context // plan.page_size):
+        assert (
+            unused < 2 * plan.groups[0].page_bytes + plan.bytes.pools // 16
+        )  # the tables widen with the pages

@@ -13,16 +13,30 @@ from rich.table import Table
 
 from kvc.checks import Check
 from kvc.options import format_size, parse_size, parse_workload
-from kvc.report import check_table, model_tables, plan_table, timing_table
+from kvc.report import check_table, model_tables, plan_tables, timing_table
 from kvc_passes.errors import InputError
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Workload
+from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
 
 CAUSAL = MaskFact("causal", None, "SMT: mask == (key <= query)")
 SITE = AttentionSite(0, "/layers.0/Softmax", 4, 2, 32, 32, 0.125, None, CAUSAL, "rotate_half")
 FACTS = ModelFacts("tiny", 512, 520, 256, (SITE,), ("position_ids",), {"float32": 1_700_000}, 212)
 BYTES = Bytes(weights=40_000, pools=30_000, tables=2_000, arena=10_000, outputs=3_000, runtime=5_000)
+GROUPS = (
+    StateGroup((0, 1, 2, 4), Reach(window=32, sinks=4), "form a", 2_048, 10),
+    StateGroup((3,), Reach(), "form b", 512, 19),
+)
 PLAN = Plan(
-    100_000, (Workload(4, 64), Workload(1, 256)), {"kind": "llvm"}, 16, 3_000, 10, 64, 8, 4, 160, BYTES
+    100_000,
+    (Workload(4, 64), Workload(1, 256)),
+    {"kind": "llvm"},
+    16,
+    GROUPS,
+    64,
+    8,
+    4,
+    160,
+    BYTES,
+    capacities=(Workload(1, 700), Workload(12, 64), Workload(1, 256)),
 )
 
 
@@ -40,16 +54,26 @@ def _cells(table: Table) -> list[list[str]]:
 
 
 def test_plan_accounts_for_every_byte() -> None:
-    rows = {cells[0]: cells for cells in _cells(plan_table(PLAN, "tiny"))}
+    table, _ = plan_tables(PLAN, "tiny")
+    rows = {cells[0]: cells for cells in _cells(table)}
     lines = ["weights", "KV pages", "temporaries", "logits", "tables", "process"]
     assert list(rows) == [*lines, "promised", "budget"]
     assert sum(int(rows[name][1].replace(",", "")) for name in lines) == BYTES.total == 90_000
     assert rows["promised"][1:3] == ["90,000", "90.0%"]
     assert rows["budget"][1] == "100,000"
     assert "160 tokens" in rows["budget"][3]
-    assert "10 pages of 16 tokens: 160 tokens" in rows["KV pages"][3]
     assert "chunks of 64" in rows["temporaries"][3]
-    assert "tiny: 4x64,1x256 in 100.0 KB" in _text(plan_table(PLAN, "tiny"))
+    assert "tiny: 4x64,1x256 in 100.0 KB" in _text(table)
+
+
+def test_plan_shows_what_every_group_of_layers_keeps() -> None:
+    _, table = plan_tables(PLAN, "tiny")
+    assert _cells(table) == [
+        ["0-2,4", "form a", "the first 4 and the last 32", "10", "160", "20,480", "128"],
+        ["3", "form b", "all tokens", "19", "304", "9,728", "32"],
+    ]
+    text = " ".join(_text(table).split())
+    assert "at most: 700 tokens for one request; 12 requests of 64 tokens; 1 request of 256 tokens" in text
 
 
 def test_model() -> None:
@@ -105,7 +129,7 @@ def test_names_are_not_markup(name: str) -> None:
     site = dataclasses.replace(SITE, node=name, mask=mask, rope=name)
     facts = dataclasses.replace(FACTS, name=name, positions=(name,), sites=(site,))
     assert _text(*model_tables(facts)).count(name) == 5
-    assert name in _text(plan_table(PLAN, name))
+    assert name in _text(*plan_tables(PLAN, name))
     assert _text(check_table([Check(name, name, 0, 1)], name)).count(name) == 3
     assert name in _text(timing_table([(name, 0.1, 1)]))
 

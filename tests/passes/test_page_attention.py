@@ -18,7 +18,7 @@ from flat_graphs import (
     flat,
     tokens_and_positions,
 )
-from tvm import IRModule, tirx
+from tvm import IRModule, relax, tirx
 
 from kvc_passes.facts import MaskFact
 from kvc_passes.graph import Graph, op_name
@@ -30,7 +30,7 @@ from support import Compiled, ops, params_of, run_markers, shape_of
 PAGE = ATTENTION_KERNELS.page_size
 PAGES = 6
 TOLERANCE = 1e-5  # float32 sums of up to 48 products in another order, through two layers
-POOLS = ["k_0", "k_1", "v_0", "v_1"]
+POOLS = ["k_0", "v_0", "k_1", "v_1"]
 
 
 def paged(phase: Any, sites: Any = SITES) -> IRModule:
@@ -46,18 +46,18 @@ def kernels(module: IRModule) -> list[str]:
 
 def test_the_parameters_of_prefill() -> None:
     module = paged("prefill")
-    inputs = ["tokens", "positions", "slots", "tiles", "block_table", "rows"]
+    inputs = ["tokens", "positions", "slots_0", "tiles", "block_table_0", "rows"]
     assert params_of(module) == [*inputs, *POOLS, *SHAPES]
     params = {p.name: p for p in module["main"].params}
     assert [shape_of(params[n]) for n in inputs[2:]] == [["n"], ["t", "3"], ["b", "m"], ["r"]]
     assert {params[n].ty.dtype.dtype for n in inputs[2:]} == {"int32"}
-    assert shape_of(params["k_0"]) == ["pages", str(KV_HEADS), str(DIM), str(PAGE)]
-    assert shape_of(params["v_0"]) == ["pages", str(KV_HEADS), str(PAGE), str(DIM)]
+    assert shape_of(params["k_0"]) == ["pages_0", str(KV_HEADS), str(DIM), str(PAGE)]
+    assert shape_of(params["v_0"]) == ["pages_0", str(KV_HEADS), str(PAGE), str(DIM)]
 
 
 def test_the_parameters_of_decode() -> None:
     module = paged("decode")
-    assert params_of(module) == ["tokens", "positions", "slots", "block_table", *POOLS, *SHAPES]
+    assert params_of(module) == ["tokens", "positions", "slots_0", "block_table_0", *POOLS, *SHAPES]
     assert shape_of(module["main"].params[3]) == ["n", "m"]
 
 
@@ -85,10 +85,30 @@ def test_sites_of_one_geometry_share_their_kernels() -> None:
     ]
 
 
+def test_sites_that_keep_other_tokens_have_pages_of_their_own() -> None:
+    other = replace(SITES[1], mask=MaskFact("window", 4, "given"))
+    module = paged("prefill", (SITES[0], other))
+    inputs = ["tokens", "positions", "slots_0", "slots_1", "tiles", "block_table_0", "block_table_1", "rows"]
+    assert params_of(module) == [*inputs, *POOLS, *SHAPES]
+    params = {p.name: p for p in module["main"].params}
+    assert [shape_of(params[name])[0] for name in POOLS] == ["pages_0", "pages_0", "pages_1", "pages_1"]
+    graph = Graph(module["main"])
+    calls = [
+        graph.definitions[v] for v in graph.order if op_name(graph.definitions[v]).startswith("call_tir")
+    ]
+    used = [[o.name for o in call.args[1].fields if isinstance(o, relax.Var)] for call in calls]
+    assert [name for names in used for name in names if name.startswith(("slots", "block"))] == [
+        "slots_0",
+        "block_table_0",
+        "slots_1",
+        "block_table_1",
+    ]
+
+
 def pools() -> list[np.ndarray]:
     """Pools full of values that must not be read."""
-    keys = [np.full((PAGES, KV_HEADS, DIM, PAGE), 1e3, np.float32) for _ in SITES]
-    return [*keys, *(np.full((PAGES, KV_HEADS, PAGE, DIM), 1e3, np.float32) for _ in SITES)]
+    shapes = [(PAGES, KV_HEADS, DIM, PAGE), (PAGES, KV_HEADS, PAGE, DIM)]
+    return [np.full(shape, 1e3, np.float32) for _ in SITES for shape in shapes]
 
 
 def slots(table: np.ndarray, positions: np.ndarray) -> np.ndarray:

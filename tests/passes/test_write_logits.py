@@ -26,7 +26,7 @@ def written(phase: Any, cap: float | None) -> tuple[IRModule, Any]:
     return WriteLogits(PRODUCTS, result.facts).run(result.module).module, result.facts
 
 
-@pytest.mark.parametrize(("phase", "behind"), [("prefill", "rows"), ("decode", "block_table")])
+@pytest.mark.parametrize(("phase", "behind"), [("prefill", "rows"), ("decode", "block_table_0")])
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_the_logits_are_a_parameter_before_the_pools(phase: str, behind: str, cap: float | None) -> None:
     module, _ = written(phase, cap)
@@ -44,7 +44,7 @@ def test_the_logits_are_a_parameter_before_the_pools(phase: str, behind: str, ca
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_they_are_written_there(cap: float | None) -> None:
     x, w = param("x", [1, symbol("n"), 16]), param("w", [16, VOCAB])
-    table = param("block_table", [symbol("n"), symbol("m")], "int32")
+    table = param("block_table_0", [symbol("n"), symbol("m")], "int32")
 
     def body(emit: Any, *_: Any) -> Any:
         y = emit(op.matmul(x, w))
@@ -53,7 +53,7 @@ def test_they_are_written_there(cap: float | None) -> None:
     before, _ = module_of([x, table, w], body)
     packing = PackMatmuls(PRODUCTS).run(before)
     result = WriteLogits(PRODUCTS, packing.facts).run(packing.module)
-    assert params_of(result.module)[:3] == ["x", "block_table", "logits"]
+    assert params_of(result.module)[:3] == ["x", "block_table_0", "logits"]
     values, pages, weight = floats(1, 5, 16), np.zeros((5, 1), np.int32), floats(16, VOCAB, seed=1) / 2
     (expected,) = run(before, values, pages, weight)
     (known,) = (packed(packing.facts, {"w": weight})[n] for n in packing.facts)

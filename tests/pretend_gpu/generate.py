@@ -30,7 +30,7 @@ def main() -> None:
     from kvc.runtime.executor import Executor, Segment
 
     executor = Executor(Artifact.open(artifact), warm=False)
-    pages = list(range(-(-(len(prompt) + steps) // executor.plan.page_size)))
+    pages = [range(-(-(len(prompt) + steps) // executor.plan.page_size))] * len(executor.plan.groups)
     rows = [executor.prefill([Segment(prompt, 0, pages)])[0].copy()]
     for step in range(steps - 1):
         call = [Segment([int(rows[-1].argmax())], len(prompt) + step, pages)]

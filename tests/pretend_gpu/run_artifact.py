@@ -64,7 +64,7 @@ def main() -> None:
     add_kernels(launches, artifact, dump / f"kernels.{arch}.cu", arch, folder)
     executor = Executor(opened, warm=False)
     tokens = tokens_of(executor.facts.vocab)
-    pages = [[3, 1], [0, 2]]
+    pages = [[each] * len(executor.plan.groups) for each in ([3, 1], [0, 2])]
     rows: list[np.ndarray] = []
     first = [Segment(tokens[0][: CHUNKS[0]], 0, pages[0], wanted=False)]
     executor.prefill(first)

@@ -12,22 +12,41 @@ from hypothesis import strategies as st
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import Request, Scheduler, Update
 from kvc_passes.errors import InputError
+from kvc_passes.facts import Reach, StateGroup
 
 EOS = frozenset({3})
 Make = Callable[..., Any]
 
 
 @st.composite
+def _reaches(draw: st.DrawFn) -> Reach:
+    match draw(st.sampled_from(["all", "window", "chunk", "sinks"])):
+        case "window":
+            return Reach(window=draw(st.integers(1, 12)))
+        case "chunk":
+            return Reach(chunk=draw(st.integers(1, 12)))
+        case "sinks":
+            return Reach(window=draw(st.integers(1, 12)), sinks=draw(st.integers(1, 5)))
+    return Reach()
+
+
+@st.composite
 def _worlds(draw: st.DrawFn) -> dict[str, Any]:
     """A plan with few pages, and requests that arrive and are cancelled at some steps."""
-    size = draw(st.integers(1, 5))
-    pages = draw(st.integers(1, 12))
-    plan = {"page_size": size, "pages": pages, "chunk": draw(st.integers(1, 9)), "tile": 2}
-    plan |= {"max_batch": draw(st.integers(1, 4)), "max_context": draw(st.integers(1, 30))}
-    limit = min(size * pages, plan["max_context"])
+    size, chunk = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    context = draw(st.integers(1, 40))
+    reaches = draw(st.lists(_reaches(), min_size=1, max_size=3, unique=True))
+    groups = []
+    for index, reach in enumerate(reaches):
+        least = reach.most_pages(size, context, 1)  # one sequence alone must be able to go on
+        groups.append(StateGroup((index,), reach, "test", 64, least + draw(st.integers(0, 6))))
+    plan = {"page_size": size, "groups": tuple(groups), "chunk": chunk, "tile": 2, "max_context": context}
+    plan |= {"max_batch": draw(st.integers(1, 4))}
+    common = draw(st.lists(st.integers(0, 22), max_size=context))
     requests = []
     for seed in range(draw(st.integers(1, 9))):
-        prompt = draw(st.lists(st.integers(0, 22), min_size=1, max_size=limit))
+        begin = common[: draw(st.integers(0, len(common)))]
+        rest = draw(st.lists(st.integers(0, 22), min_size=not begin, max_size=context - len(begin)))
         params = SamplingParams(
             max_new_tokens=draw(st.integers(1, 12)),
             temperature=draw(st.sampled_from([0.0, 1.0])),
@@ -35,11 +54,11 @@ def _worlds(draw: st.DrawFn) -> dict[str, Any]:
             ignore_eos=draw(st.booleans()),
         )
         cancelled = draw(st.one_of(st.none(), st.integers(0, 30)))
-        requests.append((draw(st.integers(0, 15)), prompt, params, cancelled))
+        requests.append((draw(st.integers(0, 15)), begin + rest, params, cancelled))
     return {"plan": plan, "requests": requests}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(world=_worlds())
 def test_outputs_equal_the_unbatched_ones(
     fake_model: Make, make_plan: Make, make_facts: Make, world: dict[str, Any]
@@ -62,13 +81,14 @@ def test_outputs_equal_the_unbatched_ones(
             assert scheduler.cancel(request.id) == (request.finish_reason is None)
         updates += scheduler.step()
         assert scheduler.running <= model.plan.max_batch
-        assert scheduler.pool.used == sum(len(r.pages) for r, *_ in added if r.pages is not None)
+        _check_pages(scheduler, [r for r, *_ in added])
         live = [r for r, *_ in added if r.finish_reason is None]
-        ages = [r.id for r in live if r.pages is not None] + [r.id for r in live if r.pages is None]
+        ages = [r.id for r in live if r.kept is not None] + [r.id for r in live if r.kept is None]
         assert ages == sorted(ages)  # nobody waits for a younger one
         step += 1
         assert step < 2000
-    assert scheduler.pool.used == scheduler.running == scheduler.waiting == 0
+    assert scheduler.running == scheduler.waiting == 0
+    assert all(pool.used == 0 for pool in scheduler.state.pools)
     for request, prompt, params in added:
         expected = model.unbatched(prompt, params, EOS)
         seen = [u.token for u in updates if u.request is request and u.token is not None]
@@ -81,6 +101,17 @@ def test_outputs_equal_the_unbatched_ones(
         assert [u.finish_reason for u in updates if u.request is request and u.finish_reason] == [
             request.finish_reason
         ]
+
+
+def _check_pages(scheduler: Scheduler, requests: Sequence[Request]) -> None:
+    """Every page that is in use is somebody's; nobody holds more than the plan says that a sequence may."""
+    plan = scheduler.plan
+    for index, (pool, group) in enumerate(zip(scheduler.state.pools, plan.groups)):
+        held = [r.kept.pages[index].held for r in requests if r.kept is not None]
+        assert pool.used == len({page for pages in held for page in pages})
+        for request, pages in zip([r for r in requests if r.kept is not None], held):
+            limit = group.reach.most_pages(plan.page_size, plan.max_context, 1)
+            assert len(pages) <= limit or not group.reach.bounded, request
 
 
 def _reason(scheduler: Scheduler, request: Request) -> str:
@@ -98,7 +129,7 @@ def scheduler(fake_model: Make, make_plan: Make, make_facts: Make) -> Scheduler:
 
 
 def test_youngest_gives_way_when_pages_run_out(fake_model: Make, make_plan: Make, make_facts: Make) -> None:
-    scheduler = Scheduler(fake_model(make_plan(pages=6, max_context=24), make_facts()))
+    scheduler = Scheduler(fake_model(make_plan(pages=6), make_facts()))
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     first, second = (scheduler.add([i] * 8, params) for i in range(2))
     finished = [u.request for _ in range(60) if scheduler.busy for u in scheduler.step() if u.finish_reason]

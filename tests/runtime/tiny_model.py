@@ -20,7 +20,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from kvc.artifact import ArtifactWriter
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Workload
+from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
 
 PAGES, PG, V = 6, 4, 10
 EMBEDDING = (2 * np.arange(V, dtype=np.float32)).reshape(V, 1)
@@ -132,7 +132,8 @@ def build(folder: Path, mcpu: str) -> None:
     site = AttentionSite(0, "n", 1, 1, 1, 1, 1.0, None, MaskFact("causal", None, "test"), None)
     facts = ModelFacts("tiny", V, V, None, (site,), (), {}, 1)
     target = {"kind": "llvm", "mcpu": mcpu, "num-cores": 2}
-    plan = Plan(1 << 20, (Workload(2, 12),), target, PG, 8 * PG, PAGES, 8, 2, 3, 16, Bytes(1, 1, 1, 1, 1, 1))
+    groups = (StateGroup((0,), Reach(), "test", 8 * PG, PAGES),)
+    plan = Plan(1 << 20, (Workload(2, 12),), target, PG, groups, 8, 2, 3, 16, Bytes(1, 1, 1, 1, 1, 1))
     with ArtifactWriter(folder) as writer:
         executable = tvm.compile(Tiny, tvm.target.Target({"kind": "llvm"}))
         executable.export_library(str(writer.folder / "model.so"))

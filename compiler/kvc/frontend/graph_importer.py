@@ -29,7 +29,7 @@ from .quantized_operators import coded_initializers
 from .reader import OnnxFile
 from .roles import PAST, SEQUENCE
 
-_RESERVED = re.compile(r"[kv]_\d+|tokens|positions|slots|tiles|block_table|rows|logits")
+_RESERVED = re.compile(r"[kv](_scale)?_\d+|(slots|block_table)_\d+|tokens|positions|tiles|rows|logits")
 """Names of the compiled functions' other parameters."""
 _SMALLEST_PARAMETER = 64  # elements; smaller float initializers become constants of the module
 

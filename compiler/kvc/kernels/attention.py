@@ -7,6 +7,7 @@ those of a tile's window, so the table's other entries may be anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from tvm import tirx
 from . import vector_math
 from .attention_block import BlockKernel, normalized
 from .emit import Emitter, Expr, argument, chunks, copy_rows, f32, i64, narrowed, size_var, splat, vec
+from .stored import Stored, inverse_of, row_of
 from .traits import CpuTraits
 
 
@@ -44,12 +46,19 @@ class AttentionShape:
     """Whether a row that has NaN in its softmax comes out as 0, and not as NaN."""
     kv_dtype: str = "float32"
     """What the pages hold: float32, float16 or bfloat16."""
+    stored: str | None = None
+    """Codes that they hold instead, as AttentionSite.stored."""
     page_size: int = 16
 
     @property
     def group(self) -> int:
         """Query heads of a KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def form(self) -> Stored:
+        """How elements stand in pages."""
+        return Stored(self.stored, self.kv_dtype)
 
 
 def choose_tile(group: int, traits: CpuTraits) -> int:
@@ -69,13 +78,20 @@ def decode_splits(kv_heads: int, traits: CpuTraits) -> int:
     return min(traits.threads, 16)
 
 
-def pools(shape: AttentionShape, pages: Expr) -> tuple[Any, Any]:
-    """The page pools as arguments: K [P, Hkv, D, PG] and V [P, Hkv, PG, Dv]."""
-    size = shape.page_size
-    return (
-        argument("kpool", (pages, shape.kv_heads, shape.head_dim, size), shape.kv_dtype),
-        argument("vpool", (pages, shape.kv_heads, size, shape.value_dim), shape.kv_dtype),
-    )
+def pools(shape: AttentionShape, pages: Expr) -> dict[str, Any]:
+    """The page pools as arguments: k [P, Hkv, D, PG] and v [P, Hkv, PG, Dv].
+
+    Of codes also k_scale and v_scale [P, Hkv, PG]; where codes share a byte, D and Dv count bytes.
+    """
+    size, form, heads = shape.page_size, shape.form, shape.kv_heads
+    kept = {
+        "k": argument("kpool", (pages, heads, shape.head_dim // form.parts, size), form.dtype),
+        "v": argument("vpool", (pages, heads, size, shape.value_dim // form.parts), form.dtype),
+    }
+    if shape.stored:
+        for name in ("k_scale", "v_scale"):
+            kept[name] = argument(name, (pages, heads, size), "bfloat16")
+    return kept
 
 
 def extras(shape: AttentionShape) -> dict[str, Any]:
@@ -87,27 +103,18 @@ def extras(shape: AttentionShape) -> dict[str, Any]:
 def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
     """Write the keys and values of a call's tokens into their pages.
 
-    Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv], slots i32[n],
-    kpool [P, Hkv, D, PG] and vpool [P, Hkv, PG, Dv] of shape.kv_dtype, both in place.
+    Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv], slots i32[n], and `pools`, in place.
     """
     e = Emitter()
-    n, pages, page = size_var("n"), size_var("pages"), shape.page_size
+    n, pages = size_var("n"), size_var("pages")
     k = argument("k", (1, shape.kv_heads, n, shape.head_dim))
     v = argument("v", (1, shape.kv_heads, n, shape.value_dim))
     slots = argument("slots", (n,), "int32")
-    kpool, vpool = pools(shape, pages)
+    state = pools(shape, pages)
+    write = _append_codes if shape.stored else _append_floats
 
     def tokens(head: Expr, start: Expr, count: Expr) -> None:
-        # Token innermost: neighbours fill the same cache lines of a page.
-        with e.loop("d", shape.head_dim) as d, e.loop("i", count) as i:
-            slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))
-            at = tirx.floordiv(slot, i64(page))
-            value = narrowed(k[i64(0), head, start + i, d], shape.kv_dtype)
-            e.store(kpool, value, at, head, d, tirx.floormod(slot, i64(page)))
-        with e.loop("i", count) as i:
-            slot = e.bind("slot", tirx.Cast("int64", slots[start + i]))
-            at = [tirx.floordiv(slot, i64(page)), head, tirx.floormod(slot, i64(page))]
-            copy_rows(e, v, [i64(0), head, start + i], vpool, at, shape.value_dim, traits.lanes)
+        write(e, shape, (k, v, slots), state, head, start, count, traits.lanes)
 
     block = 16
     with e.when(n < block), e.loop("h", shape.kv_heads) as h:
@@ -117,13 +124,71 @@ def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
         with e.loop("j", blocks * shape.kv_heads, parallel=True) as j:
             start = e.bind("start", tirx.floordiv(j, i64(shape.kv_heads)) * block)
             tokens(tirx.floormod(j, i64(shape.kv_heads)), start, tirx.Min(n - start, i64(block)))
-    return e.function([k, v, slots, kpool, vpool], [k, v, slots], [kpool, vpool])
+    return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
+
+
+def _append_floats(
+    e: Emitter,
+    shape: AttentionShape,
+    inputs: tuple[Any, Any, Any],
+    state: Mapping[str, Any],
+    head: Expr,
+    start: Expr,
+    count: Expr,
+    lanes: int,
+) -> None:
+    k, v, slots = inputs
+    # Token innermost: neighbours fill the same cache lines of a page.
+    with e.loop("d", shape.head_dim) as d, e.loop("i", count) as i:
+        page, offset = _slot(e, slots[start + i], shape.page_size)
+        value = narrowed(k[i64(0), head, start + i, d], shape.kv_dtype)
+        e.store(state["k"], value, page, head, d, offset)
+    with e.loop("i", count) as i:
+        page, offset = _slot(e, slots[start + i], shape.page_size)
+        at = [page, head, offset]
+        copy_rows(e, v, [i64(0), head, start + i], state["v"], at, shape.value_dim, lanes)
+
+
+def _append_codes(
+    e: Emitter,
+    shape: AttentionShape,
+    inputs: tuple[Any, Any, Any],
+    state: Mapping[str, Any],
+    head: Expr,
+    start: Expr,
+    count: Expr,
+    lanes: int,
+) -> None:
+    (k, v, slots), form = inputs, shape.form
+    with e.loop("i", count) as i:
+        page, offset = _slot(e, slots[start + i], shape.page_size)
+        source = [i64(0), head, start + i]
+        for name, x, dim in (("k", k, shape.head_dim), ("v", v, shape.value_dim)):
+            half = dim // form.parts
+            row = row_of(x, source)
+            scale = form.scale_of(e, row, chunks(dim, lanes))
+            e.store(state[f"{name}_scale"], tirx.reinterpret("bfloat16", scale), page, head, offset)
+            inverse = inverse_of(e, scale)
+            if name == "k":
+                with e.loop("d", half) as d:
+                    numbers = [x[(*source, d + part * half)] for part in range(form.parts)]
+                    e.store(state["k"], form.code(numbers, inverse), page, head, d, offset)
+                continue
+            for first, width in chunks(half, lanes):
+                numbers = [row(first + part * half, width) for part in range(form.parts)]
+                e.store(state["v"], form.code(numbers, inverse), page, head, offset, vec(i64(first), width))
+
+
+def _slot(e: Emitter, slot: Expr, page: int) -> tuple[Expr, Expr]:
+    """The page and the offset of a slot."""
+    slot = e.bind("slot", tirx.Cast("int64", slot))
+    return tirx.floordiv(slot, i64(page)), tirx.floormod(slot, i64(page))
 
 
 def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> tirx.PrimFunc:
     """Attention of many tokens a sequence.
 
-    Arguments of the function: q f32[1, H, n, D], kpool, vpool, positions i64[n], tiles i32[t, 3]
+    Arguments of the function: q f32[1, H, n, D], *pools(shape), positions i64[n], tiles i32[t, 3]
     (table row, first token, tokens <= tile), block_table i32[b, m], *extras(shape), out f32[1, n, H, Dv].
     A task is a tile and a KV head: its rows are the tile's tokens times the heads of the group, so K and V
     are read once a group. The tokens' own keys must be in the pages.
@@ -132,7 +197,7 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
     n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
     group, heads = shape.group, shape.kv_heads
     q = argument("q", (1, shape.heads, n, shape.head_dim))
-    kpool, vpool = pools(shape, pages)
+    state = pools(shape, pages)
     positions = argument("positions", (n,), "int64")
     tiles = argument("tiles", (t, 3), "int32")
     table = argument("block_table", (b, m), "int32")
@@ -149,7 +214,7 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
                 e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
                 for at, name in enumerate(("row", "first", "tokens"))
             )
-            kernel = BlockKernel(e, shape, traits, tile * group, False, 128, (kpool, vpool), table, row, more)
+            kernel = BlockKernel(e, shape, traits, tile * group, False, 128, state, table, row, more)
             position = e.bind("position", positions[first])
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
                 kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, position + k)
@@ -158,14 +223,14 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
             kernel.run_head(head, tokens * group, page, last - page + 1, position, position + tokens - 1)
             with e.loop("k", tokens) as k, e.loop("g", group) as g:
                 kernel.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
-    inputs = [q, kpool, vpool, positions, tiles, table, *more.values()]
+    inputs = [q, *state.values(), positions, tiles, table, *more.values()]
     return e.function([*inputs, out], inputs, [out])
 
 
 def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | None = None) -> tirx.PrimFunc:
     """Attention of one token a sequence.
 
-    Arguments of the function: q f32[1, H, b, D], kpool, vpool, positions i64[b], block_table i32[b, m],
+    Arguments of the function: q f32[1, H, b, D], *pools(shape), positions i64[b], block_table i32[b, m],
     *extras(shape), part f32[b, S, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share),
     out f32[1, b, H, Dv]. S is `splits`, decode_splits by default.
     """
@@ -174,7 +239,7 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
     group, heads, dim = shape.group, shape.kv_heads, shape.value_dim
     shares = splits or decode_splits(heads, traits)
     q = argument("q", (1, shape.heads, b, shape.head_dim))
-    kpool, vpool = pools(shape, pages)
+    state = pools(shape, pages)
     positions = argument("positions", (b,), "int64")
     table = argument("block_table", (b, m), "int32")
     more = extras(shape)
@@ -186,7 +251,7 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             task = c + i * traits.threads
             row = e.bind("row", tirx.floordiv(task, i64(shares)))
             share = e.bind("share", tirx.floormod(task, i64(shares)))
-            kernel = BlockKernel(e, shape, traits, group, True, 128, (kpool, vpool), table, row, more, share)
+            kernel = BlockKernel(e, shape, traits, group, True, 128, state, table, row, more, share)
             position = e.bind("position", positions[row])
             with e.loop("h", heads) as head:
                 with e.loop("g", group) as g:
@@ -202,7 +267,7 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
         _merge(e, shape, part, row, h, out, traits.lanes)
     with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
         _merge(e, shape, part, row, h, out, traits.lanes)
-    inputs = [q, kpool, vpool, positions, table, *more.values()]
+    inputs = [q, *state.values(), positions, table, *more.values()]
     return e.function([*inputs, part, out], inputs, [part, out])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 
 from . import vector_math
-from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec, widened
+from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec
 from .masks import Mask
 from .predicate import names
 from .traits import CpuTraits
@@ -39,7 +39,7 @@ class BlockKernel:
         rows: int,
         streaming: bool,
         keys: int,
-        pools: tuple[Any, Any],
+        pools: Mapping[str, Any],
         table: Any,
         row: Expr,
         extras: Mapping[str, Any],
@@ -47,7 +47,7 @@ class BlockKernel:
     ) -> None:
         self.e, self.shape, self.lanes = e, shape, traits.lanes
         self.extras, self.share, self.mask = extras, share, Mask(e, shape, traits.lanes)
-        self.kpool, self.vpool = pools
+        self.pools, self.form = pools, shape.form
         self.table, self.row = table, row
         tiles = -(-rows // traits.tile_rows)
         self.height = -(-rows // tiles) if tiles < 3 else traits.tile_rows
@@ -152,8 +152,9 @@ class BlockKernel:
     def _score(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
         """scores[slot + i, base + j] = query row (row + i) . key j of `count` pages from `start`."""
         e, lanes, dim, height, width = self.e, self.lanes, self.shape.head_dim, self.height, self.width
+        parts, depth = self.form.parts, dim // self.form.parts
         splits = max(1, 8 // (width * height))
-        splits = min(1 << (splits.bit_length() - 1), dim & -dim)  # powers of two; no element is left over
+        splits = min(1 << (splits.bit_length() - 1), depth & -depth)  # powers of two; no element is left over
         groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         with e.loop("kg", groups) as kg:
             columns = [tirx.Min(kg * self.together + j, count - 1) for j in range(self.together)]
@@ -168,24 +169,36 @@ class BlockKernel:
                 with e.unrolled("i", splits * height) as i:
                     for v in range(width):
                         e.store(acc, splat(f32(0), lanes), at(i, v))
-                with e.loop("d", dim // splits) as d:
+                with e.loop("d", depth // splits) as d:
                     for s in range(splits):
                         inner = d * splits + s
-                        keys = [
-                            e.bind("kv", widened(self.kpool[page, head, inner, vec(i64(offset), lanes)]))
+                        raw = [
+                            self._loaded(self.pools["k"][page, head, inner, vec(i64(offset), lanes)])
                             for page, offset in vectors[sub : sub + width]
                         ]
-                        with e.unrolled("i", height) as i:
-                            qv = e.bind("qv", splat(self.query[(row + i) * dim + inner], lanes))
-                            for v in range(width):
-                                e.store(acc, acc[at(i, v, s)] + keys[v] * qv, at(i, v, s))
+                        for part in range(parts):
+                            keys = [e.bind("kv", self.form.element(r, part)) for r in raw]
+                            element = inner + part * depth
+                            with e.unrolled("i", height) as i:
+                                qv = e.bind("qv", splat(self.query[(row + i) * dim + element], lanes))
+                                for v in range(width):
+                                    e.store(acc, acc[at(i, v, s)] + keys[v] * qv, at(i, v, s))
+                scales = self._key_scales(head, vectors[sub : sub + width])
                 with e.unrolled("i", height) as i:
                     for v in range(width):
                         value = acc[at(i, v)]
                         for s in range(1, splits):
                             value = value + acc[at(i, v, s)]
                         to = (slot + i) * self.keys + base + (kg * len(vectors) + sub + v) * lanes
-                        e.store(self.scores, value, vec(to, lanes))
+                        e.store(self.scores, value * scales[v] if scales else value, vec(to, lanes))
+
+    def _key_scales(self, head: Expr, vectors: Sequence[tuple[Expr, int]]) -> list[Expr]:
+        """The scales of vectors of keys that are codes, else none."""
+        if self.form.name is None:
+            return []
+        pool = self.pools["k_scale"]
+        loaded = (pool[page, head, vec(i64(offset), self.lanes)] for page, offset in vectors)
+        return [self.e.bind("ks", self.form.scale(raw)) for raw in loaded]
 
     def _softmax(self, row: Expr, slot: Expr, start: Expr, vectors: Expr, masked: Expr) -> None:
         """Turn a tile's scores into weights of the running softmax, and rescale what was summed before."""
@@ -264,28 +277,43 @@ class BlockKernel:
     ) -> None:
         """output += weights v over `count` pages from `start`, of which only `keys` keys exist."""
         e, dim, size, height = self.e, self.shape.value_dim, self.shape.page_size, self.height
-        columns = chunks(dim, self.lanes)
-        each = 2 if height > 3 else 4
+        parts, half = self.form.parts, dim // self.form.parts
+        columns = chunks(half, self.lanes)
+        each = (2 if height > 3 else 4) // parts
         for group in (columns[i : i + each] for i in range(0, len(columns), each)):
-            acc = [e.local("acc", height * width) for _, width in group]
+            places = [(offset + part * half, width) for offset, width in group for part in range(parts)]
+            acc = [e.local("acc", height * width) for _, width in places]
             with e.unrolled("i", height) as i:
-                for a, (offset, width) in zip(acc, group):
+                for a, (offset, width) in zip(acc, places):
                     e.store(a, self.output[vec((row + i) * dim + offset, width)], vec(i * width, width))
             with e.loop("p", count) as p:
                 page = self._page(start + p)
                 with e.loop("k", tirx.Min(keys - p * size, i64(size))) as k:
-                    values = [
-                        e.bind("vv", widened(self.vpool[page, head, k, vec(i64(offset), width)]))
-                        for offset, width in group
-                    ]
+                    values = self._loaded_values(page, head, k, group)
+                    scale = None
+                    if self.form.name is not None:
+                        scale = e.bind("vs", self.form.scale(self.pools["v_scale"][page, head, k]))
                     with e.unrolled("i", height) as i:
-                        weight = e.bind("pv", self.scores[(slot + i) * self.keys + base + p * size + k])
-                        for a, value, (_, width) in zip(acc, values, group):
+                        weight = self.scores[(slot + i) * self.keys + base + p * size + k]
+                        weight = e.bind("pv", weight if scale is None else weight * scale)
+                        for a, value, (_, width) in zip(acc, values, places):
                             at = vec(i * width, width)
                             e.store(a, a[at] + value * splat(weight, width), at)
             with e.unrolled("i", height) as i:
-                for a, (offset, width) in zip(acc, group):
+                for a, (offset, width) in zip(acc, places):
                     e.store(self.output, a[vec(i * width, width)], vec((row + i) * dim + offset, width))
+
+    def _loaded(self, raw: Expr) -> Expr:
+        """What was loaded, read once where it holds several elements. TVM cannot bind a bfloat16."""
+        return self.e.bind("raw", raw) if self.form.parts > 1 else raw
+
+    def _loaded_values(
+        self, page: Expr, head: Expr, key: Expr, columns: Sequence[tuple[int, int]]
+    ) -> list[Expr]:
+        """A key's values at columns of a page, one vector for each element of what stands there."""
+        e, pool = self.e, self.pools["v"]
+        raw = [self._loaded(pool[page, head, key, vec(i64(offset), width)]) for offset, width in columns]
+        return [e.bind("vv", self.form.element(r, part)) for r in raw for part in range(self.form.parts)]
 
     def store_output(self, row: Expr, out: Any, at: Sequence[Expr]) -> None:
         """out[at] = the finished row."""

@@ -56,6 +56,7 @@ class CpuAttention:
             site.value_dim,
             scale=1.0,
             kv_dtype=site.kv_dtype,
+            stored=site.stored,
             page_size=self.page_size,
         )
         return _append_kv(plain, self.traits)

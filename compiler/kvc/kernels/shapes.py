@@ -25,5 +25,6 @@ def attention_shape(site: AttentionSite, page_size: int) -> AttentionShape:
         sink_scores=site.sinks is not None,
         guarded=site.guarded,
         kv_dtype=site.kv_dtype,
+        stored=site.stored,
         page_size=page_size,
     )

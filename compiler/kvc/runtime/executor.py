@@ -28,8 +28,9 @@ class Segment:
     tokens: Sequence[int]
     start: int
     """Position of the first token in its sequence."""
-    pages: Sequence[int]
-    """The sequence's pages, at least those of positions 0 .. start + len(tokens) - 1."""
+    pages: Sequence[Sequence[int]]
+    """The sequence's pages in every group, by place, as far as its last token. What stands for pages that no
+    token of the segment sees does not matter, as long as it is a page's number."""
     wanted: bool = True
     """Whether the logits after the last token are wanted."""
 
@@ -62,13 +63,13 @@ class Memory(Protocol):
 
 def input_shapes(plan: Plan) -> Shapes:
     """Dtype and shape of the integer inputs of the largest call."""
-    tokens = max(plan.chunk, plan.max_batch)
+    tokens, groups = max(plan.chunk, plan.max_batch), range(len(plan.groups))
     return {
         "tokens": ("int64", (tokens,)),
         "positions": ("int64", (tokens,)),
-        "slots": ("int32", (tokens,)),
+        **{f"slots_{g}": ("int32", (tokens,)) for g in groups},
         "tiles": ("int32", (plan.max_tiles, 3)),
-        "table": ("int32", (plan.max_batch, plan.table_width)),
+        **{f"table_{g}": ("int32", (plan.max_batch, plan.table_width)) for g in groups},
         "rows": ("int32", (plan.max_batch,)),
     }
 
@@ -111,8 +112,10 @@ class Executor:
         )
         self._prefill, self._decode = self._memory.vm["prefill"], self._memory.vm["decode"]
         arrays = self._memory.arrays
-        self._tokens, self._positions, self._slots = (arrays[n] for n in ("tokens", "positions", "slots"))
-        self._tiles, self._table, self._rows = (arrays[n] for n in ("tiles", "table", "rows"))
+        self._tokens, self._positions = arrays["tokens"], arrays["positions"]
+        self._tiles, self._rows = arrays["tiles"], arrays["rows"]
+        groups = range(len(self.plan.groups))
+        self._slot_names, self._table_names = ([f"{name}_{g}" for g in groups] for name in ("slots", "table"))
         self._state = (*self._memory.pools, *self._memory.weights)
         if warm:
             try:
@@ -148,9 +151,9 @@ class Executor:
         self._check_tokens(count)
         give = self._memory.give
         arguments = [
-            *(give(name, count) for name in ("tokens", "positions", "slots")),
+            *(give(name, count) for name in ("tokens", "positions", *self._slot_names)),
             give("tiles", tiles),
-            give("table", len(segments)),
+            *(give(name, len(segments)) for name in self._table_names),
             give("rows", len(rows)),
             self._memory.place("logits", len(rows)),
             *self._state,
@@ -170,8 +173,9 @@ class Executor:
         for sequence, segment in enumerate(segments):
             self._place(sequence, segment, sequence)
         self._check_tokens(count)
+        names = ("tokens", "positions", *self._slot_names, *self._table_names)
         arguments = [
-            *(self._memory.give(name, count) for name in ("tokens", "positions", "slots", "table")),
+            *(self._memory.give(name, count) for name in names),
             self._memory.place("logits", count),
             *self._state,
         ]
@@ -184,18 +188,19 @@ class Executor:
         self.__dict__.clear()
 
     def _place(self, sequence: int, segment: Segment, begin: int) -> None:
-        """Write one segment's tokens from index `begin` on, and row `sequence` of the block table."""
-        size, end = self.plan.page_size, begin + len(segment.tokens)
+        """Write one segment's tokens from index `begin` on, and row `sequence` of the block tables."""
+        size, end, arrays = self.plan.page_size, begin + len(segment.tokens), self._memory.arrays
         last = segment.start + len(segment.tokens)
-        table = self._table[sequence]
-        if last > len(segment.pages) * size or len(segment.pages) > len(table) or begin == end:
-            raise PlanningError(f"{last} tokens of a sequence do not fit its {len(segment.pages)} pages")
-        table[: len(segment.pages)] = np.array(segment.pages, dtype=np.int32)
-        table[len(segment.pages) :] = 0
         positions = self._positions[begin:end]
         positions[:] = np.arange(segment.start, last)
         self._tokens[begin:end] = segment.tokens
-        self._slots[begin:end] = table[positions // size] * size + positions % size
+        for pages, slots, name in zip(segment.pages, self._slot_names, self._table_names, strict=True):
+            table = arrays[name][sequence]
+            if last > len(pages) * size or len(pages) > len(table) or begin == end:
+                raise PlanningError(f"{last} tokens of a sequence do not fit its {len(pages)} pages")
+            table[: len(pages)] = np.asarray(pages, dtype=np.int32)
+            table[len(pages) :] = 0
+            arrays[slots][begin:end] = table[positions // size] * size + positions % size
 
     def _check_tokens(self, count: int) -> None:
         tokens, vocab = self._tokens[:count], self.facts.vocab
@@ -206,23 +211,24 @@ class Executor:
     def _run_largest(self) -> None:
         """Run the largest prefill and one decode, so that their temporaries are allocated and touched."""
         plan = self.plan
-        share = min(-(-plan.chunk // plan.max_batch), plan.max_context, plan.pages * plan.page_size)
+        least = min(group.pages for group in plan.groups)
+        share = min(-(-plan.chunk // plan.max_batch), plan.max_context, least * plan.page_size)
         segments: list[Segment] = []
         left = plan.chunk
         while left and len(segments) < plan.max_batch:
             count = min(left, share)
             # Sequences may share pages here: the values mean nothing, and later tokens overwrite them.
-            segments.append(Segment([0] * count, 0, range(-(-count // plan.page_size))))
+            segments.append(Segment([0] * count, 0, [range(-(-count // plan.page_size))] * len(plan.groups)))
             left -= count
         self.prefill(segments)
-        self.decode([Segment([0], 0, [0])] * plan.max_batch)
+        self.decode([Segment([0], 0, [[0]] * len(plan.groups))] * plan.max_batch)
 
 
 def _pools(plan: Plan, facts: ModelFacts) -> Shapes:
-    """Dtypes and shapes of k_0 .. k_{L-1}, v_0 .. v_{L-1}."""
-    shapes = [(s.kv_dtype, s.page_shapes(plan.page_size, plan.keys_transposed)) for s in facts.sites]
+    """Dtypes and shapes of what the sites keep: k_0, v_0, k_1, ..."""
+    pages = {site: group.pages for group in plan.groups for site in group.sites}
     return {
-        f"{name}_{index}": (dtype, (plan.pages, *pair[i]))
-        for i, name in enumerate("kv")
-        for index, (dtype, pair) in enumerate(shapes)
+        f"{name}_{site.index}": (dtype, (pages[site.index], *shape))
+        for site in facts.sites
+        for name, (dtype, shape) in site.state(plan.page_size, plan.keys_transposed).items()
     }

@@ -2,43 +2,30 @@
 
 A step is at most one prefill call followed by one decode call. Requests are served in the order of arrival:
 the oldest is never held up by a younger one, so every request that was accepted ends. When pages run out, the
-youngest gives its pages up and is computed again later, from its prompt and the tokens it had chosen.
+youngest gives its pages up and is computed again later, from its prompt and the tokens it had chosen. Tokens
+whose state other requests have computed before, and that is still there, are not computed again.
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc.runtime.executor import Segment
-from kvc.runtime.pages import PagePool, Pages
 from kvc.runtime.sampler import SamplingParams, sample
+from kvc.runtime.sequences import Model, Sequences
+from kvc.runtime.state import Kept
 from kvc_passes.errors import InputError
-from kvc_passes.facts import ModelFacts, Plan
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 """A stop token or text; max_new_tokens; the longest context; cancel()."""
-
-
-class Model(Protocol):
-    """What the scheduler needs of an Executor."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def facts(self) -> ModelFacts: ...
-    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
-    def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -53,9 +40,8 @@ class Request:
     stopped: Callable[[int], bool]
     """Called with each chosen token; True ends the request (a stop text was completed)."""
     rng: np.random.Generator
-    pages: Pages | None = None
-    computed: int = 0
-    """Tokens whose K and V are in the pages."""
+    kept: Kept | None = None
+    """Its pages, while it runs."""
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     arrived: float = field(default_factory=time.perf_counter)
@@ -67,6 +53,21 @@ class Request:
     def generated(self) -> list[int]:
         """The tokens chosen so far."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose K and V are in the pages."""
+        return self.kept.length if self.kept else 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it may have when it ends."""
+        return self.prompt_length + self.params.max_new_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only its newest token is not computed."""
+        return self.computed == len(self.tokens) - 1 >= self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,21 @@ class Counters:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     preemptions: int = 0
+    shared_tokens: int = 0
+    """Tokens that were not computed since other requests had computed them."""
 
 
 class Scheduler:
     """Runs requests on a model. `add` and `cancel` may be called from any thread, `step` from one only."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, share: bool = True) -> None:
+        """share: let requests that begin alike hold the same pages."""
         self.model = model
         self.plan = model.plan
-        self.pool = PagePool(self.plan.pages)
+        self.sequences = Sequences(model, share=share)
+        self.state = self.sequences.state
         self.counters = Counters()
-        contexts = [self.plan.max_context, self.plan.pages * self.plan.page_size]
-        self.limit = min(contexts + ([model.facts.context] if model.facts.context else []))
+        self.limit = min(self.plan.max_context, model.facts.context or self.plan.max_context)
         """Most tokens of one sequence whose K and V are kept."""
         self._lock = threading.Lock()
         self._ids = itertools.count()
@@ -169,14 +173,10 @@ class Scheduler:
         """Compute one prefill and one decode call, as far as there is work; what became of the requests."""
         updates = self.drop_cancelled()
         self._admit()
-        ready = [r for r in self._running if self._is_decoding(r)]
+        ready = [r for r in self._running if r.decodes]
         updates += self._prefill_step()
         updates += self._decode_step(ready)
         return updates
-
-    @staticmethod
-    def _is_decoding(request: Request) -> bool:
-        return request.computed == len(request.tokens) - 1 >= request.prompt_length
 
     def drop_cancelled(self) -> list[Update]:
         """End the requests that were cancelled, without computing anything."""
@@ -189,74 +189,79 @@ class Scheduler:
         with self._lock:
             while self._waiting and len(self._running) < self.plan.max_batch:
                 request = self._waiting[0]
-                count = self._pages_for(len(request.tokens))
-                # One token more, or the request would be preempted as soon as it decodes.
-                if self._pages_for(len(request.tokens) + 1) > self.pool.free:
+                request.kept = self.state.open(request.tokens)
+                shared = self.state.join(request.kept)
+                running = [r.kept for r in self._running if r.kept is not None]
+                if not self.state.admit(request.kept, min(request.longest, self.limit), running):
+                    self.state.close(request.kept)
+                    request.kept = None
                     return
-                final = self._pages_for(request.prompt_length + request.params.max_new_tokens)
-                request.pages = self.pool.allocate(count, expected=final)
+                self.counters.shared_tokens += shared
                 request.started = request.started or time.perf_counter()
                 self._waiting.popleft()
                 self._running.append(request)  # younger than all that run
 
     def _prefill_step(self) -> list[Update]:
-        """One call over the tokens that are not computed yet, the oldest requests first."""
-        parts: list[tuple[Request, int]] = []
-        budget = self.plan.chunk
-        for request in self._running:
-            left = len(request.tokens) - request.computed
-            if left and budget and not self._is_decoding(request):
-                parts.append((request, min(left, budget)))
-                budget -= parts[-1][1]
+        """One call over the tokens that are not computed yet, the oldest requests first.
+
+        Who begins with pages that an older request computes in this call waits, and shares them in the next.
+        """
+        parts: list[tuple[Kept, int]] = []
+        served: list[Request] = []
+        budget, coming = self.plan.chunk, set[bytes]()
+        for request in list(self._running):
+            kept = request.kept
+            if kept is None or request.decodes or not budget:
+                continue
+            self.counters.shared_tokens += self.state.join(kept)
+            if self.state.next_page(kept) in coming:
+                continue
+            count = self._make_room(request, min(len(request.tokens) - kept.length, budget))
+            if count:
+                coming.update(self.state.filled(kept, count))
+                parts.append((kept, count))
+                served.append(request)
+                budget -= count
         if not parts:
             return []
-        segments = [
-            Segment(
-                request.tokens[request.computed : request.computed + count],
-                request.computed,
-                _ids(request),
-                wanted=request.computed + count == len(request.tokens),
-            )
-            for request, count in parts
-        ]
         begin = time.perf_counter()
-        logits = self.model.prefill(segments)
+        logits = self.sequences.prefill(parts, ends=True)
         self.counters.prefill_seconds += time.perf_counter() - begin
         self.counters.prefill_tokens += sum(count for _, count in parts)
-        for request, count in parts:
-            request.computed += count
-        complete = [request for request, _ in parts if request.computed == len(request.tokens)]
+        complete = [request for request in served if request.computed == len(request.tokens)]
         return [self._choose(request, row) for request, row in zip(complete, logits, strict=True)]
 
     def _decode_step(self, ready: list[Request]) -> list[Update]:
         """One call that computes the newest token of every request that is past its prompt."""
-        for request in ready:  # the oldest first: it takes pages from the youngest
-            self._make_room(request)
-        ready = [r for r in ready if r.pages is not None]
+        ready = [r for r in ready if self._make_room(r, 1)]  # the oldest first: it takes from the youngest
         if not ready:
             return []
-        segments = [Segment(r.tokens[-1:], r.computed, _ids(r)) for r in ready]
         begin = time.perf_counter()
-        logits = self.model.decode(segments)
+        logits = self.sequences.decode([r.kept for r in ready if r.kept is not None])
         self.counters.decode_seconds += time.perf_counter() - begin
         self.counters.decode_tokens += len(ready)
-        for request in ready:
-            request.computed += 1
         return [self._choose(request, row) for request, row in zip(ready, logits, strict=True)]
 
-    def _make_room(self, request: Request) -> None:
-        """See that `request` has a page for its newest token, at the cost of the youngest if need be."""
-        while request.pages is not None:
-            missing = self._pages_for(len(request.tokens)) - len(request.pages)
-            final = self._pages_for(request.prompt_length + request.params.max_new_tokens)
-            if missing <= 0 or self.pool.append(request.pages, missing, expected=final - len(request.pages)):
-                return
-            self._preempt(self._running[-1])
+    def _make_room(self, request: Request, tokens: int) -> int:
+        """See that `request` has pages for its next `tokens`, at the cost of the youngest if need be.
+
+        Returns for how many it has: the youngest itself waits, or goes on with what is free.
+        """
+        while request.kept is not None:
+            if self.state.extend(request.kept, tokens, min(request.longest, self.limit)):
+                return tokens
+            if self._running[-1] is request:
+                tokens = min(tokens, self.state.room(request.kept))
+                if tokens <= 0:
+                    return 0
+            else:
+                self._preempt(self._running[-1])
+        return 0
 
     def _preempt(self, request: Request) -> None:
-        assert request.pages is not None
-        self.pool.release(request.pages)
-        request.pages, request.computed = None, 0
+        assert request.kept is not None
+        self.state.close(request.kept)
+        request.kept = None
         self._running.remove(request)
         self.counters.preemptions += 1
         with self._lock:
@@ -283,19 +288,10 @@ class Scheduler:
         request.finished = time.perf_counter()
         with self._lock:
             del self._requests[request.id]
-            if request.pages is None:
+            if request.kept is None:
                 self._waiting.remove(request)
-        if request.pages is not None:
-            self.pool.release(request.pages)
-            request.pages = None
+        if request.kept is not None:
+            self.state.close(request.kept)
+            request.kept = None
             self._running.remove(request)
         return Update(request, token, reason)
-
-    def _pages_for(self, tokens: int) -> int:
-        """Pages of a sequence of `tokens` tokens; the last token of the longest one is never computed."""
-        return math.ceil(min(tokens, self.limit) / self.plan.page_size)
-
-
-def _ids(request: Request) -> Sequence[int]:
-    assert request.pages is not None
-    return request.pages.ids

@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 from kvc.runtime.sampler import SamplingParams
-from kvc.runtime.scheduler import FinishReason, Model, Request, Scheduler, Update
+from kvc.runtime.scheduler import FinishReason, Request, Scheduler, Update
+from kvc.runtime.sequences import Model
 from kvc.runtime.text import Message, Stream, Text, end_tokens
 from kvc_passes.errors import InputError
 
@@ -75,8 +76,11 @@ class Stats:
     decode_tokens: int
     decode_rate: float
     preemptions: int
-    pages_used: int
-    pages_total: int
+    shared_tokens: int
+    """Tokens of prompts that were not computed since requests before them had the same beginning."""
+    pages_used: tuple[int, ...]
+    """Of every group of layers (Plan.groups)."""
+    pages_total: tuple[int, ...]
     running: int
     waiting: int
 
@@ -88,12 +92,12 @@ class Session:
     from one thread only. `generate` and `stream` run other requests of the session along.
     """
 
-    def __init__(self, model: Model, folder: Path, text: Text | None) -> None:
+    def __init__(self, model: Model, folder: Path, text: Text | None, *, share: bool = True) -> None:
         """A session of `model`, whose artifact is `folder`; without `text` it takes token ids only."""
         self._model = model
         self._folder = folder
         self._text = text
-        self._scheduler = Scheduler(model)
+        self._scheduler = Scheduler(model, share=share)
         self._lives: dict[int, _Live] = {}
         self._outbox: list[Event] = []
         self._closed = False
@@ -136,8 +140,9 @@ class Session:
             decode_tokens=counters.decode_tokens,
             decode_rate=counters.decode_tokens / max(counters.decode_seconds, 1e-9),
             preemptions=counters.preemptions,
-            pages_used=scheduler.pool.used,
-            pages_total=scheduler.pool.count,
+            shared_tokens=counters.shared_tokens,
+            pages_used=tuple(pool.used for pool in scheduler.state.pools),
+            pages_total=tuple(pool.count for pool in scheduler.state.pools),
             running=scheduler.running,
             waiting=scheduler.waiting,
         )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_machines import MACHINES, Machine, baseline
-from weight_cases import numpy_type
+from page_cases import check_codes, numbers, numpy_type, poisoned
 
 from kvc.kernels.attention import (
     AttentionShape,
@@ -13,6 +13,7 @@ from kvc.kernels.attention import (
     choose_tile,
     decode_attention,
     decode_splits,
+    pools,
     prefill_attention,
 )
 from kvc.kernels.emit import compiled
@@ -37,6 +38,10 @@ SHAPES = {
     "guarded": AttentionShape(4, 2, 32, 32, 0.2, guarded=True),
     "heads of odd sizes": AttentionShape(3, 3, 6, 10, 0.4),
     "one head of four and a half vectors": AttentionShape(1, 1, 36, 20, 0.2),
+    "int8": AttentionShape(6, 2, 64, 40, 0.125, stored="int8"),
+    "fp8, window": AttentionShape(4, 4, 36, 32, 0.12, window=37, stored="fp8"),
+    "int4, wide group": AttentionShape(16, 1, 64, 80, 0.12, stored="int4"),
+    "int4 of odd halves": AttentionShape(3, 3, 6, 10, 0.4, softcap=20.0, stored="int4"),
     "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
 }
 PAGE = 16
@@ -70,9 +75,10 @@ class Case:
             pages = np.array([order.pop() for _ in range(-(-length // PAGE))])
             k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
             self.sequences.append(Sequence(length, new, pages, k, v))
-        kind = numpy_type(shape.kv_dtype)
-        self.kpool = np.full((PAGES, shape.kv_heads, shape.head_dim, PAGE), np.nan, kind)
-        self.vpool = np.full((PAGES, shape.kv_heads, PAGE, shape.value_dim), np.nan, kind)
+        self.state = {
+            name: poisoned(str(pool.dtype), tuple(int(n) for n in pool.shape))
+            for name, pool in pools(shape, PAGES).items()
+        }
         # Page 0 stays NaN; entries of the table past a sequence's end point at it.
         self.table = np.zeros((len(lengths), PAGES), np.int32)
         for row, sequence in enumerate(self.sequences):
@@ -98,9 +104,9 @@ class Case:
                 k = np.concatenate([s.k[:, a:b] for s, a, b in parts], axis=1)[None]
                 v = np.concatenate([s.v[:, a:b] for s, a, b in parts], axis=1)[None]
                 call = self.machine.call(
-                    self.build("append"), k, v, slots.astype(np.int32), self.kpool, self.vpool
+                    self.build("append"), k, v, slots.astype(np.int32), *self.state.values()
                 )
-                self.kpool, self.vpool = call[3:]
+                self.state = dict(zip(self.state, call[3:]))
 
     def forget_what_no_query_sees(self) -> None:
         """Pages that no query of the call sees may have been given away: make them NaN."""
@@ -125,15 +131,30 @@ class Case:
             seen = seen & (k // shape.chunk == q // shape.chunk)
         return seen
 
+    def kept(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """The keys and values [KV heads, length, dim] of the pages; codes are compared with what came."""
+        both, shape = [], self.shape
+        for name, x in (("k", sequence.k), ("v", sequence.v)):
+            if shape.stored is None:
+                both.append(x.astype(numpy_type(shape.kv_dtype)).astype(float))
+                continue
+            # [pages, heads, tokens, elements], then one after the other
+            codes, scales = self.state[name][sequence.pages], self.state[f"{name}_scale"][sequence.pages]
+            found = numbers(shape, codes.swapaxes(2, 3) if name == "k" else codes, scales)
+            found = np.concatenate(list(found), axis=1)[:, : sequence.length]
+            check_codes(shape, x, found, np.concatenate(list(scales), axis=1)[:, : sequence.length])
+            both.append(found)
+        return both[0], both[1]
+
     def check(self, q: np.ndarray, out: np.ndarray, sequence: Sequence, positions: np.ndarray) -> None:
         """q, out: [tokens, heads, ...] of one sequence."""
         shape = self.shape
         assert np.isfinite(out).all()
-        kind = numpy_type(shape.kv_dtype)
+        keys, values = self.kept(sequence)
         masks = self.seen(positions, sequence.length)
         behind = np.arange(sequence.length) - positions[:, None]
         for h, seen in enumerate(masks):
-            k, v = (x[h // shape.group].astype(kind).astype(float) for x in (sequence.k, sequence.v))
+            k, v = keys[h // shape.group], values[h // shape.group]
             s = q[:, h].astype(float) @ k.T * shape.scale
             # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
             slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(q[:, h]) @ np.abs(k).T * shape.scale)
@@ -184,8 +205,7 @@ def prefill(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     out = case.machine.call(
         case.build("prefill"),
         q.transpose(1, 0, 2)[None],
-        case.kpool,
-        case.vpool,
+        *case.state.values(),
         np.concatenate(positions),
         np.array(case.rng.permutation(tiles), np.int32),
         case.table,
@@ -215,8 +235,7 @@ def decode(case: Case, shares: int | None = None) -> tuple[np.ndarray, np.ndarra
     out = case.machine.call(
         case.build("decode") if shares is None else case.machine.build(_decode_in, shares, case.name),
         q.transpose(1, 0, 2)[None],
-        case.kpool,
-        case.vpool,
+        *case.state.values(),
         positions,
         case.table,
         *case.extras,
@@ -289,13 +308,28 @@ def test_keys_and_values_are_rounded_to_the_nearest(target: str, dtype: str) -> 
     shape = AttentionShape(1, 1, 40, 40, 1.0, kv_dtype=dtype)
     x = np.random.default_rng(11).standard_normal((1, 1, 3, 40)).astype(np.float32)
     x[0, 0, 1, : len(EDGES)] = EDGES
-    pools = [np.zeros(s, numpy_type(dtype)) for s in ((1, 1, 40, PAGE), (1, 1, PAGE, 40))]
+    empty = [np.zeros(s, numpy_type(dtype)) for s in ((1, 1, 40, PAGE), (1, 1, PAGE, 40))]
     kernel = compiled(append_kv(shape, machine.traits), machine.target)
-    *_, kpool, vpool = machine.call(kernel, x, x, np.array([2, 5, 9], np.int32), *pools)
+    *_, kpool, vpool = machine.call(kernel, x, x, np.array([2, 5, 9], np.int32), *empty)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = x[0, 0].astype(numpy_type(dtype)).astype(np.float32)
     for stored in (kpool[0, 0, :, [2, 5, 9]], vpool[0, 0, [2, 5, 9]]):
         np.testing.assert_array_equal(stored.astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8", "int4"])
+def test_rows_that_have_no_scale_or_an_extreme_one(machine: Machine, stored: str) -> None:
+    """Zeros are exact, small and large numbers keep their relative precision."""
+    shape = AttentionShape(1, 1, 32, 32, 1.0, stored=stored)
+    x = np.random.default_rng(3).standard_normal((1, 1, 3, 32)).astype(np.float32)
+    x[0, 0] *= np.array([[0], [1e-30], [1e30]], np.float32)
+    empty = [poisoned(str(p.dtype), tuple(map(int, p.shape))) for p in pools(shape, 1).values()]
+    kernel = compiled(append_kv(shape, machine.traits), machine.target)
+    k, v, ks, vs = machine.call(kernel, x, x, np.arange(3, dtype=np.int32), *empty)[3:]
+    for codes, scales in ((k.swapaxes(2, 3), ks), (v, vs)):
+        found = numbers(shape, codes, scales)[0, 0, :3]
+        assert (found[0] == 0).all()
+        check_codes(shape, x[0, 0, 1:3], found[1:3], scales[0, 0, 1:3])
 
 
 def test_a_batch_that_merges_in_parallel(machine: Machine) -> None:

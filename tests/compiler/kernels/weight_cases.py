@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import ml_dtypes
 import numpy as np
+from page_cases import numpy_type
 
 from kvc.kernels.packing import pack_codes, pack_floats, pack_scales, pack_zeros, packed_tensors
 from kvc_passes.facts import WeightFormat
@@ -24,11 +23,6 @@ FORMATS = {
     "uint8, a scale an input": WeightFormat("uint8", 1, zeros=True),
     "uint8, a column's scale": WeightFormat("uint8", 4096),
 }
-
-
-def numpy_type(name: str) -> Any:
-    """The numpy type of a stored dtype."""
-    return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
 
 
 def pack_into(

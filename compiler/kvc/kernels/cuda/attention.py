@@ -1,8 +1,9 @@
 """Attention kernels for CUDA: which Triton function a shape takes, compiled with what.
 
-Pools are kpool [pages, Hkv, PG, D] and vpool [pages, Hkv, PG, Dv] of shape.kv_dtype; q, k, v and out are of
-x_dtype, "float16", "bfloat16" or "float32". Extras are the pointers slopes f32[H] and sinks f32[H], where the
-shape has them. Integers are i32. Pointers are multiples of 16 bytes, and head dimensions of 8.
+Pools are kpool [pages, Hkv, PG, D] and vpool [pages, Hkv, PG, Dv] of shape.form.dtype; for codes also kscale
+and vscale bf16[pages, Hkv, PG]. q, k, v and out are of x_dtype, "float16", "bfloat16" or "float32". Extras
+are the pointers slopes f32[H] and sinks f32[H], where the shape has them. Integers are i32. Pointers are
+multiples of 16 bytes, and head dimensions of 8.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from kvc.kernels.attention import AttentionShape
 from . import predicates
 from .device import DeviceKernel
 
-TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "uint8": "u8"}
+SCALES = ("kscale", "vscale")
 _LOG2E = 1.4426950408889634
 
 
@@ -27,15 +29,16 @@ def choose_tile(group: int, head_dim: int = 128) -> int:
 def append_kernel(shape: AttentionShape, x_dtype: str) -> DeviceKernel:
     """Writes the keys and values of a call's tokens into their pages, in place.
 
-    Arguments: k [1, Hkv, n, D], v [1, Hkv, n, Dv] of x_dtype, slots i32[n] (page * PG + offset), kpool,
-    vpool, n. Grid (ceil(n / 16), Hkv).
+    Arguments: k [1, Hkv, n, D], v [1, Hkv, n, Dv] of x_dtype, slots i32[n] (page * PG + offset), pools, n.
+    Grid (ceil(n / 16), Hkv).
     """
-    x, kv = f"*{TRITON_TYPES[x_dtype]}", f"*{TRITON_TYPES[shape.kv_dtype]}"
+    x, state = f"*{TRITON_TYPES[x_dtype]}", _state(shape)
+    absent = [(name, None) for name in SCALES if not shape.stored]
     return DeviceKernel(
         "attention.append",
-        (("k", x), ("v", x), ("slots", "*i32"), ("kpool", kv), ("vpool", kv), ("n", "i32")),
-        (*_sizes(shape).items(), ("BT", APPEND_TOKENS)),
-        ("k", "v", "slots", "kpool", "vpool"),
+        (("k", x), ("v", x), ("slots", "*i32"), *state, ("n", "i32")),
+        (*absent, *_sizes(shape).items(), ("BT", APPEND_TOKENS), ("STORED", shape.stored or "")),
+        ("k", "v", "slots", *(name for name, _ in state)),
     )
 
 
@@ -46,7 +49,7 @@ APPEND_TOKENS = 16
 def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 80) -> DeviceKernel:
     """Attention of many tokens a sequence, whose own keys must be in the pages.
 
-    Arguments: q [1, H, n, D], kpool, vpool, positions i64[n], tiles i32[t, 3] (table row, first token,
+    Arguments: q [1, H, n, D], pools, positions i64[n], tiles i32[t, 3] (table row, first token,
     tokens <= tile), table i32[b, width], extras, out [1, n, H, Dv], n, width. Grid (t, Hkv). Any tile works;
     one of choose_tile is done at once. The blocks are of a size that is good for sm_<arch> and works on later
     architectures of its kind.
@@ -72,7 +75,7 @@ def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 8
 def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
     """Attention of one token a sequence, every sequence's keys in `splits` shares.
 
-    Arguments: q [1, H, b, D], kpool, vpool, positions i64[b], table i32[b, width], extras,
+    Arguments: q [1, H, b, D], pools, positions i64[b], table i32[b, width], extras,
     part f32[b, splits, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
     Grid (b, Hkv, splits). The number of shares is not compiled in.
     """
@@ -122,7 +125,8 @@ def _attention(
     warps: int,
     stages: int,
 ) -> DeviceKernel:
-    extras = (("slopes", shape.slopes), ("sinks", shape.sink_scores))
+    codes = shape.stored is not None
+    extras = (("slopes", shape.slopes), ("sinks", shape.sink_scores), *((name, codes) for name in SCALES))
     absent = [(name, None) for name, has in extras if not has]
     pointers = tuple(name for name, type in types if type.startswith("*"))
     return DeviceKernel(
@@ -131,11 +135,9 @@ def _attention(
 
 
 def _inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, str]]:
-    kv = f"*{TRITON_TYPES[shape.kv_dtype]}"
     wanted = {
         ("q", f"*{x}"): True,
-        ("kpool", kv): True,
-        ("vpool", kv): True,
+        **dict.fromkeys(_state(shape), True),
         ("positions", "*i64"): True,
         ("tiles", "*i32"): tiles,
         ("table", "*i32"): True,
@@ -143,6 +145,12 @@ def _inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, st
         ("sinks", "*fp32"): shape.sink_scores,
     }
     return [parameter for parameter, has in wanted.items() if has]
+
+
+def _state(shape: AttentionShape) -> list[tuple[str, str]]:
+    """The pools."""
+    kv = f"*{TRITON_TYPES[shape.form.dtype]}"
+    return [("kpool", kv), ("vpool", kv), *((name, "*bf16") for name in SCALES if shape.stored)]
 
 
 def _sizes(shape: AttentionShape) -> dict[str, Any]:
@@ -167,12 +175,15 @@ def _options(shape: AttentionShape, keys: int, x_dtype: str) -> dict[str, Any]:
         "WINDOW": shape.window or 0,
         "CHUNK": shape.chunk or 0,
         "SINK_KEYS": shape.sink_keys or 0,
+        "STORED": shape.stored or "",
         "PREDICATE": None if shape.predicate is None else predicates.tree(shape.predicate),
     }
 
 
 def _in_float32(shape: AttentionShape, x_dtype: str) -> bool:
-    """Whether products are of float32: 16 bits are enough only if q, k and v all are of that type."""
+    """Whether products are of float32: 16 bits are enough where q, k and v are of one such type, or codes."""
+    if shape.stored:
+        return x_dtype == "float32"
     return "float32" in (x_dtype, shape.kv_dtype) or x_dtype != shape.kv_dtype
 
 

@@ -125,10 +125,10 @@ class CudaAttention:
         k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
         v = argument("v", (1, shape.kv_heads, n, shape.value_dim), dtype)
         slots = argument("slots", (n,), "int32")
-        kpool, vpool = self._pools(site, pages)
-        values = {"k": k, "v": v, "slots": slots, "kpool": kpool, "vpool": vpool, "n": n}
+        state = self._pools(site, pages)
+        values = {"k": k, "v": v, "slots": slots, **state, "n": n}
         self.variants.launch(e, kernel, values, (_parts(n, attention.APPEND_TOKENS), shape.kv_heads))
-        return e.function([k, v, slots, kpool, vpool], [k, v, slots], [kpool, vpool])
+        return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
@@ -140,11 +140,9 @@ class CudaAttention:
         kernel = attention.prefill_kernel(shape, self.tile, dtype, arch)
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
-        kpool, vpool = self._pools(site, pages)
         inputs = {
             "q": argument("q", (1, shape.heads, n, shape.head_dim), dtype),
-            "kpool": kpool,
-            "vpool": vpool,
+            **self._pools(site, pages),
             "positions": argument("positions", (n,), "int64"),
             "tiles": argument("tiles", (t, 3), "int32"),
             "table": argument("block_table", (b, m), "int32"),
@@ -165,11 +163,9 @@ class CudaAttention:
         merge = attention.merge_kernel(shape, splits, dtype)
         e = Emitter()
         pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
-        kpool, vpool = self._pools(site, pages)
         inputs = {
             "q": argument("q", (1, shape.heads, b, shape.head_dim), dtype),
-            "kpool": kpool,
-            "vpool": vpool,
+            **self._pools(site, pages),
             "positions": argument("positions", (b,), "int64"),
             "table": argument("block_table", (b, m), "int32"),
             **_extras(shape),
@@ -181,9 +177,11 @@ class CudaAttention:
         self.variants.launch(e, merge, values, (b, shape.heads))
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
-    def _pools(self, site: AttentionSite, pages: Expr) -> tuple[Any, Any]:
-        k, v = site.page_shapes(self.page_size, self.keys_transposed)
-        return argument("kpool", (pages, *k), site.kv_dtype), argument("vpool", (pages, *v), site.kv_dtype)
+    def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
+        """The pools as arguments, by the names that kernels have for them."""
+        names = dict(zip(("k", "v", "k_scale", "v_scale"), ("kpool", "vpool", *attention.SCALES)))
+        state = site.state(self.page_size, self.keys_transposed)
+        return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ times the heads of a group, so that K and V are read once a group. Softmax runs 
 of BN keys. Only keys that some row sees are read, since everything else in the pools may be NaN, and the
 table's entries for other pages anything.
 
-D and DV are padded to powers of two DP and DVP. Matrices are multiplied in the pools' type or, for FLOAT32,
-in float32. Scores are in units of which FACTOR make 1 in base 2: with nothing to add to the products, their
-scale is applied together with the subtraction of the maximum. SOFTCAP 0, WINDOW 0, CHUNK 0, SINK_KEYS 0 and
-PREDICATE None are none.
+D and DV are padded to powers of two DP and DVP. Matrices are multiplied in the queries' type or, for FLOAT32,
+in float32. kscale and vscale are None where pools hold floats (STORED ""). Scores are in units of which
+FACTOR make 1 in base 2: with nothing to add to the products, their scale is applied together with the
+subtraction of the maximum. SOFTCAP 0, WINDOW 0, CHUNK 0, SINK_KEYS 0 and PREDICATE None are none.
 """
 
 import triton
@@ -18,13 +18,14 @@ import triton.language as tl
 
 from .triton_masks import oldest
 from .triton_softmax import LOG2E, attend, attend_blocks, normalized
+from .triton_stored import store
 
 
 @triton.jit
 def append(
-    k, v, slots, kpool, vpool, n,
+    k, v, slots, kpool, vpool, kscale, vscale, n,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    PG: tl.constexpr, BT: tl.constexpr,
+    PG: tl.constexpr, BT: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Write the keys and values of BT tokens and a KV head into their pages."""
     head = tl.program_id(1)
@@ -33,23 +34,18 @@ def append(
     slot = tl.load(slots + token, mask=inside, other=0)
     row = ((slot // PG).to(tl.int64) * HKV + head) * PG + slot % PG
     source = head.to(tl.int64) * n + token
-    rd = tl.arange(0, DP)
-    there = inside[:, None] & (rd < D)[None, :]
-    value = tl.load(k + source[:, None] * D + rd[None, :], mask=there)
-    tl.store(kpool + row[:, None] * D + rd[None, :], value.to(kpool.dtype.element_ty), mask=there)
-    rd = tl.arange(0, DVP)
-    there = inside[:, None] & (rd < DV)[None, :]
-    value = tl.load(v + source[:, None] * DV + rd[None, :], mask=there)
-    tl.store(vpool + row[:, None] * DV + rd[None, :], value.to(vpool.dtype.element_ty), mask=there)
+    store(k, source, kpool, kscale, row, inside, D, DP, STORED)
+    store(v, source, vpool, vscale, row, inside, DV, DVP, STORED)
 
 
 @triton.jit
 def prefill(
-    q, kpool, vpool, positions, tiles, table, slopes, sinks, out, n, width,
+    q, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, out, n, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    STORED: tl.constexpr,
     GUARDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of at most TILE query tokens and a KV head, BM rows at a time."""
@@ -61,27 +57,28 @@ def prefill(
     tokens = tl.load(tiles + 2)
     if TILE <= STEP:
         prefill_rows(
-            q, kpool, vpool, positions, columns, slopes, sinks, out, n, first, tokens,
+            q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first, tokens,
             H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-            WINDOW, CHUNK, SINK_KEYS, PREDICATE, GUARDED, SPLIT,
+            WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT,
         )  # fmt: skip
     else:
         for done in range(0, tokens, STEP):
             prefill_rows(
-                q, kpool, vpool, positions, columns, slopes, sinks, out, n, first + done,
+                q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first + done,
                 tl.minimum(tokens - done, STEP),
                 H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-                WINDOW, CHUNK, SINK_KEYS, PREDICATE, GUARDED, SPLIT,
+                WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT,
             )  # fmt: skip
 
 
 @triton.jit
 def prefill_rows(
-    q, kpool, vpool, positions, columns, slopes, sinks, out, n, first, tokens,
+    q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    STORED: tl.constexpr,
     GUARDED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of `tokens` query tokens from `first` and a KV head, in at most BM rows.
@@ -89,7 +86,7 @@ def prefill_rows(
     With SPLIT, blocks that every row sees whole have a loop of their own, without masks.
     """
     G: tl.constexpr = H // HKV
-    TYPE: tl.constexpr = tl.float32 if FLOAT32 else kpool.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if FLOAT32 else q.dtype.element_ty
     head = tl.program_id(1)
     begin = tl.load(positions + first).to(tl.int32)
     last = begin + tokens - 1
@@ -125,9 +122,10 @@ def prefill_rows(
     if SINK_KEYS > 0:
         apart = tl.minimum(tl.cdiv(SINK_KEYS, BN), end)
         acc, total, top = attend_blocks(
-            acc, total, top, query, position, h, slope, kpool, vpool, columns, head, 0, apart, low, high,
+            acc, total, top, query, position, h, slope,
+            kpool, vpool, kscale, vscale, columns, head, 0, apart, low, high,
             HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
         )  # fmt: skip
         block = tl.maximum(block, apart)
     if SPLIT:
@@ -138,20 +136,22 @@ def prefill_rows(
             whole = tl.minimum(whole, end)
             rest = tl.minimum(rest, end)
             acc, total, top = attend_blocks(
-                acc, total, top, query, position, h, slope, kpool, vpool, columns, head,
+                acc, total, top, query, position, h, slope, kpool, vpool, kscale, vscale, columns, head,
                 block, whole, low, high, HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
             )  # fmt: skip
         acc, total, top = attend_blocks(
-            acc, total, top, query, position, h, slope, kpool, vpool, columns, head, whole, rest, low, high,
+            acc, total, top, query, position, h, slope,
+            kpool, vpool, kscale, vscale, columns, head, whole, rest, low, high,
             HKV, D, DV, DP, DVP, PG, BN, False, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
         )  # fmt: skip
         block = rest
     acc, total, top = attend_blocks(
-        acc, total, top, query, position, h, slope, kpool, vpool, columns, head, block, end, low, high,
+        acc, total, top, query, position, h, slope,
+        kpool, vpool, kscale, vscale, columns, head, block, end, low, high,
         HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-        SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+        SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
     )  # fmt: skip
     result = normalized(acc, total[:, None], GUARDED)
     there = inside[:, None]
@@ -162,18 +162,19 @@ def prefill_rows(
 
 @triton.jit
 def decode(
-    q, kpool, vpool, positions, table, slopes, sinks, part, b, width,
+    q, kpool, vpool, kscale, vscale, positions, table, slopes, sinks, part, b, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """A share of the attention of a sequence's token and a KV head, not normalised.
 
     A share that has no key writes only its sum, 0.
     """
     G: tl.constexpr = H // HKV
-    TYPE: tl.constexpr = tl.float32 if FLOAT32 else kpool.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if FLOAT32 else q.dtype.element_ty
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     share = tl.program_id(2)
@@ -219,9 +220,10 @@ def decode(
         if SINK_KEYS > 0:
             start += tl.where(j >= tl.cdiv(SINK_KEYS, BN), hole * BN, 0)
         acc, total, top = attend(
-            acc, total, top, query, position, h, slope, kpool, vpool, columns, head, start, low, high,
+            acc, total, top, query, position, h, slope,
+            kpool, vpool, kscale, vscale, columns, head, start, low, high,
             HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
         )  # fmt: skip
     part += ((sequence.to(tl.int64) * shares + share) * H + h) * (DV + 2)
     tl.store(part + DV, top * FACTOR, mask=inside)

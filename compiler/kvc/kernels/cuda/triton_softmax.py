@@ -6,23 +6,24 @@ import triton
 import triton.language as tl
 
 from .triton_masks import seen
+from .triton_stored import load, scales
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def attend(
-    acc, total, top, query, position, h, slope, kpool, vpool, columns, head, start, low, high,
+    acc, total, top, query, position, h, slope, kpool, vpool, kscale, vscale, columns, head, start, low, high,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PG: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
     SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Take the block of keys from `start` into the rows' values, sums and maxima.
 
     Rows are at `position` and of head `h`, [M]. Keys of low .. high - 1 and the sink keys may be read.
     """
-    TYPE: tl.constexpr = tl.float32 if FLOAT32 else kpool.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if FLOAT32 else query.dtype
     rn = tl.arange(0, BN)
     rd = tl.arange(0, DP)
     rv = tl.arange(0, DVP)
@@ -40,16 +41,10 @@ def attend(
         else:
             page = tl.load(columns + key // PG).to(tl.int64)
         row = (page * HKV + head) * PG + key % PG
-    at = kpool + row[None, :] * D + rd[:, None]
-    if MASKED and D < DP:
-        keys = tl.load(at, mask=there[None, :] & (rd < D)[:, None], other=0.0)
-    elif MASKED:
-        keys = tl.load(at, mask=there[None, :], other=0.0)
-    elif D < DP:
-        keys = tl.load(at, mask=(rd < D)[:, None], other=0.0)
-    else:
-        keys = tl.load(at)
-    x = tl.dot(query, keys.to(TYPE), input_precision="tf32x3")
+    keys = load(kpool, row[None, :], rd[:, None], there[None, :], D, D < DP, MASKED, STORED, TYPE)
+    x = tl.dot(query, keys, input_precision="tf32x3")
+    if STORED != "":
+        x = x * scales(kscale, row, there, MASKED, STORED)[None, :]
     if SOFTCAP > 0:
         # tanh(y) is 1 - 2 / (e^2y + 1)
         x = tl.exp2(x * (SCALE / SOFTCAP * 2.0 * LOG2E))
@@ -67,33 +62,30 @@ def attend(
     weight = tl.exp2(x * FACTOR - base[:, None])
     fade = tl.exp2(top * FACTOR - base)
     total = total * fade + tl.sum(weight, 1)
-    at = vpool + row[:, None] * DV + rv[None, :]
-    if MASKED and DV < DVP:
-        values = tl.load(at, mask=there[:, None] & (rv < DV)[None, :], other=0.0)
-    elif MASKED:
-        values = tl.load(at, mask=there[:, None], other=0.0)
-    elif DV < DVP:
-        values = tl.load(at, mask=(rv < DV)[None, :], other=0.0)
-    else:
-        values = tl.load(at)
-    acc = tl.dot(weight.to(TYPE), values.to(TYPE), acc * fade[:, None], input_precision="tf32x3")
+    values = load(vpool, row[:, None], rv[None, :], there[:, None], DV, DV < DVP, MASKED, STORED, TYPE)
+    if STORED != "":
+        # Not the weights: what is small there would be rounded away.
+        values = (values.to(tl.float32) * scales(vscale, row, there, MASKED, STORED)[:, None]).to(TYPE)
+    acc = tl.dot(weight.to(TYPE), values, acc * fade[:, None], input_precision="tf32x3")
     return acc, total, highest
 
 
 @triton.jit
 def attend_blocks(
-    acc, total, top, query, position, h, slope, kpool, vpool, columns, head, begin, end, low, high,
+    acc, total, top, query, position, h, slope,
+    kpool, vpool, kscale, vscale, columns, head, begin, end, low, high,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PG: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
     SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Take blocks begin .. end - 1 of BN keys each, as `attend` does."""
     for block in range(begin, end):
         acc, total, top = attend(
-            acc, total, top, query, position, h, slope, kpool, vpool, columns, head, block * BN, low, high,
+            acc, total, top, query, position, h, slope,
+            kpool, vpool, kscale, vscale, columns, head, block * BN, low, high,
             HKV, D, DV, DP, DVP, PG, BN, MASKED, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
         )  # fmt: skip
     return acc, total, top
 

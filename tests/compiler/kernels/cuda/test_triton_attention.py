@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from page_cases import check_codes, numbers
 from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
@@ -37,11 +38,20 @@ SHAPES = {
     "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, page_size=128),
     "guarded": AttentionShape(4, 2, 64, 64, 0.2, guarded=True),
     "negative scale": AttentionShape(2, 1, 56, 64, -0.1),
+    "int8": AttentionShape(8, 2, 64, 72, 0.125, stored="int8", page_size=32),
+    "fp8, window": AttentionShape(4, 4, 72, 48, 0.12, window=37, stored="fp8"),
+    "int4, wide group": AttentionShape(16, 1, 128, 80, 0.09, stored="int4", page_size=64),
     "large heads": AttentionShape(3, 1, 256, 192, 0.06, window=70, sink_scores=True, page_size=64),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+TYPES = {**DTYPES, "int8": torch.int8, "uint8": torch.uint8}
 POOL_TOKENS = 2560
 """Tokens of all pages."""
+
+
+def poison(dtype: str) -> float:
+    """What must not be read: NaN, and codes beside scales that are NaN."""
+    return torch.nan if dtype in DTYPES else 0x5A
 
 
 @dataclass
@@ -75,10 +85,16 @@ class Case:
             pages = np.array([order.pop() + 1 for _ in range(-(-length // page))])
             k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
             self.sequences.append(Sequence(length, new, pages, k, v))
-        self.kpool, self.vpool = (
-            torch.full((count, shape.kv_heads, page, d), torch.nan, dtype=DTYPES[shape.kv_dtype])
+        form = shape.form
+        self.state = [
+            torch.full(
+                (count, shape.kv_heads, page, d // form.parts), poison(form.dtype), dtype=TYPES[form.dtype]
+            )
             for d in (shape.head_dim, shape.value_dim)
-        )
+        ]
+        if shape.stored:
+            scales = torch.full((count, shape.kv_heads, page), torch.nan, dtype=torch.bfloat16)
+            self.state += [scales, scales.clone()]
         # Page 0 stays NaN; entries of the table past a sequence's end are no pages at all.
         self.table = torch.full((len(lengths), count), 2**30, dtype=torch.int32)
         for row, sequence in enumerate(self.sequences):
@@ -101,7 +117,7 @@ class Case:
         run(
             append_kernel(self.shape, self.dtype),
             (-(-n // APPEND_TOKENS), self.shape.kv_heads),
-            *(k, v, torch.cat(slots).int(), self.kpool, self.vpool, n),
+            *(k, v, torch.cat(slots).int(), *self.state, n),
         )
 
     def forget_what_no_query_sees(self) -> None:
@@ -127,17 +143,34 @@ class Case:
             seen = seen & (k // shape.chunk == q // shape.chunk)
         return seen
 
+    def kept(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """The keys and values [KV heads, length, dim] of the pages; codes are compared with what came."""
+        both, shape = [], self.shape
+        for i, x in enumerate((sequence.k, sequence.v)):
+            if shape.stored is None:
+                both.append(x.to(TYPES[shape.kv_dtype]).double().numpy())
+                continue
+            codes, scales = (self.state[j][sequence.pages] for j in (i, i + 2))
+            found = numbers(shape, codes.numpy(), scales.float().numpy())
+            found, scale = (
+                np.concatenate(list(each), axis=1)[:, : sequence.length]
+                for each in (found, scales.float().numpy())
+            )
+            check_codes(shape, x.double().numpy(), found, scale, 2.0**-7)  # the interpreter rounds down
+            both.append(found)
+        return both[0], both[1]
+
     def check(self, q: torch.Tensor, out: torch.Tensor, sequence: Sequence, positions: np.ndarray) -> None:
         """q, out: [tokens, heads, ...] of one sequence."""
         shape = self.shape
         assert out.isfinite().all()
-        kind = DTYPES[shape.kv_dtype]
+        keys, values = self.kept(sequence)
         masks = self.seen(positions, sequence.length)
         behind = np.arange(sequence.length) - positions[:, None]
-        half = self.dtype == shape.kv_dtype == "float16"
-        unit = 2.0**-11 if half else 0.0
+        half = self.dtype == "float16" and (shape.stored is not None or shape.kv_dtype == "float16")
+        unit = (2.0**-11 if half else 0.0) * (2 if shape.stored else 1)  # values are rounded, too
         for h, seen in enumerate(masks):
-            k, v = (x[h // shape.group].to(kind).double().numpy() for x in (sequence.k, sequence.v))
+            k, v = keys[h // shape.group], values[h // shape.group]
             query = q[:, h].double().numpy()
             s = query @ k.T * shape.scale
             # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
@@ -182,7 +215,7 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
     run(
         prefill_kernel(shape, tile, case.dtype),
         (len(tiles), shape.kv_heads),
-        *(q, case.kpool, case.vpool, torch.from_numpy(np.concatenate(positions))),
+        *(q, *case.state, torch.from_numpy(np.concatenate(positions))),
         *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras, out, at),
         case.table.shape[1],
     )
@@ -207,7 +240,7 @@ def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndar
     run(
         decode_kernel(shape, splits, case.dtype),
         (count, shape.kv_heads, splits),
-        *(q, case.kpool, case.vpool, torch.from_numpy(positions), case.table, *case.extras),
+        *(q, *case.state, torch.from_numpy(positions), case.table, *case.extras),
         *(part, count, case.table.shape[1]),
     )
     run(merge_kernel(shape, splits, case.dtype), (count, shape.heads), part, out, count)
@@ -289,7 +322,7 @@ def test_a_row_that_sees_no_number(guarded: bool, bad: float) -> None:
     shape = dataclasses.replace(SHAPES["guarded"], guarded=guarded)
     case = Case(shape, "float16", [(200, 200)], 13)
     page = int(case.table[0, 180 // shape.page_size])
-    case.kpool[page, :, 180 % shape.page_size] = bad
+    case.state[0][page, :, 180 % shape.page_size] = bad
     sees = np.arange(200) >= 180
     for (_, out, _), rows in ((prefill(case), sees), (decode(case, 3), sees[-1:])):
         found = out.numpy() == 0 if guarded else np.isnan(out.numpy())

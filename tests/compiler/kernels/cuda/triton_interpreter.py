@@ -13,7 +13,12 @@ from typing import Any, BinaryIO
 
 from kvc.kernels.cuda.device import DeviceKernel
 
-WRITTEN = {"append": ("kpool", "vpool"), "decode": ("part",), "merge": ("out",), "prefill": ("out",)}
+WRITTEN = {
+    "append": ("kpool", "vpool", "kscale", "vscale"),
+    "decode": ("part",),
+    "merge": ("out",),
+    "prefill": ("out",),
+}
 WRITTEN |= {"product": ("y",), "embedding": ("y",)}
 """Parameters that each function writes."""
 
@@ -59,7 +64,10 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             return
         try:
             kernel.load()[grid](**values, **dict(kernel.constants))
-            _send(answers, {name: values[name] for name in WRITTEN[kernel.function.split(".")[-1]]})
+            _send(
+                answers,
+                {name: values[name] for name in WRITTEN[kernel.function.split(".")[-1]] if name in values},
+            )
         except Exception:
             _send(answers, traceback.format_exc())
 

@@ -1,0 +1,131 @@
+"""What a user can allow: changes of results beyond rounding, and what they do to a model's attention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from kvc_passes.errors import InputError
+from kvc_passes.facts import AttentionSite, MaskFact, StoredName
+
+KNOWN: Final = {
+    "token-scales": "activations that a graph quantizes by one scale for all tokens get one for each token",
+    "window=N": "layers that see all tokens see the last N only",
+    "sinks=N": "beside a window, they see the first N tokens too",
+    "kv-int8": "keys and values are kept in 8 bits, with a scale for every token and head",
+    "kv-fp8": "keys and values are kept as 8-bit floats (e4m3), with a scale for every token and head",
+    "kv-int4": "keys and values are kept in 4 bits, with a scale for every token and head",
+}
+_STORED: Final[dict[str, StoredName]] = {"kv-int8": "int8", "kv-fp8": "fp8", "kv-int4": "int4"}
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What is allowed; nothing by default."""
+
+    token_scales: bool = False
+    window: int | None = None
+    sinks: int = 0
+    stored: StoredName | None = None
+    """What keys and values are kept in."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Permissions that the importer asks for."""
+        return frozenset({"token-scales"} if self.token_scales else ())
+
+    def applied(self, sites: Sequence[AttentionSite], page: int) -> tuple[AttentionSite, ...]:
+        """The sites as they are allowed to be, with pages of `page` tokens.
+
+        Raises:
+            InputError: a permission that applies to no layer, or to one that cannot have it.
+        """
+        result = tuple(sites)
+        if self.window is not None:
+            result = self._windowed(result, page)
+        if self.stored is not None:
+            for site in result:
+                if self.stored == "int4" and (site.head_dim % 2 or site.value_dim % 2):
+                    raise InputError(
+                        f"--allow kv-int4 needs heads of an even size; those at node '{site.node}' have "
+                        f"{site.head_dim} and {site.value_dim} elements"
+                    )
+            result = tuple(replace(site, stored=self.stored) for site in result)
+        return result
+
+    def _windowed(self, sites: tuple[AttentionSite, ...], page: int) -> tuple[AttentionSite, ...]:
+        assert self.window is not None
+        if self.window < page:
+            raise InputError(
+                f"--allow window={self.window}: a window is at least a page, {page} tokens on this target"
+            )
+        if not any(site.mask.kind == "causal" for site in sites):
+            raise InputError(
+                f"--allow window={self.window} applies to no layer: none of this model sees all tokens"
+            )
+        near = f"k > q - {self.window}"
+        seen = f"k <= q and (k < {self.sinks} or {near})" if self.sinks else f"k <= q and {near}"
+        mask = MaskFact(
+            "sinks" if self.sinks else "window",
+            self.window,
+            "allowed, not proved: the model's own mask is k <= q",
+            sinks=self.sinks or None,
+            predicate=seen,
+        )
+        return tuple(replace(site, mask=mask) if site.mask.kind == "causal" else site for site in sites)
+
+    def used(self, imported: Iterable[str]) -> tuple[str, ...]:
+        """All that was used, as the user writes it; `imported` is what the importer used."""
+        names = list(imported)
+        if self.window is not None:
+            names += [f"window={self.window}"] + ([f"sinks={self.sinks}"] if self.sinks else [])
+        return (*names, *(name for name, stored in _STORED.items() if stored == self.stored))
+
+
+def explain(name: str) -> str:
+    """What a permission that was used changes."""
+    return KNOWN.get(name) or KNOWN[name.partition("=")[0] + "=N"].replace("N", name.partition("=")[2])
+
+
+def parse_permissions(text: str | Iterable[str]) -> Permissions:
+    """Permissions such as "token-scales" or "window=4096,sinks=4".
+
+    Raises:
+        InputError: one that does not exist, a number that is none, two that contradict each other.
+    """
+    parts = [text] if isinstance(text, str) else list(text)
+    result = Permissions()
+    for name in (name.strip() for part in parts for name in part.split(",")):
+        sized = re.fullmatch(r"(window|sinks)=(\d{1,9})", name)
+        if sized and sized[1] == "window":
+            result = replace(result, window=int(sized[2]))
+        elif sized:
+            result = replace(result, sinks=int(sized[2]))
+        elif name in _STORED:
+            if result.stored not in (None, _STORED[name]):
+                raise InputError(
+                    f"--allow {name}: keys and values are kept in one form; another is allowed too"
+                )
+            result = replace(result, stored=_STORED[name])
+        elif name == "token-scales":
+            result = replace(result, token_scales=True)
+        elif name:
+            raise InputError(f"there is no permission '{name}'; there are: {', '.join(KNOWN)}")
+    _check(result)
+    return result
+
+
+def _check(given: Permissions) -> None:
+    if given.sinks and given.window is None:
+        raise InputError(
+            f"--allow sinks={given.sinks} needs window=N beside it: without a window, all is seen"
+        )
+    if given.window is not None and not given.window:
+        raise InputError("--allow window=0 hides a token from itself; give a window of at least a page")
+    if given.window is not None and given.sinks > given.window:
+        raise InputError(
+            f"--allow window={given.window},sinks={given.sinks}: more sinks than the window has tokens; "
+            "give fewer sinks or a larger window"
+        )

@@ -1,0 +1,67 @@
+"""A model's calls on whole sequences: their pages are taken before each call, and given back once unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc.runtime.executor import Segment
+from kvc.runtime.state import Kept, State
+from kvc_passes.facts import ModelFacts, Plan
+
+
+class Model(Protocol):
+    """What is needed of an Executor."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def facts(self) -> ModelFacts: ...
+    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
+    def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
+    def close(self) -> None: ...
+
+
+class Sequences:
+    """Sequences in the pools of a model. Arguments as for State."""
+
+    def __init__(
+        self, model: Model, *, share: bool = True, shuffle: np.random.Generator | None = None
+    ) -> None:
+        self.model = model
+        self.state = State(model.plan, share=share, shuffle=shuffle)
+
+    def open(self, tokens: Sequence[int]) -> Kept:
+        """A sequence of these tokens, of which nothing is computed."""
+        return self.state.open(tokens)
+
+    def prefill(self, parts: Sequence[tuple[Kept, int]], *, ends: bool = False) -> NDArray[np.float32]:
+        """Compute the next tokens of sequences, so many of each.
+
+        Returns the logits after the last of them, float32 [sequences, facts.logits], a view that the next
+        call overwrites; with `ends` only of sequences that are then computed to their end. Raises
+        PlanningError if there is not enough room.
+        """
+        segments = [
+            self.state.segment(kept, count, wanted=not ends or kept.length + count == len(kept.tokens))
+            for kept, count in parts
+        ]
+        logits = self.model.prefill(segments)
+        for kept, count in parts:
+            self.state.advance(kept, count)
+        return logits
+
+    def decode(self, sequences: Sequence[Kept]) -> NDArray[np.float32]:
+        """Compute the next token of each sequence; logits as for `prefill`."""
+        logits = self.model.decode([self.state.segment(kept, 1) for kept in sequences])
+        for kept in sequences:
+            self.state.advance(kept, 1)
+        return logits
+
+    def close(self, *sequences: Kept) -> None:
+        """Give the pages of sequences back."""
+        for kept in sequences:
+            self.state.close(kept)
