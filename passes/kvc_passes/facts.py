@@ -248,7 +248,7 @@ class Bytes:
     pools: int
     """KV pages."""
     tables: int
-    """Block table, slots, positions, tokens, tiles, rows: the largest call's integer inputs."""
+    """The largest call's integer inputs (block tables, slots, positions, ...), and records of pages."""
     arena: int
     """All temporaries of the larger of the compiled functions, a compile-time constant."""
     outputs: int

@@ -82,11 +82,12 @@ def test_whole_sizes_are_exact(number: int, unit: str) -> None:
     [
         ("8x256", [(8, 256)]),
         ("8x256,1x2048", [(8, 256), (1, 2048)]),
+        ("8x256/100,1x2048", [(8, 256, 100), (1, 2048)]),
         (" 8 X 256 , 1x2 ", [(8, 256), (1, 2)]),
         (["8x256", Workload(1, 2)], [(8, 256), (1, 2)]),
     ],
 )
-def test_workloads(text: str | list[str | Workload], expected: list[tuple[int, int]]) -> None:
+def test_workloads(text: str | list[str | Workload], expected: list[tuple[int, ...]]) -> None:
     assert parse_workload(text) == tuple(Workload(*pair) for pair in expected)
 
 
@@ -117,6 +118,12 @@ def test_what_is_no_workload_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["0x5", "5x0", "0x0", "8x256,0x5"])
 def test_an_empty_workload_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is empty: batch and context must be at least 1"):
+        parse_workload(text)
+
+
+@pytest.mark.parametrize("text", ["8x256/256", "8x256/1000"])
+def test_a_prefix_without_anything_behind_it_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="has no tokens behind its common prefix"):
         parse_workload(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from kvc import planner
 from kvc.planner import Costs, make_plan
 from kvc.runtime.executor import input_shapes
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import AttentionSite, MaskFact, ModelFacts, Workload
+from kvc_passes.facts import AttentionSite, MaskFact, ModelFacts, Plan, Reach, Workload
 
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32)
@@ -56,7 +57,7 @@ def test_the_promise_is_the_sum_of_its_lines() -> None:
         for extent in shape:
             size *= extent
         counted += -(-size // 64) * 64
-    assert b.tables == counted
+    assert b.tables == counted + 256 * group.pages
     assert shapes["table_0"][1] == (plan.max_batch, -(-plan.max_context // 16))
     assert b.outputs >= plan.max_batch * 512 * 4
 
@@ -86,8 +87,8 @@ def test_no_chunk_is_much_larger_than_the_workload() -> None:
 
 def test_what_is_left_becomes_pages_up_to_the_models_context() -> None:
     small = make_plan(costs(), 9 * MIB, SMALL)
-    larger = make_plan(costs(), 9 * MIB + 10 * (small.groups[0].page_bytes + 64), SMALL)
-    assert larger.groups[0].pages == small.groups[0].pages + 10
+    larger = make_plan(costs(), 9 * MIB + 10 * (small.groups[0].page_bytes + 320), SMALL)
+    assert larger.groups[0].pages - small.groups[0].pages in (10, 11)  # less than one was left before
     full = make_plan(costs(), 1 << 40, SMALL)
     assert full.groups[0].pages == 2 * 1024 // 16
     assert full.max_context == 1024
@@ -175,3 +176,122 @@ def test_a_plan_holds_its_workload_within_its_budget(
         assert (
             unused < 2 * plan.groups[0].page_bytes + plan.bytes.pools // 16
         )  # the tables widen with the pages
+
+
+def mixed(context: int | None = 1 << 20, window: int = 128) -> ModelFacts:
+    """Four layers: three see a window, one sees all."""
+    near = MaskFact("window", window, "given")
+    sites = facts(context, layers=4).sites
+    sites = tuple(replace(s, mask=near) if s.index != 2 else s for s in sites)
+    return replace(facts(context), sites=sites)
+
+
+def least(costs: Costs, workload: Workload) -> Plan:
+    """The plan of the smallest budget."""
+    with pytest.raises(BudgetError) as refused:
+        make_plan(costs, 1, (workload,))
+    return make_plan(costs, refused.value.needed - SLACK, (workload,))
+
+
+def test_layers_with_a_window_take_a_window_and_a_chunk() -> None:
+    plan = make_plan(costs(facts=mixed(4096)), 40 * MIB, (Workload(1, 4096),))
+    near, far = plan.groups
+    assert (near.sites, far.sites) == ((0, 1, 3), (2,))
+    assert near.page_bytes == 3 * far.page_bytes
+    assert far.pages == 4096 // 16
+    assert near.pages == Reach(window=128).most_pages(16, 4096, plan.chunk)
+    assert near.pages <= (128 + plan.chunk) // 16 + 1
+    assert plan.max_context == 4096
+    assert plan.bytes.pools == sum(group.pages * group.page_bytes for group in plan.groups)
+
+
+def test_a_smaller_chunk_also_makes_windows_smaller() -> None:
+    big = make_plan(costs(facts=mixed(4096)), 1 << 40, (Workload(1, 4096),))
+    small = least(costs(facts=mixed(4096)), Workload(1, 4096))
+    assert (big.chunk, small.chunk) == (512, 32)
+    assert small.groups[0].pages < big.groups[0].pages
+
+
+def test_what_is_left_goes_to_all_groups_in_proportion_to_the_workload() -> None:
+    """Windows are full long before contexts end, so what is left goes to the layers that see all."""
+    small = make_plan(costs(facts=mixed()), 12 * MIB, (Workload(2, 64), Workload(1, 128)))
+    large = make_plan(costs(facts=mixed()), 48 * MIB, (Workload(2, 64), Workload(1, 128)))
+    most = 2 * Reach(window=128).most_pages(16, 1 << 20, large.chunk)
+    assert small.groups[0].pages <= large.groups[0].pages <= most
+    assert large.groups[1].pages > 4 * small.groups[1].pages
+    for plan in (small, large):
+        assert plan.budget - plan.bytes.total < 2 * plan.groups[1].page_bytes + plan.bytes.pools // 16
+
+
+def test_a_sequence_is_no_longer_than_its_pages_and_its_windows_allow() -> None:
+    """One request may have what was planned for several, but a window that is not whole cannot slide."""
+    plan = least(costs(facts=mixed(window=1000)), Workload(2, 40))
+    near, far = plan.groups
+    assert near.pages < Reach(window=1000).most_pages(16, 1 << 20, 1)
+    assert plan.max_context == min(near.pages, far.pages) * 16
+
+
+@pytest.mark.parametrize("context", [4096, None])
+def test_where_all_layers_have_windows_the_model_or_the_workload_limits_the_context(
+    context: int | None,
+) -> None:
+    near = MaskFact("window", 64, "given")
+    base = facts(context)
+    windowed = replace(base, sites=tuple(replace(s, mask=near) for s in base.sites))
+    plan = make_plan(costs(facts=windowed), 1 << 40, (Workload(2, 200),))
+    assert plan.max_context == (context or 200)
+    (group,) = plan.groups
+    assert group.pages <= Reach(window=64).most_pages(16, 4096, 512) + Reach(window=64).most_pages(
+        16, 4096, 1
+    )
+
+
+def test_a_common_prefix_is_counted_once() -> None:
+    assert least(costs(), Workload(10, 160)).groups[0].pages == 100
+    # Full pages are shared: 96 tokens.
+    assert least(costs(), Workload(10, 160, 100)).groups[0].pages == 6 + 10 * 4
+    assert least(costs(), Workload(1, 160, 100)).groups[0].pages == 10
+
+
+def test_capacities_are_the_largest_that_a_plan_of_their_own_can_have() -> None:
+    given_, budget = costs(facts=mixed()), 16 * MIB
+    plan = make_plan(given_, budget, (Workload(2, 64), Workload(1, 128)))
+    alone, *batches = plan.capacities
+    assert [w.context for w in batches] == [64, 128]
+    assert alone.batch == 1
+    make_plan(given_, budget, (alone,))
+    with pytest.raises(BudgetError):
+        make_plan(given_, budget, (Workload(1, alone.context + 1),))
+    for most in batches:
+        make_plan(given_, budget, (most,))
+        with pytest.raises(BudgetError):
+            make_plan(given_, budget, (Workload(most.batch + 1, most.context),))
+
+
+def test_capacities_end_at_the_models_context() -> None:
+    plan = make_plan(costs(facts=facts(1000)), 1 << 40, (Workload(1, 10),))
+    assert plan.capacities[0] == Workload(1, 1000)
+
+
+@settings(deadline=None)
+@given(
+    st.builds(
+        Reach, st.none() | st.integers(1, 60), st.none() | st.integers(1, 60), st.just(0) | st.integers(1, 20)
+    ),
+    st.sampled_from([1, 4, 16]),
+    st.integers(1, 40),
+    st.integers(1, 200),
+)
+def test_the_most_pages_of_a_reach(reach: Reach, page: int, step: int, context: int) -> None:
+    """Against a count, for every place at which a call may begin."""
+    if reach.window is not None and reach.chunk is not None:
+        reach = replace(reach, chunk=None)
+    most = 0
+    for first in range(context):
+        end = min(first + step, context)
+        kept = {k // page for k in range(end) if k >= reach.oldest(first) or k < reach.sinks}
+        most = max(most, len(kept))
+    bound = reach.most_pages(page, context, step)
+    assert most <= bound
+    if reach.window is not None and not reach.sinks and context > reach.window + step + 2 * page:
+        assert bound == most

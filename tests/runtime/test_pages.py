@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import tracemalloc
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from kvc.runtime.pages import PagePool, Pages
+from kvc.runtime.pages import RECORD_BYTES, PagePool, Pages
 from kvc_passes.errors import PlanningError
 
 
@@ -179,3 +182,17 @@ def test_others_pages_are_taken_before_those_that_were_freed_last() -> None:
     pool.release(first)
     _sequence(pool, 4)
     assert pool.known(b"a")
+
+
+def test_what_is_remembered_of_pages_is_what_the_plan_counts() -> None:
+    """A pool whose pages are all known by what they hold."""
+    count = 20_000
+    tracemalloc.start()
+    try:
+        pool, pages = PagePool(count), Pages()
+        pool.append(pages, count)
+        for page in pages.ids:
+            pool.name(page, hashlib.blake2b(page.to_bytes(4), digest_size=16).digest())
+        assert 100 < tracemalloc.get_traced_memory()[1] / count < RECORD_BYTES
+    finally:
+        tracemalloc.stop()

@@ -142,6 +142,17 @@ def test_requests_that_come_together_compute_their_common_prefix_once(
     assert used == {True: 2 + 3 * 3, False: 4 * 4 + 1}  # when the first has ended, or is about to
 
 
+def test_utilization_counts_tokens_that_are_seen(make_plan: Make) -> None:
+    reaches = Reach(), Reach(window=8, sinks=2)
+    state = State(make_plan(groups=groups(*reaches), page_size=SIZE, max_context=64))
+    assert state.utilization([]) == (0.0, 0.0)
+    first, second = state.open([0] * 30), state.open([1] * 30)
+    go_on(state, first, 21)
+    go_on(state, second, 4)
+    # 21 and 4 tokens in 6 and 1 pages; 14 .. 20 and 2 sinks in 3 and 1 pages, 4 tokens in 1.
+    assert state.utilization([first, second]) == (25 / 28, (7 + 2 + 4) / 20)
+
+
 def test_more_than_what_is_free_is_refused(make_plan: Make) -> None:
     state = State(make_plan(groups=groups(Reach(), pages=2), page_size=SIZE))
     kept = state.open([0] * 12)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvc.artifact import Artifact
 from kvc.runtime.device_memory import DeviceMemory
 from kvc.runtime.host_memory import HostMemory, Shapes, padded
+from kvc.runtime.pages import RECORD_BYTES
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts, Plan
 
@@ -75,8 +76,10 @@ def input_shapes(plan: Plan) -> Shapes:
 
 
 def table_bytes(plan: Plan) -> int:
-    """Bytes that the integer inputs of the largest call take (Bytes.tables)."""
-    return sum(padded(dtype, shape) for dtype, shape in input_shapes(plan).values())
+    """Bytes of the largest call's integer inputs, and of what is remembered of pages (Bytes.tables)."""
+    inputs = sum(padded(dtype, shape) for dtype, shape in input_shapes(plan).values())
+    on_gpu = plan.target["kind"] == "cuda"  # whose memory is what is counted
+    return inputs + (0 if on_gpu else RECORD_BYTES * sum(group.pages for group in plan.groups))
 
 
 def logits_bytes(plan: Plan, facts: ModelFacts) -> int:

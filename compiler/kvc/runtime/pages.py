@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from kvc_passes.errors import PlanningError
 
 _FREE, _HELD, _ROOM = 0, 1, 2
+RECORD_BYTES = 256
+"""Of the process's memory, for what is remembered of a page; 170 to 250 are seen."""
 NONE = 0
 """Stands in the place of a page that a sequence no longer holds; attention does not read it."""
 

@@ -165,6 +165,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def utilization(self) -> tuple[float, ...]:
+        """How full the pages in use are, of every group."""
+        return self.state.utilization([r.kept for r in self._running if r.kept is not None])
+
+    @property
     def busy(self) -> bool:
         """Whether a request has not ended."""
         return bool(self._requests)

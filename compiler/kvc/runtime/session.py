@@ -81,6 +81,8 @@ class Stats:
     pages_used: tuple[int, ...]
     """Of every group of layers (Plan.groups)."""
     pages_total: tuple[int, ...]
+    utilization: tuple[float, ...]
+    """Of every group: tokens that are still seen, over those that fit the pages in use."""
     running: int
     waiting: int
 
@@ -143,6 +145,7 @@ class Session:
             shared_tokens=counters.shared_tokens,
             pages_used=tuple(pool.used for pool in scheduler.state.pools),
             pages_total=tuple(pool.count for pool in scheduler.state.pools),
+            utilization=scheduler.utilization,
             running=scheduler.running,
             waiting=scheduler.waiting,
         )

@@ -149,6 +149,21 @@ class State:
         places = range(kept.length // size, (kept.length + count) // size)
         return [self.name(kept, place) for place in places] if self.share else []
 
+    def utilization(self, sequences: Sequence[Kept]) -> tuple[float, ...]:
+        """Of every group: tokens that these sequences may still see, over those that fit the pages they hold.
+
+        Above 1 where sequences share pages, 0 where they hold none.
+        """
+        found = []
+        for index, group in enumerate(self.plan.groups):
+            seen = 0
+            for kept in sequences:
+                first = min(group.reach.oldest(kept.length), kept.length)
+                seen += kept.length - first + min(group.reach.sinks, first)
+            held = {page for kept in sequences for page in kept.pages[index].held}
+            found.append(seen / max(1, len(held) * self.plan.page_size))
+        return tuple(found)
+
     def close(self, kept: Kept) -> None:
         """Give all pages of a sequence back."""
         for pool, pages in zip(self.pools, kept.pages):
