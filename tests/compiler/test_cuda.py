@@ -23,6 +23,8 @@ sys.path.append(str(ROOT))
 from tools.onnx_graph import Graph  # noqa: E402
 
 import kvc  # noqa: E402
+from kvc.runtime.executor import Executor  # noqa: E402
+from kvc.runtime.sequences import Sequences  # noqa: E402
 from kvc.widen import widen  # noqa: E402
 
 pytest.importorskip("triton")
@@ -110,6 +112,30 @@ def test_weights_of_four_bits_on_a_pretend_gpu(libraries: Path, tmp_path: Path) 
     done = run(built, libraries)
     assert done.returncode == 0, done.stderr
     assert worst(built, tmp_path, vocab=128) < LIMITS["float16"]
+
+
+def test_windows_and_codes_on_a_pretend_gpu(model_file: ModelFile, libraries: Path, tmp_path: Path) -> None:
+    """Two groups of layers, keys and values of 8 bits, against the same in the CPU's build.
+
+    Rounding of activations to 16 bits moves some codes by one: a step of 1/127 of the largest element.
+    """
+    model, allow = model_file("gemma2", True, "float16"), "kv-int8"
+    built = Built(model, tmp_path / "m.kvc", tmp_path / "dump")
+    artifact = kvc.compile(
+        model, target="cuda:sm_90", allow=allow, output=built.artifact, dump=built.dump, **OPTIONS
+    )
+    assert len(artifact.plan.groups) == 2
+    done = run(built, libraries)
+    assert done.returncode == 0, done.stderr
+    cpu = kvc.compile(model, allow=allow, output=tmp_path / "cpu.kvc", **OPTIONS)
+    executor = Executor(cpu)
+    served = Sequences(executor)
+    kept = [served.open(tokens) for tokens in tokens_of(512)]
+    rows = [served.prefill(list(zip(kept, LENGTHS))).copy()]
+    rows += [served.decode(kept).copy() for _ in range(STEPS)]
+    executor.close()
+    got = np.load(built.artifact.with_suffix(".npz"))["logits"]
+    assert np.abs(got - np.stack(rows)).max() < 3 * LIMITS["float16"]
 
 
 def test_one_artifact_has_code_for_several_architectures(
