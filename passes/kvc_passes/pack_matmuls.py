@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ class PackMatmuls:
     Before: `matmul(x [.., m, depth], w [depth, columns])`, w a parameter of floats or a dequantized one, the
         transpose or a widening cast of one, or a concatenation of such; a bias that is a parameter [columns]
         of x's type may be added, and, where the kernels can, any value of the product's shape;
-        `take(w, ids)` may read rows of the same weight, or of a dequantized one.
+        `take(w, ids)`, or a cast of it, may read rows of the same weight, or of a dequantized one.
     After: `call_tir(packed_matmul, x, *packed, [bias], [residual])`; parameters have the packed shapes.
     Needs: FlattenTokens (x is [1, n, depth] or [n, depth]).
     Refuses: nothing; a product that does not match stays a plain matmul.
@@ -39,16 +39,18 @@ class PackMatmuls:
         function = mod["main"]
         graph = graph_of(function)
         products = self._products(graph)
-        weights = {m.weight for m in products.values()}
-        lookups = {v: w for v in graph.order if (w := _lookup(graph, v, weights, self.kernels.dtypes))}
-        ordered = dict.fromkeys([*(m.weight for m in products.values()), *lookups.values()])
+        weights = dict.fromkeys(m.weight for m in products.values())
+        found = ((v, _lookup(graph, v, weights, self.kernels.dtypes)) for v in graph.order)
+        lookups = {var: lookup for var, lookup in found if lookup is not None}
+        ordered = dict.fromkeys([*weights, *(weight for weight, _ in lookups.values())])
         packed = {weight: self._parameters(weight) for weight in ordered}
         made: dict[tuple[Any, ...], Any] = {}
         values: dict[relax.Var, relax.Expr] = {}
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if var in lookups:
-                return self._embedding(builder, made, var, value, packed[lookups[var]], lookups[var])
+                weight, ids = lookups[var]
+                return self._embedding(builder, made, var, values.get(ids, ids), packed[weight], weight)
             if var in products:
                 match = products[var]
                 x, residual = (values.get(v, v) for v in (match.x, match.residual))
@@ -90,7 +92,7 @@ class PackMatmuls:
         builder: relax.BlockBuilder,
         made: dict[Any, Any],
         var: relax.Var,
-        value: relax.Call,
+        ids: relax.Expr,
         packed: Sequence[relax.Var],
         weight: PackedWeight,
     ) -> relax.Expr:
@@ -99,7 +101,6 @@ class PackMatmuls:
         if key not in made:
             kernel = self.kernels.embedding(weight.columns, weight.depth, weight.format, dtype)
             made[key] = builder.add_func(kernel, key[0])
-        ids = value.args[1]
         if ids.ty.dtype.dtype != "int64":
             ids = builder.emit(relax.op.astype(ids, "int64"))
         shape = [*dims(ids), tirx.IntImm("int64", weight.depth)]
@@ -157,16 +158,19 @@ class _Product:
 
 
 def _lookup(
-    graph: Graph, var: relax.Var, packed: set[PackedWeight], dtypes: tuple[str, ...]
-) -> PackedWeight | None:
-    """The weight whose rows `take(w, ids [1, n])` reads: one that is packed, or that holds codes."""
+    graph: Graph, var: relax.Var, packed: Container[PackedWeight], dtypes: tuple[str, ...]
+) -> tuple[PackedWeight, relax.Expr] | None:
+    """The weight and the ids of `take(w, ids [1, n])` or its cast, if w is packed anyway or holds codes."""
     call = graph.definitions[var]
+    if op_name(call) == "astype":
+        call = graph.resolve(call.args[0])
     if op_name(call) != "take" or call.attrs.axis is None or int(call.attrs.axis) != 0:
         return None
     if len(dims(call.args[1])) != 2 or str(var.ty.dtype.dtype) not in dtypes:
         return None
     weight = table_of(graph, call.args[0])
-    return weight if weight is not None and (weight in packed or weight.format.coded) else None
+    there = weight is not None and (weight in packed or weight.format.coded)
+    return (weight, call.args[1]) if weight is not None and there else None
 
 
 def _product(graph: Graph, var: relax.Var, kernels: MatmulKernels) -> _Product | None:

@@ -129,6 +129,26 @@ def test_a_tied_embedding_is_stored_once() -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+def test_a_tied_embedding_of_16_bits_is_stored_once() -> None:
+    """On a CPU its rows are read as they are stored and then cast; the kernel does both."""
+    w, ids = param("w", [64, 16], "float16"), param("ids", [1, N], "int64")
+
+    def body(emit: Any, *_: Any) -> Any:
+        x = emit(op.astype(emit(op.take(w, ids, axis=0)), "float32"))
+        return emit(op.matmul(x, emit(op.permute_dims(emit(op.astype(w, "float32"))))))
+
+    module, _ = module_of([ids, w], body)
+    result = PackMatmuls(PRODUCTS).run(module)
+    assert params_of(result.module) == ["ids", "w_packed_rows"]
+    assert ops(result.module)["take"] == ops(result.module)["astype"] == 0
+    weight = floats(64, 16).astype(np.float16)
+    known = packed(result.facts, {"w": weight})
+    tokens = np.array([[3, 63, 0]])
+    (got,) = Compiled(result.module, QUICK)(tokens, known["w_packed_rows"])
+    wide = weight.astype(np.float32)
+    np.testing.assert_allclose(got[0], wide[tokens[0]] @ wide.T, rtol=0, atol=1e-5)
+
+
 def test_a_bias_is_added_by_the_kernel_only_where_nothing_else_reads_the_product() -> None:
     w, b = param("w", [16, 32]), param("b", [32])
 
