@@ -158,7 +158,7 @@ def _site_row(group: Sequence[AttentionSite]) -> list[str]:
         *numbers,
         cap,
         site.rope or ("ALiBi" if site.slopes else "none"),
-        site.kv_dtype,
+        site.stored or site.kv_dtype,
         _mask(site),
         site.mask.proof,
     ]
