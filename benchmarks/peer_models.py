@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,24 +90,34 @@ def last_logits(source: Path, out: Path) -> None:
     out.write_bytes(model.SerializeToString())
 
 
-def genai_folder(python: str, source: Path, out: Path) -> None:
-    """onnxruntime-genai's model, made by its own builder."""
-    arguments = ["-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out)]
-    arguments += ["-p", "fp32", "-e", "cpu", "-c", str(out.with_name("genai-cache"))]
-    _run([python, *arguments, "--extra_options", "prune_lm_head=true"])
+BUILDER = ("-m", "onnxruntime_genai.models.builder")
 
 
-def openvino_folder(python: str, source: Path, out: Path) -> None:
-    """OpenVINO's stateful model with its tokenizer, exported by optimum-intel."""
+def genai_folder(python: str, source: Path, out: Path, builder: Sequence[str] = BUILDER) -> None:
+    """onnxruntime-genai's float32 model, made by its own builder."""
+    arguments = ["-i", str(source), "-o", str(out), "-p", "fp32", "-e", "cpu"]
+    arguments += ["-c", str(out.with_name("genai-cache")), "--extra_options", "prune_lm_head=true"]
+    _run([python, *builder, *arguments])
+
+
+def openvino_folder(
+    python: str, source: Path, out: Path, weights: str = "fp32", packages: Path | None = None
+) -> None:
+    """OpenVINO's stateful model with its tokenizer, exported by optimum-intel.
+
+    What is in the folder `packages` comes before what is installed.
+    """
     command = str(Path(python).with_name("optimum-cli"))
     if not Path(command).exists():
         raise Missing("optimum-cli is not installed (pip install optimum-intel)")
     arguments = ["export", "openvino", "--model", str(source), "--task", "text-generation-with-past"]
-    _run([command, *arguments, "--weight-format", "fp32", str(out)])
+    first = {"PYTHONPATH": str(packages)} if packages else {}
+    _run([command, *arguments, "--weight-format", weights, str(out)], first)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
+    environment = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise Missing(lines[-1] if lines else f"exit status {done.returncode}")

@@ -15,11 +15,13 @@ class Kvc:
         self.session = kvc.load(Path(model), verify=False, threads=threads)
         self.params = kvc.SamplingParams
         self.live: list[int] = []
-        plan = kvc.Artifact.open(model, verify=False).plan
+        artifact = kvc.Artifact.open(model, verify=False)
+        plan, types = artifact.plan, {site.kv_dtype for site in artifact.facts.sites}
+        self.pools = plan.bytes.pools
         return {
             "version": kvc.__version__,
             "configuration": f"Session, promised {plan.bytes.total / 1e6:.0f} MB, chunks of {plan.chunk}, "
-            f"pages of {plan.page_size} tokens; weights, KV float32",
+            f"pages of {plan.page_size} tokens; arithmetic float32, KV {', '.join(sorted(types))}",
         }
 
     def reset(self, batch: int, length: int) -> None:
@@ -50,6 +52,12 @@ class Kvc:
         token = events[0].token
         assert token is not None
         return token
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        self.session.generate(prompts, max_new_tokens=new, ignore_eos=True)
+
+    def kv_bytes(self) -> int:
+        return int(self.pools)
 
 
 if __name__ == "__main__":

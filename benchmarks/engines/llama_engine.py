@@ -1,8 +1,9 @@
-"""llama.cpp through llama-cpp-python's C bindings, on a GGUF file with float32 weights."""
+"""llama.cpp through llama-cpp-python's C bindings, on a GGUF file."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ class Llama:
         self.api = llama_cpp
         self.threads = threads
         self.kv = str(options.get("kv", "f32"))
-        self.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self.silent, ctypes.c_void_p(0))
+        self.cells, self.sequences = int(options.get("cells", 0)), int(options.get("sequences", 0))
+        self.log: list[str] = []
+        self.listens = llama_cpp.llama_log_callback(
+            lambda level, text, data: self.log.append(text.decode(errors="replace"))
+        )
+        llama_cpp.llama_log_set(self.listens, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(
             model.encode(), llama_cpp.llama_model_default_params()
@@ -30,12 +35,15 @@ class Llama:
         self.size = (0, 0)
         return {
             "version": llama_cpp.__version__,
-            "configuration": f"GGUF float32, KV {self.kv}, flash attention auto, batch 2048, micro-batch 512",
+            "configuration": f"GGUF {options.get('weights', 'float32')}, KV {self.kv}, flash attention auto, "
+            "batch 2048, micro-batch 512" + (f", n_ctx {self.cells} for all sequences" if self.cells else ""),
         }
 
     def reset(self, batch: int, length: int) -> None:
         api = self.api
         size = batch * -(-length // 256) * 256
+        if self.cells:  # one context for whatever comes
+            batch, size = self.sequences, self.cells
         if self.context is not None:
             if self.size == (batch, size):
                 api.llama_memory_clear(api.llama_get_memory(self.context), False)
@@ -49,8 +57,9 @@ class Llama:
         params.n_batch, params.n_ubatch = 2048, 512
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = _GGML_F32 if self.kv == "f32" else _GGML_F16
-        params.kv_unified = False
+        params.kv_unified, params.swa_full = bool(self.cells), not self.cells
         params.no_perf = True
+        self.log.clear()
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError("llama.cpp made no context")
@@ -89,6 +98,16 @@ class Llama:
 
     def prefill(self, prompt: list[int]) -> int:
         return self._prompt(prompt, 0)
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        self.reset(len(prompts), len(prompts[0]) + new)
+        self.fill(prompts, new)
+        for _ in range(new - 1):
+            self.step()
+
+    def kv_bytes(self) -> int:
+        found = re.findall(r"KV buffer size = +([0-9.]+) MiB", "".join(self.log))
+        return round(sum(float(size) for size in found) * 2**20)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI: continuous batching with paged attention, everything float32."""
+"""OpenVINO GenAI: continuous batching with paged attention, everything float32 unless told otherwise."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ class OpenVino:
 
         self.ov, self.genai = ov, genai
         scheduler = genai.SchedulerConfig()
-        scheduler.cache_size = 2
-        scheduler.max_num_batched_tokens = 2048
+        tokens = scheduler.max_num_batched_tokens = int(options.get("tokens", 2048))
+        if "blocks" in options:
+            scheduler.num_kv_blocks = int(options["blocks"])
+        else:
+            scheduler.cache_size = 2
         scheduler.enable_prefix_caching = False
+        precision, kv = options.get("precision", "f32"), options.get("kv", "f32")
         properties = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": kv,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "INFERENCE_NUM_THREADS": threads,
         }
@@ -30,7 +34,8 @@ class OpenVino:
         self.handles: list[Any] = []
         return {
             "version": genai.__version__,
-            "configuration": "continuous batching, paged attention, 2048 tokens a call; weights, KV float32",
+            "configuration": f"continuous batching, paged attention, {tokens} tokens a call; "
+            f"arithmetic {precision}, KV {kv}",
         }
 
     def reset(self, batch: int, length: int) -> None:
@@ -72,6 +77,18 @@ class OpenVino:
             self.pipe.step()
         (answer,) = self.handles[0].read_all()
         return int(answer.generated_ids[0])
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        self._start(prompts, new)
+        self.taken = 0
+        while self.pipe.has_non_finished_requests():
+            self.pipe.step()
+            self.taken = max(self.taken, self.pipe.get_metrics().cache_size_in_bytes)
+        if any(len(handle.read_all()[0].generated_ids) != new for handle in self.handles):
+            raise RuntimeError("a request was cut short")
+
+    def kv_bytes(self) -> int:
+        return int(self.taken)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     {"do": "fill", "batch": 8, "context": 128, "seed": 0, "room": 200} -> {"seconds": [...]}  decode after it
     {"do": "decode", "steps": 16}                         -> {"seconds": [one of each step]}
     {"do": "prefill", "length": 512, "seed": 1}           -> {"seconds": [one], "token": first new token}
+    {"do": "run", "batch": 8, "context": 128, "new": 8, "vocabulary": 49152, "seed": 0}
+        -> {"seconds": [one], "peak_bytes": ..., "kv_bytes": of keys and values}; the new end the context
     {"do": "peak"}                                        -> {"bytes": most resident bytes so far}
     {"do": "quit"}
 
@@ -20,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -46,10 +48,20 @@ class Engine(Protocol):
         """Compute one prompt up to its first new token, which is returned."""
 
 
-def prompts(batch: int, length: int, seed: int) -> list[list[int]]:
+class Holder(Engine, Protocol):
+    """An engine that can answer "run"."""
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """Answer all prompts at once, each with `new` tokens, in a context that has room for no more."""
+
+    def kv_bytes(self) -> int:
+        """What it has allocated for keys and values."""
+
+
+def prompts(batch: int, length: int, seed: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
     """Random token ids, the same for every engine."""
     random = np.random.default_rng(seed)
-    return [random.integers(100, VOCABULARY, length).tolist() for _ in range(batch)]
+    return [random.integers(100, vocabulary, length).tolist() for _ in range(batch)]
 
 
 def timed(action: Callable[[], None]) -> float:
@@ -92,6 +104,13 @@ def _answer(engine: Engine, action: str, request: dict[str, Any]) -> dict[str, A
             start = time.perf_counter()
             token = engine.prefill(text)
             return {"seconds": [time.perf_counter() - start], "token": int(token)}
+        case "run":
+            holder, new = cast(Holder, engine), request["new"]
+            texts = prompts(
+                request["batch"], request["context"] - new, request["seed"], request["vocabulary"]
+            )
+            seconds = timed(lambda: holder.generate(texts, new))
+            return {"seconds": [seconds], "peak_bytes": _peak(), "kv_bytes": holder.kv_bytes()}
         case "peak":
             return {"bytes": _peak()}
     raise ValueError(f"unknown request {action}")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from kvc_models import smollm2, tiny
+from kvc_models import sized, smollm2, tiny
 from kvc_models.export import DEFAULT_OPSET, ModelError, export_decoder, save_assets
 
 Load = Callable[[Path | None], tuple[Any, Any]]
@@ -30,12 +30,20 @@ def _load_smollm2(cache: Path | None) -> tuple[Any, Any]:
     return smollm2.load_model(file), smollm2.load_tokenizer(file)
 
 
+def _load_sized(name: str, _cache: Path | None) -> tuple[Any, Any]:
+    return sized.make_sized(name), tiny.tokenizer()
+
+
 def _load_tiny(family: str, _cache: Path | None) -> tuple[Any, Any]:
     return tiny.make_tiny(family), tiny.tokenizer()
 
 
 ENTRIES: Final = (
     Entry("smollm2-135m", "SmolLM2-135M-Instruct, trained; 538 MB as fp32", _load_smollm2, True),
+    *(
+        Entry(name, f"{about}, random weights", partial(_load_sized, name), True)
+        for name, (about, _) in sized.SIZED.items()
+    ),
     *(
         Entry(f"tiny-{family}", f"{family}, random weights, for tests", partial(_load_tiny, family), False)
         for family in tiny.FAMILIES
@@ -69,7 +77,7 @@ def export_named(
 
     Args:
         name: a model of `ENTRIES`.
-        out: the ONNX file; SmolLM2's weights go beside it into `out` + ".data".
+        out: the ONNX file; the weights of models of real size go beside it into `out` + ".data".
         with_past: take and return keys and values, see `kvc_models.export`.
         opset: the ONNX operator set.
         dtype: "float32", "float16" or "bfloat16", of the weights.

@@ -106,7 +106,7 @@ def test_export_says_in_a_few_lines_what_it_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "out", "message"),
     [
-        ("nothing", "x.onnx", "no model is called 'nothing'; there are smollm2-135m, tiny-llama"),
+        ("nothing", "x.onnx", "no model is called 'nothing'; there are smollm2-135m, smollm2-long"),
         ("tiny-llama", "x.bin", "must be named something.onnx"),
     ],
 )

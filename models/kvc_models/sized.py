@@ -1,0 +1,85 @@
+"""Decoders with the shapes of real models, long contexts and random weights.
+
+Bytes and speed hold, text does not. Each comes with the small tokenizer of `kvc_models.tiny`: most of their
+token ids stand for no text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from kvc_models.tiny import END_OF_TEXT, SEED, tokenizer
+
+CONTEXT: Final = 32768
+
+SIZED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "smollm2-long": (
+        "SmolLM2-135M's shapes",
+        {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-1b": (
+        "Gemma-3-1B's shapes: five of six layers have a window of 512",
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+            "layer_types": [
+                "full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(26)
+            ],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral-window": (
+        "a Mistral of 0.9 billion parameters: every layer has a window of 4096",
+        {
+            "model_type": "mistral",
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+"""What each is, and the options of its configuration."""
+
+
+def make_sized(name: str) -> Any:
+    """A transformers causal language model of `SIZED`: random float32 weights, always the same."""
+    import transformers
+
+    end = tokenizer().convert_tokens_to_ids(END_OF_TEXT)
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    options = {"max_position_embeddings": CONTEXT, **ends, **SIZED[name][1]}
+    config = transformers.AutoConfig.for_model(**options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
