@@ -57,8 +57,8 @@ def verify(
     chunked prefill, decode after prefill and ragged batches; then the peak memory of a fresh process under
     the worst planned workload is compared with the plan. The tolerance is that of the type that keys and
     values are kept in, by default. A model that was compiled with permissions is measured, not judged: how
-    far its logits are off, and its perplexity on a text (a file, or one that comes with kvc) if it has a
-    tokenizer.
+    far its logits are off, and its perplexity on a text that comes with kvc, if it has a tokenizer. With
+    `text`, a file, every model's perplexity on that is measured.
 
     Raises:
         InputError: the artifact, the ONNX file or the text cannot be read, ONNX Runtime is not installed, or
@@ -80,7 +80,7 @@ def verify(
     executor = Executor(artifact)
     try:
         checks = list(_Logits(executor, reference, tolerance, seed).checks())
-        if artifact.facts.allowed and artifact.file("tokenizer.json"):
+        if text is not None or (artifact.facts.allowed and artifact.file("tokenizer.json")):
             checks.append(_perplexity(artifact, executor, reference, None if text is None else Path(text)))
     finally:
         executor.close()
@@ -96,6 +96,8 @@ class _Logits:
         self.random = np.random.default_rng(seed)
         self.sequences = Sequences(executor, share=False, shuffle=self.random)
         self.longest = min(200, self.plan.max_context)
+        self._together = min(group.pages for group in self.plan.groups) * self.plan.page_size
+        """Tokens that can be computed at once."""
 
     def checks(self) -> Iterator[Check]:
         yield from self._prefill()
@@ -112,7 +114,8 @@ class _Logits:
         return tokens, self.reference.logits(tokens)
 
     def _prefill(self) -> Iterator[Check]:
-        lengths = sorted({n for n in (1, 5, 17, 64, self.longest) if n <= min(self.longest, self.plan.chunk)})
+        most = min(self.longest, self.plan.chunk, self._together)
+        lengths = sorted({n for n in (1, 5, 17, 64, self.longest) if n <= most})
         for length in lengths:
             tokens, expected = self._sequence(length)
             kept = self.sequences.open(tokens.tolist())
@@ -147,8 +150,9 @@ class _Logits:
     def _ragged(self) -> Check:
         """Sequences at different points of their lives share calls: some begin, some go on."""
         plan, count = self.plan, min(self.plan.max_batch, 6)
-        least = min(group.pages for group in plan.groups)
-        room = min(self.longest, least // count * plan.page_size, plan.chunk // count)
+        room = min(
+            self.longest, self._together // plan.page_size // count * plan.page_size, plan.chunk // count
+        )
         lengths = [max(2, int(n)) for n in self.random.integers(max(2, room // 3), max(3, room + 1), count)]
         sequences = [self._sequence(length) for length in lengths]
         kept = [self.sequences.open(tokens.tolist()) for tokens, _ in sequences]

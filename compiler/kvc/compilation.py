@@ -57,8 +57,10 @@ def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner
     Raises UnsupportedModel, and InputError for a permission that does not apply.
     """
     proved = understand(imported, runner)
-    understood = replace(proved, sites=allow.applied(proved.sites, page))
-    return Model(imported, understood, facts_of(imported, understood, allow.used(imported.allowed)))
+    facts = facts_of(imported, proved)  # with what config.json says of the graph itself
+    sites = allow.applied(proved.sites, page)
+    facts = replace(facts, sites=sites, allowed=allow.used(imported.allowed))
+    return Model(imported, replace(proved, sites=sites), facts)
 
 
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:

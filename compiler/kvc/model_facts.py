@@ -20,10 +20,8 @@ from .pipeline import Understood
 _LARGEST_CONSTANT = 1 << 16  # bytes; what is larger would be memory that no plan counts
 
 
-def facts_of(imported: Imported, understood: Understood, allowed: tuple[str, ...] = ()) -> ModelFacts:
+def facts_of(imported: Imported, understood: Understood) -> ModelFacts:
     """Sizes, sites and limits of a proved model, and what its config.json says that the graph does not.
-
-    allowed: permissions that were used.
 
     Raises:
         UnsupportedModel: an embedding table or logits of unknown size, a weight of a type that is not stored.
@@ -50,7 +48,6 @@ def facts_of(imported: Imported, understood: Understood, allowed: tuple[str, ...
         positions=understood.positions,
         parameter_bytes=imported.file.parameter_bytes(),
         nodes=len(imported.file.graph.node),
-        allowed=allowed,
         warnings=configuration.contradictions(understood.sites, columns),
     )
 

@@ -99,10 +99,11 @@ def parse_permissions(text: str | Iterable[str]) -> Permissions:
     result = Permissions()
     for name in (name.strip() for part in parts for name in part.split(",")):
         sized = re.fullmatch(r"(window|sinks)=(\d{1,9})", name)
-        if sized and sized[1] == "window":
-            result = replace(result, window=int(sized[2]))
-        elif sized:
-            result = replace(result, sinks=int(sized[2]))
+        if sized:
+            kind, before = sized[1], result.window if sized[1] == "window" else result.sinks or None
+            if before not in (None, int(sized[2])):
+                raise InputError(f"--allow {name}: {kind}={before} is allowed, too; give one")
+            result = _sized(result, kind, int(sized[2]))
         elif name in _STORED:
             if result.stored not in (None, _STORED[name]):
                 raise InputError(
@@ -115,6 +116,10 @@ def parse_permissions(text: str | Iterable[str]) -> Permissions:
             raise InputError(f"there is no permission '{name}'; there are: {', '.join(KNOWN)}")
     _check(result)
     return result
+
+
+def _sized(given: Permissions, kind: str, number: int) -> Permissions:
+    return replace(given, window=number) if kind == "window" else replace(given, sinks=number)
 
 
 def _check(given: Permissions) -> None:

@@ -39,7 +39,7 @@ def measure(sequences: Sequences, reference: Reference, text: Text, file: Path |
     """
     tokens = text.encode(_read(file))[: min(MOST, sequences.model.plan.max_context)]
     if len(tokens) < 2:
-        raise InputError(f"{file}: a perplexity needs a text of at least two tokens")
+        raise InputError(f"{file or 'the text'}: a perplexity needs at least two tokens")
     expected = reference.logits(np.array(tokens))[:-1]
     vocab, next_ones = sequences.model.facts.vocab, tokens[1:]
     own, theirs, same = 0.0, 0.0, 0
@@ -48,7 +48,7 @@ def measure(sequences: Sequences, reference: Reference, text: Text, file: Path |
         theirs += _surprise(row[:vocab], token)
         same += int(got[:vocab].argmax() == row[:vocab].argmax())
     count = len(next_ones)
-    return Perplexity(len(tokens), math.exp(own / count), math.exp(theirs / count), same / count)
+    return Perplexity(len(tokens), _exp(own / count), _exp(theirs / count), same / count)
 
 
 def _read(file: Path | None) -> str:
@@ -67,6 +67,10 @@ def _rows(sequences: Sequences, tokens: list[int]) -> Iterator[np.ndarray]:
     for _ in tokens[:-1]:
         yield sequences.decode([kept])[0]
     sequences.close(kept)
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def _surprise(row: np.ndarray, token: int) -> float:

@@ -78,12 +78,13 @@ def _capacities(costs: Costs, plan: Plan) -> tuple[Workload, ...]:
     def context_fits(context: int) -> bool:
         return _fits(costs, plan.budget, Workload(1, context))
 
-    def batch_fits(context: int, batch: int) -> bool:
-        return _fits(costs, plan.budget, Workload(batch, context))
+    def batch_fits(one: Workload, batch: int) -> bool:
+        return _fits(costs, plan.budget, replace(one, batch=batch))
 
     alone = Workload(1, _most(costs.facts.context or _LONGEST, context_fits))
-    contexts = sorted({w.context for w in plan.workload})
-    return (alone, *(Workload(_most(_MOST_REQUESTS, partial(batch_fits, c)), c) for c in contexts))
+    kinds = dict.fromkeys(replace(w, batch=1) for w in plan.workload)
+    most = (replace(w, batch=_most(_MOST_REQUESTS, partial(batch_fits, w))) for w in kinds)
+    return (alone, *most)
 
 
 def _fits(costs: Costs, budget: int, workload: Workload) -> bool:
@@ -219,12 +220,18 @@ def _context(groups: Sequence[StateGroup], size: int, context: int, limit: int |
 
 def _pages_of(reach: Reach, workload: Workload, size: int, chunk: int) -> int:
     """Pages that a workload holds at once in a group, when a call computes a chunk of a request."""
-    between = reach.most_pages(size, workload.context, 1)
-    if reach.bounded:
-        one = reach.most_pages(size, workload.context, chunk)
-        return min(workload.batch * one, (workload.batch - 1) * between + one)
-    shared = workload.prefix // size
-    return shared + workload.batch * (between - shared)
+    batch, context = workload.batch, workload.context
+    between = reach.most_pages(size, context, 1)
+    if not reach.bounded:
+        shared = workload.prefix // size
+        return shared + batch * (between - shared)
+    # A call may compute some requests whole, and a part of one more.
+    whole = min(batch, chunk // context)
+    pages = whole * reach.most_pages(size, context, context)
+    if whole < batch:
+        part = max(1, chunk - whole * context)
+        pages += reach.most_pages(size, context, part) + (batch - whole - 1) * between
+    return pages
 
 
 def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:

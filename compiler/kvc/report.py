@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from kvc_passes.facts import AttentionSite, ModelFacts, Plan, Reach
+from kvc_passes.facts import AttentionSite, ModelFacts, Plan, Reach, Workload
 
 from .options import format_size
 
@@ -71,12 +71,17 @@ def _groups_table(plan: Plan) -> Table:
         numbers = (group.pages, group.pages * plan.page_size, size, group.page_bytes // plan.page_size)
         _row(table, ranges(group.sites), group.form, _keeps(group.reach), *(f"{n:,}" for n in numbers))
     alone, *others = plan.capacities
-    most = [f"{w.batch:,} request{'s' * (w.batch != 1)} of {w.context:,} tokens" for w in others]
+    most = [_requests(w) for w in others]
     table.caption = Text(
         f"within this budget at most: {alone.context:,} tokens for one request; {'; '.join(most)}"
     )
     table.caption_justify = "left"
     return table
+
+
+def _requests(workload: Workload) -> str:
+    count = f"{workload.batch:,} request{'s' * (workload.batch != 1)} of {workload.context:,} tokens"
+    return count + (f", {workload.prefix:,} of them in common" if workload.prefix else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -185,7 +190,7 @@ def check_table(checks: Sequence[Check], name: str) -> Table:
     for check in checks:
         number = "{:,.0f}" if check.unit == "bytes" else "{:.2e}"
         verdict = Text("kept", "green") if check.passed else Text("BROKEN", "red")
-        if math.isinf(check.limit):
+        if math.isinf(check.limit) and check.passed:
             verdict = Text("allowed", "yellow")
         _row(
             table,

@@ -38,6 +38,7 @@ def test_what_is_written_is_what_is_allowed() -> None:
         ("window=", "there is no permission 'window='"),
         ("window=-4", "there is no permission"),
         ("window=0", "hides a token from itself"),
+        ("window=32,window=64", "window=32 is allowed, too; give one"),
         ("sinks=4", "sinks=4 needs window=N beside it"),
         ("window=16,sinks=17", "more sinks than the window has tokens; give fewer sinks or a larger window"),
         ("kv-int8,kv-int4", "kv-int4: keys and values are kept in one form"),

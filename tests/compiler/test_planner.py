@@ -295,3 +295,19 @@ def test_the_most_pages_of_a_reach(reach: Reach, page: int, step: int, context: 
     assert most <= bound
     if reach.window is not None and not reach.sinks and context > reach.window + step + 2 * page:
         assert bound == most
+
+
+def test_a_common_prefix_counts_in_capacities() -> None:
+    plan = make_plan(costs(facts=facts(None)), 12 * MIB, (Workload(8, 1024, 1000),))
+    _, most = plan.capacities
+    assert (most.context, most.prefix) == (1024, 1000)
+    assert most.batch >= 8
+    make_plan(costs(facts=facts(None)), 12 * MIB, (most,))
+
+
+def test_a_chunk_of_several_contexts_has_their_windows_whole() -> None:
+    """16 requests of 40 tokens with a window of 32: a call of 512 computes twelve, and a part of one more."""
+    given_ = costs(facts=mixed(window=32), chunks=(512,))
+    near = least(given_, Workload(16, 40)).groups[0]
+    whole, part = Reach(window=32).most_pages(16, 40, 40), Reach(window=32).most_pages(16, 40, 512 - 12 * 40)
+    assert near.pages == 12 * whole + part + 3 * Reach(window=32).most_pages(16, 40, 1)

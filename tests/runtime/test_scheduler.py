@@ -138,6 +138,32 @@ def test_youngest_gives_way_when_pages_run_out(fake_model: Make, make_plan: Make
     assert len(second.generated) == 12
 
 
+def test_a_failure_for_one_request_strands_no_other(
+    fake_model: Make, make_plan: Make, make_facts: Make
+) -> None:
+    """What was chosen before it is told with the next step; the others are computed again."""
+    scheduler = Scheduler(fake_model(make_plan(), make_facts()))
+    params, failing = SamplingParams(max_new_tokens=3, ignore_eos=True), [True]
+
+    def stopped(_: int) -> bool:
+        if failing[0]:
+            raise RuntimeError("no")
+        return False
+
+    first = scheduler.add([1, 2], params)
+    bad = scheduler.add([3, 4], params, stopped=stopped)
+    last = scheduler.add([5, 6], params)
+    with pytest.raises(RuntimeError, match="no"):
+        scheduler.step()
+    scheduler.cancel(bad.id)
+    updates = [update for _ in range(20) if scheduler.busy for update in scheduler.step()]
+    assert [u.request for u in updates if u.finish_reason] == [bad, first, last]
+    for request in (first, last):
+        expected = scheduler.model.unbatched(request.tokens[:2], params, frozenset())
+        assert [u.token for u in updates if u.request is request] == expected
+    assert scheduler.state.pools[0].used == 0
+
+
 def test_a_long_prompt_does_not_stop_others_from_decoding(scheduler: Scheduler) -> None:
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     first = scheduler.add([1], params)

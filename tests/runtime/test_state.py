@@ -142,6 +142,24 @@ def test_requests_that_come_together_compute_their_common_prefix_once(
     assert used == {True: 2 + 3 * 3, False: 4 * 4 + 1}  # when the first has ended, or is about to
 
 
+def test_a_prompt_of_another_answer_takes_no_more_pages_than_it_has(
+    fake_model: Make, make_plan: Make, make_facts: Make
+) -> None:
+    """While the third waits for the second, the first computes what the third's prompt goes on with."""
+    plan = make_plan(groups=groups(Reach()), page_size=SIZE, chunk=8, max_batch=3, max_context=32)
+    first = [1, 2, 3, 4]
+    params = SamplingParams(max_new_tokens=28, ignore_eos=True)
+    answer = fake_model(plan, make_facts()).unbatched(first, params, frozenset())
+    scheduler = Scheduler(fake_model(plan, make_facts()))
+    for prompt in (first, [9] * 32, (first + answer)[:32]):
+        scheduler.add(prompt, params)
+    while scheduler.busy:
+        scheduler.step()
+        kept = [r.kept for r in scheduler._running if r.kept is not None]
+        assert all(len(each.pages[0]) <= plan.table_width for each in kept)
+        assert all(len(each.pages[0]) <= -(-len(each.tokens) // SIZE) for each in kept)
+
+
 def test_utilization_counts_tokens_that_are_seen(make_plan: Make) -> None:
     reaches = Reach(), Reach(window=8, sinks=2)
     state = State(make_plan(groups=groups(*reaches), page_size=SIZE, max_context=64))

@@ -42,6 +42,8 @@ class Request:
     rng: np.random.Generator
     kept: Kept | None = None
     """Its pages, while it runs."""
+    names: list[bytes] = field(default_factory=list)
+    """Of its full pages; see Kept."""
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     arrived: float = field(default_factory=time.perf_counter)
@@ -109,6 +111,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: list[Request] = []  # in the order of arrival
+        self._updates: list[Update] = []  # of a step that is under way, or failed
 
     def add(
         self,
@@ -117,8 +120,12 @@ class Scheduler:
         *,
         eos: frozenset[int] = frozenset(),
         stopped: Callable[[int], bool] = lambda _: False,
+        made: Callable[[Request], None] = lambda _: None,
     ) -> Request:
-        """Queue a request. Raises InputError if it is empty, too long, or has a token that does not exist."""
+        """Queue a request. Raises InputError if it is empty, too long, or has a token that does not exist.
+
+        made: called with the request before any step sees it.
+        """
         self.check(prompt)
         stop_tokens = frozenset(params.stop_tokens) | (frozenset() if params.ignore_eos else eos)
         rng = np.random.default_rng(params.seed)
@@ -126,6 +133,7 @@ class Scheduler:
             request = Request(
                 next(self._ids), [int(t) for t in prompt], len(prompt), params, stop_tokens, stopped, rng
             )
+            made(request)
             self._requests[request.id] = request
             self._waiting.append(request)
         return request
@@ -176,11 +184,12 @@ class Scheduler:
 
     def step(self) -> list[Update]:
         """Compute one prefill and one decode call, as far as there is work; what became of the requests."""
-        updates = self.drop_cancelled()
+        self._updates += self.drop_cancelled()
         self._admit()
         ready = [r for r in self._running if r.decodes]
-        updates += self._prefill_step()
-        updates += self._decode_step(ready)
+        self._prefill_step()
+        self._decode_step(ready)
+        updates, self._updates = self._updates, []
         return updates
 
     def drop_cancelled(self) -> list[Update]:
@@ -194,7 +203,7 @@ class Scheduler:
         with self._lock:
             while self._waiting and len(self._running) < self.plan.max_batch:
                 request = self._waiting[0]
-                request.kept = self.state.open(request.tokens)
+                request.kept = self.state.open(request.tokens, request.names)
                 shared = self.state.join(request.kept)
                 running = [r.kept for r in self._running if r.kept is not None]
                 if not self.state.admit(request.kept, min(request.longest, self.limit), running):
@@ -206,7 +215,7 @@ class Scheduler:
                 self._waiting.popleft()
                 self._running.append(request)  # younger than all that run
 
-    def _prefill_step(self) -> list[Update]:
+    def _prefill_step(self) -> None:
         """One call over the tokens that are not computed yet, the oldest requests first.
 
         Who begins with pages that an older request computes in this call waits, and shares them in the next.
@@ -228,24 +237,24 @@ class Scheduler:
                 served.append(request)
                 budget -= count
         if not parts:
-            return []
+            return
         begin = time.perf_counter()
         logits = self.sequences.prefill(parts, ends=True)
         self.counters.prefill_seconds += time.perf_counter() - begin
         self.counters.prefill_tokens += sum(count for _, count in parts)
         complete = [request for request in served if request.computed == len(request.tokens)]
-        return [self._choose(request, row) for request, row in zip(complete, logits, strict=True)]
+        self._choose_all(complete, logits)
 
-    def _decode_step(self, ready: list[Request]) -> list[Update]:
+    def _decode_step(self, ready: list[Request]) -> None:
         """One call that computes the newest token of every request that is past its prompt."""
         ready = [r for r in ready if self._make_room(r, 1)]  # the oldest first: it takes from the youngest
         if not ready:
-            return []
+            return
         begin = time.perf_counter()
         logits = self.sequences.decode([r.kept for r in ready if r.kept is not None])
         self.counters.decode_seconds += time.perf_counter() - begin
         self.counters.decode_tokens += len(ready)
-        return [self._choose(request, row) for request, row in zip(ready, logits, strict=True)]
+        self._choose_all(ready, logits)
 
     def _make_room(self, request: Request, tokens: int) -> int:
         """See that `request` has pages for its next `tokens`, at the cost of the youngest if need be.
@@ -271,6 +280,17 @@ class Scheduler:
         self.counters.preemptions += 1
         with self._lock:
             self._waiting.appendleft(request)  # older than all that wait
+
+    def _choose_all(self, requests: Sequence[Request], logits: NDArray[np.float32]) -> None:
+        """Choose the next token of each. Where that fails, those that have none are computed again later."""
+        left = collections.deque(requests)
+        try:
+            for row in logits:
+                self._updates.append(self._choose(left[0], row))
+                left.popleft()
+        finally:
+            for request in reversed(left):  # the youngest first, so that the oldest waits in front
+                self._preempt(request)
 
     def _choose(self, request: Request, logits: NDArray[np.float32]) -> Update:
         """Choose the next token of a request and see whether it ends."""

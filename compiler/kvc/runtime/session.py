@@ -232,8 +232,12 @@ class Session:
         stream = Stream(self._text.decode, params.stop) if self._text else None
         eos = self._text.stops() if self._text else end_tokens(self._folder)
         live = _Live(stream, self._to_outbox)
-        live.request = self._scheduler.add(tokens, params, eos=eos, stopped=live.push)
-        self._lives[live.request.id] = live
+
+        def made(request: Request) -> None:
+            live.request = request
+            self._lives[request.id] = live
+
+        self._scheduler.add(tokens, params, eos=eos, stopped=live.push, made=made)
         return live
 
     def _to_outbox(self, event: Event) -> None:

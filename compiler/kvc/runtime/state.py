@@ -50,10 +50,10 @@ class State:
         self.pools = [PagePool(group.pages) for group in plan.groups]
         self._order = None if shuffle is None else [shuffle.permutation(g.pages) for g in plan.groups]
 
-    def open(self, tokens: Sequence[int]) -> Kept:
-        """A sequence of which nothing is computed."""
+    def open(self, tokens: Sequence[int], names: list[bytes] | None = None) -> Kept:
+        """A sequence of which nothing is computed. `names`: those of its pages, from an earlier `Kept`."""
         sinks = (-(-group.reach.sinks // self.plan.page_size) for group in self.plan.groups)
-        return Kept(tokens, [Pages(count) for count in sinks])
+        return Kept(tokens, [Pages(count) for count in sinks], names=[] if names is None else names)
 
     def join(self, kept: Kept) -> int:
         """Go on with the full pages that are known to hold the state of the sequence's next tokens.
@@ -104,7 +104,8 @@ class State:
             if more > 0:
                 most = group.reach.most_pages(size, final, self.plan.chunk)
                 # What it was promised is taken at once, and stands together.
-                owed = 0 if group.reach.bounded else min(kept.owed, pool.free)
+                left = -(-len(kept.tokens) // size) - len(pages)  # it may share more than was expected
+                owed = 0 if group.reach.bounded else min(kept.owed, pool.free, left)
                 pool.append(pages, max(more, owed), expected=most - len(pages.held))
         kept.owed = 0
         return True
@@ -179,8 +180,8 @@ class State:
         return kept.names[place]
 
     def _common(self, kept: Kept, other: Kept) -> int:
-        """Full pages that both begin with, but for the first one's last token."""
-        if not self.share:
+        """Full pages that both begin with and the other is about to compute; not that of the last token."""
+        if not self.share or other.length > kept.length:
             return 0
         most = min(len(kept.tokens) - 1, len(other.tokens)) // self.plan.page_size
         for place in range(most):

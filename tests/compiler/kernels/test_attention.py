@@ -251,6 +251,13 @@ def check_decode(case: Case, shares: int | None = None) -> None:
         case.check(q[i : i + 1], out[i : i + 1], s, positions[i : i + 1])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [16, 48, 80, 144])
+def test_a_tile_of_one_token_at_the_end_of_a_page(machine: Machine, shape: str, length: int) -> None:
+    """Pages pass in pairs; of an odd number the last is computed twice, and must count once."""
+    check_prefill(Case(machine, shape, [(length, 1)], 3))
+
+
 LENGTHS = st.lists(
     st.integers(1, 180).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=3
 )
@@ -278,7 +285,7 @@ def test_contexts_of_several_blocks(machine: Machine, shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sequences_that_end_beside_pages_chunks_and_windows(machine: Machine, shape: str) -> None:
-    lengths = [(180, 97), (1, 1), (51, 2), (16, 16), (50, 50), (57, 20), (101, 1)]
+    lengths = [(180, 97), (1, 1), (51, 2), (16, 16), (50, 50), (57, 20), (101, 1), (16, 1), (48, 1), (64, 1)]
     check_prefill(Case(machine, shape, lengths, 8))
     check_decode(Case(machine, shape, [(length, 1) for length, _ in lengths], 9))
 
