@@ -112,7 +112,7 @@ def cache_of(model: Any, batch: int, past: int) -> list[torch.Tensor]:
     from transformers.cache_utils import DynamicCache
 
     ids = torch.arange(1, batch * past + 1).reshape(batch, past)
-    with torch.no_grad():
+    with _quiet(), torch.no_grad():
         layers = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
     return [x.clone() for layer in layers for x in (layer.keys, layer.values)]
 
