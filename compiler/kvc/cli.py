@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text",
         type=Path,
         metavar="FILE",
-        help="what a model that was compiled with --allow has to predict (a text that comes with kvc)",
+        help="measure the perplexity of this text, too (with --allow: of one that comes with kvc)",
     )
     _add_run(command("run", _run, "generate text with a compiled model"))
     return parser

@@ -96,30 +96,25 @@ def parse_permissions(text: str | Iterable[str]) -> Permissions:
         InputError: one that does not exist, a number that is none, two that contradict each other.
     """
     parts = [text] if isinstance(text, str) else list(text)
-    result = Permissions()
-    for name in (name.strip() for part in parts for name in part.split(",")):
+    given = [name for part in parts for name in map(str.strip, part.split(",")) if name]
+    numbers: dict[str, int] = {}
+    stored: StoredName | None = None
+    for name in given:
         sized = re.fullmatch(r"(window|sinks)=(\d{1,9})", name)
         if sized:
-            kind, before = sized[1], result.window if sized[1] == "window" else result.sinks or None
-            if before not in (None, int(sized[2])):
-                raise InputError(f"--allow {name}: {kind}={before} is allowed, too; give one")
-            result = _sized(result, kind, int(sized[2]))
+            if numbers.setdefault(sized[1], int(sized[2])) != int(sized[2]):
+                raise InputError(f"--allow {name}: {sized[1]}={numbers[sized[1]]} is allowed, too; give one")
         elif name in _STORED:
-            if result.stored not in (None, _STORED[name]):
+            if stored not in (None, _STORED[name]):
                 raise InputError(
                     f"--allow {name}: keys and values are kept in one form; another is allowed too"
                 )
-            result = replace(result, stored=_STORED[name])
-        elif name == "token-scales":
-            result = replace(result, token_scales=True)
-        elif name:
+            stored = _STORED[name]
+        elif name != "token-scales":
             raise InputError(f"there is no permission '{name}'; there are: {', '.join(KNOWN)}")
+    result = Permissions("token-scales" in given, numbers.get("window"), numbers.get("sinks", 0), stored)
     _check(result)
     return result
-
-
-def _sized(given: Permissions, kind: str, number: int) -> Permissions:
-    return replace(given, window=number) if kind == "window" else replace(given, sinks=number)
 
 
 def _check(given: Permissions) -> None:

@@ -63,9 +63,10 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
             )
     plans = []
     for chunk in _chunks(costs.chunks, workload):
-        plans.append(_Draft(costs, budget, workload, chunk).smallest())
+        draft = _Draft(costs, budget, workload, chunk)
+        plans.append(draft.smallest())
         if plans[-1].bytes.total <= budget:
-            plan = _Draft(costs, budget, workload, chunk).filled()
+            plan = draft.filled()
             return replace(plan, capacities=_capacities(costs, plan))
     least = min(plans, key=lambda p: p.bytes.total)
     needed = least.bytes.total + _VARIATION

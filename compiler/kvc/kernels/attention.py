@@ -1,4 +1,4 @@
-"""Attention over paged keys and values: cache append, prefill and decode kernels.
+"""Attention over paged keys and values: prefill and decode kernels (append.py fills the pages).
 
 A page holds K transposed, [head_dim, page_size], so that scores of a vector of tokens need no shuffles, and
 V as [page_size, value_dim]. Softmax runs online over blocks of pages in base 2. The pages read are exactly
@@ -7,7 +7,6 @@ those of a tile's window, so the table's other entries may be anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,8 @@ from tvm import tirx
 
 from . import vector_math
 from .attention_block import BlockKernel, normalized
-from .emit import Emitter, Expr, argument, chunks, copy_rows, f32, i64, narrowed, size_var, splat, vec
-from .stored import Stored, inverse_of, row_of
+from .emit import Emitter, Expr, argument, chunks, f32, i64, size_var, splat, vec
+from .stored import Stored
 from .traits import CpuTraits
 
 
@@ -98,91 +97,6 @@ def extras(shape: AttentionShape) -> dict[str, Any]:
     """Further arguments that a shape has, by name and in their order: slopes f32[H], sinks f32[H]."""
     wanted = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
     return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
-
-
-def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
-    """Write the keys and values of a call's tokens into their pages.
-
-    Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv], slots i32[n], and `pools`, in place.
-    """
-    e = Emitter()
-    n, pages = size_var("n"), size_var("pages")
-    k = argument("k", (1, shape.kv_heads, n, shape.head_dim))
-    v = argument("v", (1, shape.kv_heads, n, shape.value_dim))
-    slots = argument("slots", (n,), "int32")
-    state = pools(shape, pages)
-    write = _append_codes if shape.stored else _append_floats
-
-    def tokens(head: Expr, start: Expr, count: Expr) -> None:
-        write(e, shape, (k, v, slots), state, head, start, count, traits.lanes)
-
-    block = 16
-    with e.when(n < block), e.loop("h", shape.kv_heads) as h:
-        tokens(h, i64(0), n)
-    with e.when(n >= block):
-        blocks = tirx.floordiv(n + (block - 1), i64(block))
-        with e.loop("j", blocks * shape.kv_heads, parallel=True) as j:
-            start = e.bind("start", tirx.floordiv(j, i64(shape.kv_heads)) * block)
-            tokens(tirx.floormod(j, i64(shape.kv_heads)), start, tirx.Min(n - start, i64(block)))
-    return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
-
-
-def _append_floats(
-    e: Emitter,
-    shape: AttentionShape,
-    inputs: tuple[Any, Any, Any],
-    state: Mapping[str, Any],
-    head: Expr,
-    start: Expr,
-    count: Expr,
-    lanes: int,
-) -> None:
-    k, v, slots = inputs
-    # Token innermost: neighbours fill the same cache lines of a page.
-    with e.loop("d", shape.head_dim) as d, e.loop("i", count) as i:
-        page, offset = _slot(e, slots[start + i], shape.page_size)
-        value = narrowed(k[i64(0), head, start + i, d], shape.kv_dtype)
-        e.store(state["k"], value, page, head, d, offset)
-    with e.loop("i", count) as i:
-        page, offset = _slot(e, slots[start + i], shape.page_size)
-        at = [page, head, offset]
-        copy_rows(e, v, [i64(0), head, start + i], state["v"], at, shape.value_dim, lanes)
-
-
-def _append_codes(
-    e: Emitter,
-    shape: AttentionShape,
-    inputs: tuple[Any, Any, Any],
-    state: Mapping[str, Any],
-    head: Expr,
-    start: Expr,
-    count: Expr,
-    lanes: int,
-) -> None:
-    (k, v, slots), form = inputs, shape.form
-    with e.loop("i", count) as i:
-        page, offset = _slot(e, slots[start + i], shape.page_size)
-        source = [i64(0), head, start + i]
-        for name, x, dim in (("k", k, shape.head_dim), ("v", v, shape.value_dim)):
-            half = dim // form.parts
-            row = row_of(x, source)
-            scale = form.scale_of(e, row, chunks(dim, lanes))
-            e.store(state[f"{name}_scale"], tirx.reinterpret("bfloat16", scale), page, head, offset)
-            inverse = inverse_of(e, scale)
-            if name == "k":
-                with e.loop("d", half) as d:
-                    numbers = [x[(*source, d + part * half)] for part in range(form.parts)]
-                    e.store(state["k"], form.code(numbers, inverse), page, head, d, offset)
-                continue
-            for first, width in chunks(half, lanes):
-                numbers = [row(first + part * half, width) for part in range(form.parts)]
-                e.store(state["v"], form.code(numbers, inverse), page, head, offset, vec(i64(first), width))
-
-
-def _slot(e: Emitter, slot: Expr, page: int) -> tuple[Expr, Expr]:
-    """The page and the offset of a slot."""
-    slot = e.bind("slot", tirx.Cast("int64", slot))
-    return tirx.floordiv(slot, i64(page)), tirx.floormod(slot, i64(page))
 
 
 def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> tirx.PrimFunc:

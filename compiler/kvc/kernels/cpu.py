@@ -11,13 +11,13 @@ from tvm.tirx import PrimFunc
 from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
 
-from . import attention, matmul
+from . import append, attention, matmul
 from .packing import packed_tensors
 from .shapes import attention_shape
 from .traits import CpuTraits
 
 # Prefill and decode ask for the same kernels; building one takes tens of milliseconds.
-_append_kv = lru_cache(maxsize=64)(attention.append_kv)
+_append_kv = lru_cache(maxsize=64)(append.append_kv)
 _packed_matmul = lru_cache(maxsize=64)(matmul.packed_matmul)
 _packed_embedding = lru_cache(maxsize=64)(matmul.packed_embedding)
 

@@ -45,3 +45,17 @@ def check_codes(
     step = scale if shape.stored != "fp8" else np.maximum(np.abs(kept) / 8, scale * 2.0**-9)
     # Half a step; where the scale was rounded down, the largest numbers lie beyond the range.
     assert (np.abs(kept - x) <= step / 2 * 1.001 + scale * largest * unit).all()
+
+
+def mask_of(shape: AttentionShape, positions: np.ndarray, length: int) -> np.ndarray:
+    """The mask [heads, queries, keys], from its definition in kvc_passes.facts."""
+    q, k = positions[None, :, None], np.arange(length)[None, None]
+    h = np.arange(shape.heads)[:, None, None]
+    if shape.predicate is not None:
+        return np.vectorize(eval(f"lambda q, k, h: {shape.predicate}"), otypes=[bool])(q, k, h)
+    shown = np.broadcast_to(k <= q, (shape.heads, len(positions), length))
+    if shape.window is not None:
+        shown = shown & ((k > q - shape.window) | (k < (shape.sink_keys or 0)))
+    if shape.chunk is not None:
+        shown = shown & (k // shape.chunk == q // shape.chunk)
+    return shown

@@ -1,15 +1,16 @@
-from dataclasses import dataclass
+"""The CPU's attention kernels against numpy in float64."""
 
 import numpy as np
 import pytest
+from attention_case import PAGE, SHAPES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_machines import MACHINES, Machine, baseline
 from page_cases import check_codes, numbers, numpy_type, poisoned
 
+from kvc.kernels.append import append_kv
 from kvc.kernels.attention import (
     AttentionShape,
-    append_kv,
     choose_tile,
     decode_attention,
     decode_splits,
@@ -17,173 +18,6 @@ from kvc.kernels.attention import (
     prefill_attention,
 )
 from kvc.kernels.emit import compiled
-
-SHAPES = {
-    "grouped": AttentionShape(6, 2, 64, 64, 0.125),
-    "odd group, softcap": AttentionShape(7, 1, 80, 96, 0.11, softcap=20.0),
-    "window": AttentionShape(4, 4, 72, 40, 0.12, window=37),
-    "wide group": AttentionShape(16, 1, 16, 24, 0.25),
-    "chunks, float16": AttentionShape(4, 2, 32, 32, 0.2, chunk=50, kv_dtype="float16"),
-    "sink keys": AttentionShape(4, 2, 32, 40, 0.2, window=37, sink_keys=19, slopes=True),
-    "predicate, bfloat16": AttentionShape(
-        6,
-        2,
-        32,
-        32,
-        0.2,
-        predicate="k == q or k < q and (k + h) % 3 < 2 and k // 40 != 1",
-        kv_dtype="bfloat16",
-    ),
-    "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, kv_dtype="bfloat16"),
-    "guarded": AttentionShape(4, 2, 32, 32, 0.2, guarded=True),
-    "heads of odd sizes": AttentionShape(3, 3, 6, 10, 0.4),
-    "one head of four and a half vectors": AttentionShape(1, 1, 36, 20, 0.2),
-    "int8": AttentionShape(6, 2, 64, 40, 0.125, stored="int8"),
-    "fp8, window": AttentionShape(4, 4, 36, 32, 0.12, window=37, stored="fp8"),
-    "int4, wide group": AttentionShape(16, 1, 64, 80, 0.12, stored="int4"),
-    "int4 of odd halves": AttentionShape(3, 3, 6, 10, 0.4, softcap=20.0, stored="int4"),
-    "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
-}
-PAGE = 16
-PAGES = 48
-
-
-@dataclass
-class Sequence:
-    """A sequence of `length` tokens, the last `new` of which are in the call; its pages in any order."""
-
-    length: int
-    new: int
-    pages: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-
-
-class Case:
-    """Sequences with random contents and pages. Whatever the kernels must not read is NaN."""
-
-    def __init__(self, machine: Machine, name: str, lengths: list[tuple[int, int]], seed: int) -> None:
-        self.machine, self.name, self.shape = machine, name, SHAPES[name]
-        rng = self.rng = np.random.default_rng(seed)
-        shape = self.shape
-        self.slopes = rng.uniform(0, 0.5, shape.heads).astype(np.float32)
-        self.sinks = rng.uniform(-3, 8, shape.heads).astype(np.float32)
-        self.extras = [a for a, has in ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores)) if has]
-        order = list(rng.permutation(np.arange(1, PAGES)))
-        self.sequences = []
-        for length, new in lengths:
-            pages = np.array([order.pop() for _ in range(-(-length // PAGE))])
-            k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
-            self.sequences.append(Sequence(length, new, pages, k, v))
-        self.state = {
-            name: poisoned(str(pool.dtype), tuple(int(n) for n in pool.shape))
-            for name, pool in pools(shape, PAGES).items()
-        }
-        # Page 0 stays NaN; entries of the table past a sequence's end point at it.
-        self.table = np.zeros((len(lengths), PAGES), np.int32)
-        for row, sequence in enumerate(self.sequences):
-            self.table[row, : len(sequence.pages)] = sequence.pages
-
-    def normal(self, *shape: int) -> np.ndarray:
-        return self.rng.standard_normal(shape).astype(np.float32)
-
-    def build(self, kernel: str) -> object:
-        return self.machine.build(_make, kernel, self.name)
-
-    def append(self) -> None:
-        """The old tokens of all sequences in one call, then the new ones in another."""
-        for parts in (
-            [(s, 0, s.length - s.new) for s in self.sequences],
-            [(s, s.length - s.new, s.length) for s in self.sequences],
-        ):
-            where = [np.arange(a, b) for _, a, b in parts]
-            slots = np.concatenate(
-                [s.pages[i // PAGE] * PAGE + i % PAGE for (s, _, _), i in zip(parts, where)]
-            )
-            if len(slots):
-                k = np.concatenate([s.k[:, a:b] for s, a, b in parts], axis=1)[None]
-                v = np.concatenate([s.v[:, a:b] for s, a, b in parts], axis=1)[None]
-                call = self.machine.call(
-                    self.build("append"), k, v, slots.astype(np.int32), *self.state.values()
-                )
-                self.state = dict(zip(self.state, call[3:]))
-
-    def forget_what_no_query_sees(self) -> None:
-        """Pages that no query of the call sees may have been given away: make them NaN."""
-        if self.shape.predicate is None:
-            for row, s in enumerate(self.sequences):
-                seen = self.seen(np.arange(s.length - s.new, s.length), s.length).any(axis=(0, 1))
-                for page in range(len(s.pages)):
-                    if not seen[page * PAGE : (page + 1) * PAGE].any():
-                        self.table[row, page] = 0
-
-    def seen(self, positions: np.ndarray, length: int) -> np.ndarray:
-        """The mask [heads, queries, keys], from its definition in kvc_passes.facts."""
-        shape = self.shape
-        q, k = positions[None, :, None], np.arange(length)[None, None]
-        h = np.arange(shape.heads)[:, None, None]
-        if shape.predicate is not None:
-            return np.vectorize(eval(f"lambda q, k, h: {shape.predicate}"), otypes=[bool])(q, k, h)
-        seen = np.broadcast_to(k <= q, (shape.heads, len(positions), length))
-        if shape.window is not None:
-            seen = seen & ((k > q - shape.window) | (k < (shape.sink_keys or 0)))
-        if shape.chunk is not None:
-            seen = seen & (k // shape.chunk == q // shape.chunk)
-        return seen
-
-    def kept(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
-        """The keys and values [KV heads, length, dim] of the pages; codes are compared with what came."""
-        both, shape = [], self.shape
-        for name, x in (("k", sequence.k), ("v", sequence.v)):
-            if shape.stored is None:
-                both.append(x.astype(numpy_type(shape.kv_dtype)).astype(float))
-                continue
-            # [pages, heads, tokens, elements], then one after the other
-            codes, scales = self.state[name][sequence.pages], self.state[f"{name}_scale"][sequence.pages]
-            found = numbers(shape, codes.swapaxes(2, 3) if name == "k" else codes, scales)
-            found = np.concatenate(list(found), axis=1)[:, : sequence.length]
-            check_codes(shape, x, found, np.concatenate(list(scales), axis=1)[:, : sequence.length])
-            both.append(found)
-        return both[0], both[1]
-
-    def check(self, q: np.ndarray, out: np.ndarray, sequence: Sequence, positions: np.ndarray) -> None:
-        """q, out: [tokens, heads, ...] of one sequence."""
-        shape = self.shape
-        assert np.isfinite(out).all()
-        keys, values = self.kept(sequence)
-        masks = self.seen(positions, sequence.length)
-        behind = np.arange(sequence.length) - positions[:, None]
-        for h, seen in enumerate(masks):
-            k, v = keys[h // shape.group], values[h // shape.group]
-            s = q[:, h].astype(float) @ k.T * shape.scale
-            # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
-            slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(q[:, h]) @ np.abs(k).T * shape.scale)
-            if shape.softcap:
-                s = shape.softcap * np.tanh(s / shape.softcap)
-                slack += shape.softcap * 3e-7
-            if shape.slopes:  # the slope in base 2, the product and the sum are rounded
-                s = s + float(self.slopes[h]) * behind
-                slack += 3 * 2.0**-24 * np.abs(self.slopes[h] * behind) + 2.0**-24 * np.abs(s)
-            s = np.where(seen, s, -np.inf)
-            sink = np.full((len(s), 1), float(self.sinks[h]) if shape.sink_scores else -np.inf)
-            top = np.maximum(s.max(axis=1, keepdims=True), sink)
-            p = np.exp(s - top)
-            p /= p.sum(axis=1, keepdims=True) + np.exp(sink - top)
-            # A weight moves by at most twice the largest error of a score; exp and the sums add the rest.
-            relative = 2 * np.where(seen, slack, 0).max(axis=1) + 1e-6 + sequence.length * 2.0**-23
-            if shape.sink_scores:
-                relative += 2.0**-22 * np.abs(sink[:, 0])
-            bound = relative[:, None] * (p @ np.abs(v)) + 1e-7
-            assert (np.abs(out[:, h] - p @ v) <= bound).all()
-
-
-def _make(kernel: str, name: str, traits: object) -> object:
-    shape = SHAPES[name]
-    if kernel == "append":
-        return append_kv(shape, traits)
-    if kernel == "decode":
-        return decode_attention(shape, traits)
-    return prefill_attention(shape, choose_tile(shape.group, traits), traits)
 
 
 def _decode_in(shares: int, name: str, traits: object) -> object:
