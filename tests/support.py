@@ -117,7 +117,7 @@ def attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, facts: AttentionSite, dtype: Any = np.float64
 ) -> np.ndarray:
     """What a site's facts promise: [b,h,s,e], [b,g,t,e], [b,g,t,f] -> [b,s,h,f]; the s last keys are new."""
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    q, k, v = (x.astype(dtype) for x in (q, k, v[..., : facts.value_dim]))
     k, v = (np.repeat(x, facts.group, axis=1) for x in (k, v))
     scores = np.einsum("bhse,bhte->bhst", q, k) * facts.scale
     if facts.softcap is not None:

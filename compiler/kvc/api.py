@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvc_passes.errors import InputError
-from kvc_passes.facts import ModelFacts, Plan, Workload
+from kvc_passes.errors import BudgetError, InputError
+from kvc_passes.facts import STATE_FORMS, FormName, ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
 from .options import parse_size, parse_workload
@@ -25,6 +25,8 @@ from .compilation import (
     Model,
     build_libraries,
     costs,
+    in_form,
+    in_smallest_form,
     lower_model,
     packed_weights,
     read_model,
@@ -34,7 +36,7 @@ from .frontend.importer import import_onnx
 from .frontend.reader import require_file
 from .machine import Machine
 from .pipeline import Runner
-from .planner import Costs, make_plan
+from .planner import make_plan
 from .targets import parse_target
 
 Report = Callable[[str], None]
@@ -48,6 +50,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     target: str = "cpu",
     allow: str | Iterable[str] = (),
+    state: str | None = None,
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
     report: Report | None = None,
@@ -64,6 +67,8 @@ def compile(
             "cuda:sm_80,sm_90" for GPUs, whose memory is then what the budget counts.
         allow: permissions to change results beyond rounding, none by default: "window=4096,sinks=4",
             "kv-int8", ...: all are in permissions.KNOWN.
+        state: the form that all layers keep their state in, one of STATE_FORMS. By default keys and values
+            if the workload fits with them, else the smallest form of each layer that is as exact.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
@@ -87,8 +92,7 @@ def compile(
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
     allowed = parse_permissions(allow)
     with ArtifactWriter(destination, force=force) as writer:
-        model, lowered, price = _weigh(source, machine, allowed, runner)
-        plan = make_plan(price, size, alternatives)
+        model, lowered, plan = _planned(source, machine, allowed, state, size, alternatives, runner)
         for library in build_libraries(lowered, plan, writer.folder, runner):
             writer.add(library)
         writer.weights(packed_weights(model, lowered, runner))
@@ -105,19 +109,26 @@ def plan(
     workload: str | Workload | Iterable[str | Workload],
     target: str = "cpu",
     allow: str | Iterable[str] = (),
+    state: str | None = None,
     report: Report | None = None,
 ) -> Plan:
     """The plan that `compile` would build, without generating code. Arguments and errors as for `compile`."""
     source, runner = Path(path), _runner(None, report)
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
-    _, _, price = _weigh(source, machine, parse_permissions(allow), runner)
-    return make_plan(price, size, alternatives)
+    return _planned(source, machine, parse_permissions(allow), state, size, alternatives, runner)[2]
 
 
-def _weigh(
-    source: Path, machine: Machine, allow: Permissions, runner: Runner
-) -> tuple[Model, Lowered, Costs]:
-    """Import, prove and lower a model; meanwhile measure what a process takes here."""
+def _planned(
+    source: Path,
+    machine: Machine,
+    allow: Permissions,
+    state: str | None,
+    budget: int,
+    workload: tuple[Workload, ...],
+    runner: Runner,
+) -> tuple[Model, Lowered, Plan]:
+    """Import, prove, lower and plan a model; meanwhile measure what a process takes here."""
+    form = _form(state)
     runner.report("import")
     imported = import_onnx(source, allow.names)
     Text.check(assets_of(source))
@@ -125,8 +136,34 @@ def _weigh(
     with ThreadPoolExecutor(1) as pool:
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
-        lowered = lower_model(model, machine, runner)
-        return model, lowered, costs(model, lowered, runtime.result())
+        failed: list[BudgetError] = []
+        for candidate in _candidates(model, form, runner):
+            lowered = lower_model(candidate, machine, runner)
+            try:
+                plan = make_plan(costs(candidate, lowered, runtime.result()), budget, workload)
+            except BudgetError as error:
+                failed.append(error)
+            else:
+                return candidate, lowered, plan
+    raise min(failed, key=lambda error: error.needed)
+
+
+def _candidates(model: Model, form: FormName | None, runner: Runner) -> Iterator[Model]:
+    """The model in the forms that are tried, the fastest first."""
+    if form is not None:
+        yield in_form(model, form, runner)
+        return
+    yield model
+    smallest = in_smallest_form(model, runner)
+    if smallest is not None:
+        yield smallest
+
+
+def _form(state: str | None) -> FormName | None:
+    found = next((name for name in STATE_FORMS if name == state), None)
+    if state is not None and found is None:
+        raise InputError(f"there is no form of state '{state}'; there are: {', '.join(STATE_FORMS)}")
+    return found
 
 
 def inspect(

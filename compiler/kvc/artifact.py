@@ -35,7 +35,7 @@ from kvc_passes.facts import ModelFacts, Plan, facts_from_json, plan_from_json, 
 
 from .weights_file import TensorSpec, Weight, map_weights, read_layout, write_weights
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 REQUIRED: Final = ("weights.safetensors", "plan.json", "facts.json")
 ASSETS: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

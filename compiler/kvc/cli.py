@@ -170,6 +170,11 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         help="batch x context: 8x256, alternatives 8x256,1x2048, a common prefix 8x256/100",
     )
     parser.add_argument(
+        "--state",
+        metavar="FORM",
+        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent (what fits)",
+    )
+    parser.add_argument(
         "--target",
         default="cpu",
         help="cpu, cpu:NAME of a CPU that LLVM knows, cuda, or cuda:sm_80,sm_90 (cpu)",
@@ -247,6 +252,7 @@ def _compile(options: argparse.Namespace) -> int:
             output=options.output,
             target=options.target,
             allow=options.allow,
+            state=options.state,
             force=options.force,
             dump=options.dump,
             report=report,
@@ -273,6 +279,7 @@ def _plan(options: argparse.Namespace) -> int:
             workload=options.workload,
             target=options.target,
             allow=options.allow,
+            state=options.state,
             report=report,
         )
     if options.json:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from tvm import IRModule, tirx
 
-from kvc_passes.errors import PlanningError
-from kvc_passes.facts import ModelFacts, Plan
+from kvc_passes.errors import InputError, PlanningError
+from kvc_passes.facts import FormName, ModelFacts, Plan
 from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
@@ -22,7 +22,7 @@ from .frontend.importer import Imported
 from .machine import Machine
 from .model_facts import facts_of
 from .permissions import Permissions
-from .pipeline import Phase, Runner, Understood, prepare, serve, understand
+from .pipeline import Phase, Runner, Understood, absorb, forms_of, prepare, serve, understand
 from .planner import Costs
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
@@ -59,8 +59,38 @@ def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner
     proved = understand(imported, runner)
     facts = facts_of(imported, proved)  # with what config.json says of the graph itself
     sites = allow.applied(proved.sites, page)
-    facts = replace(facts, sites=sites, allowed=allow.used(imported.allowed))
-    return Model(imported, replace(proved, sites=sites), facts)
+    understood = replace(proved, sites=sites)
+    forms = forms_of(understood, imported.names)
+    facts = replace(facts, sites=sites, allowed=allow.used(imported.allowed), forms=forms)
+    return Model(imported, understood, facts)
+
+
+def in_form(model: Model, name: FormName, runner: Runner) -> Model:
+    """The model with the state of all layers in a form. Raises InputError where it is not legal for one."""
+    for site, forms in zip(model.facts.sites, model.facts.forms):
+        form = next(form for form in forms if form.name == name)
+        if not form.legal:
+            raise InputError(
+                f"--state {name}: layer {site.index}, attention at node '{site.node}', cannot be kept so: "
+                f"{form.detail}"
+            )
+    return _absorbed(model, frozenset(site.index for site in model.facts.sites if name != "paged_kv"), runner)
+
+
+def in_smallest_form(model: Model, runner: Runner) -> Model | None:
+    """The model with every layer's state in its smallest exact form; None if that is K and V everywhere."""
+    smallest = [
+        min((f for f in forms if f.legal), key=lambda f: f.token_bytes) for forms in model.facts.forms
+    ]
+    chosen = frozenset(s.index for s, form in zip(model.facts.sites, smallest) if form.name != "paged_kv")
+    return _absorbed(model, chosen, runner) if chosen else None
+
+
+def _absorbed(model: Model, chosen: frozenset[int], runner: Runner) -> Model:
+    if not chosen:
+        return model
+    changed = absorb(model.understood, chosen, runner)
+    return replace(model, understood=changed, facts=replace(model.facts, sites=changed.sites))
 
 
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:

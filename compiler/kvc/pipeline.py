@@ -1,7 +1,8 @@
 """THE LIST of passes, in order: read this first.
 
-`understand` turns an imported model into a graph of proved facts. `serve` turns that graph into one
-compiled function: prefill or decode. Nothing here knows a model by name.
+`understand` turns an imported model into a graph of proved facts, `absorb` changes the form of its state
+where that is chosen, `prepare` and `serve` turn that graph into one compiled function: prefill or decode.
+Nothing here knows a model by name.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import numpy as np
 from tvm import IRModule, relax, transform
 from tvm_ffi import structural_equal
 
+from kvc_passes.absorb_projections import AbsorbProjections
 from kvc_passes.base import Pass, Result, pass_name
 from kvc_passes.bound_context import BoundContext
 from kvc_passes.compute_in_float32 import ComputeInFloat32
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.expand_markers import ExpandMarkers
-from kvc_passes.facts import AttentionSite
+from kvc_passes.facts import AttentionSite, StateForm
 from kvc_passes.flatten_tokens import FlattenTokens
+from kvc_passes.graph import graph_of
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
 from kvc_passes.merge_products import MergeProducts
 from kvc_passes.narrow_products import NarrowProducts
+from kvc_passes.nodes import NodeNames
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.positions_to_input import PositionsToInput
@@ -33,6 +37,7 @@ from kvc_passes.prove_tokenwise import ProveTokenwise
 from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
+from kvc_passes.state_forms import Forms
 from kvc_passes.weights import PackedWeight, WeightPart
 from kvc_passes.write_logits import WriteLogits
 
@@ -136,6 +141,19 @@ def understand(imported: Imported, runner: Runner) -> Understood:
 def _tables(imported: Imported) -> dict[str, np.ndarray]:
     """Parameters that may be parts of masks: small ones."""
     return {name: a for name, a in imported.weights.items() if a.size <= _LARGEST_TABLE}
+
+
+def forms_of(model: Understood, names: NodeNames) -> tuple[tuple[StateForm, ...], ...]:
+    """For every site, the forms that its state may be kept in, and why others are not legal."""
+    forms = Forms(graph_of(model.module["main"]), names)
+    markers = forms.markers()
+    return tuple(forms.of(markers[site.index], site) for site in model.sites)
+
+
+def absorb(model: Understood, sites: frozenset[int], runner: Runner) -> Understood:
+    """Keep at `sites` what keys and values are projections of, where that is legal."""
+    done = runner.apply(model.module, AbsorbProjections(model.sites, sites))
+    return replace(model, module=done.module, sites=done.facts)
 
 
 def prepare(model: Understood, products: MatmulKernels, widens: bool, runner: Runner) -> Understood:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import Bytes, ModelFacts, Plan, Reach, StateGroup, Workload
+from kvc_passes.facts import AttentionSite, Bytes, ModelFacts, Plan, Reach, StateGroup, Workload
 
 from .options import format_size
 from .runtime.executor import logits_bytes, pool_bytes, table_bytes
@@ -178,7 +179,7 @@ class _Draft:
             StateGroup(
                 sites=tuple(site.index for site in sites),
                 reach=reach,
-                form=sites[0].form,
+                form=_form(sites),
                 page_bytes=sum(site.token_bytes() for site in sites) * size,
                 pages=count,
             )
@@ -206,6 +207,14 @@ class _Draft:
             runtime=costs.runtime,
         )
         return replace(draft, bytes=counted)
+
+
+def _form(sites: Sequence[AttentionSite]) -> str:
+    """The forms of a group, in words, with the number of layers where there are several."""
+    counts = Counter(site.form for site in sites)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{form} ({count} layers)" for form, count in counts.items())
 
 
 def _context(groups: Sequence[StateGroup], size: int, context: int, limit: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from kvc_passes.facts import AttentionSite, ModelFacts, Plan, Reach, Workload
+from kvc_passes.facts import AttentionSite, ModelFacts, Plan, Reach, StateForm, Workload
 
 from .options import format_size
 
@@ -132,7 +133,25 @@ def model_tables(facts: ModelFacts) -> list[Table]:
         sites.add_column(name, justify="right" if name in ("heads", "KV heads", "dim", "scale") else "left")
     for _, group in groupby(facts.sites, key=_geometry):
         _row(sites, *_site_row(list(group)))
-    return [summary, sites]
+    return [summary, sites, _forms_table(facts)]
+
+
+def _forms_table(facts: ModelFacts) -> Table:
+    """For layers alike, the forms that their state may be kept in, and why not in others."""
+    table = Table(title="forms of the state", title_justify="left")
+    for name in ("sites", "form", "bytes a token", ""):
+        table.add_column(name, justify="right" if name == "bytes a token" else "left")
+
+    def alike(pair: tuple[AttentionSite, tuple[StateForm, ...]]) -> list[tuple[object, ...]]:
+        return [(f.name, f.token_bytes, re.sub("'.*?'", "", f.detail)) for f in pair[1]]
+
+    for _, run in groupby(zip(facts.sites, facts.forms), key=alike):
+        pairs = list(run)
+        for i, form in enumerate(pairs[0][1]):
+            size = f"{form.token_bytes:,}" if form.legal else "not legal"
+            _row(table, "" if i else ranges([site.index for site, _ in pairs]), form.name, size, form.detail)
+        table.add_section()
+    return table
 
 
 def _geometry(site: AttentionSite) -> tuple[object, ...]:

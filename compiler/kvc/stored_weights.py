@@ -11,7 +11,7 @@ import numpy as np
 from kvc_passes.facts import WeightFormat
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import Dequantize
-from kvc_passes.weights import Source, WeightPart
+from kvc_passes.weights import HeadWeight, Source, WeightPart
 
 Array = np.ndarray[Any, Any]
 
@@ -34,6 +34,8 @@ def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array], l
     weights: the imported model's parameters, memory-mapped; at most one weight of codes is unpacked at once.
     """
     weight, format = part.weight, part.weight.format
+    if isinstance(weight, HeadWeight):
+        return _stored_heads(weight, tensor, weights, layout)
     if not weight.depth:
         return np.ascontiguousarray(weights[weight.sources[0].name])
     result, at = np.empty(tensor.shape, _numpy(tensor.dtype)), 0
@@ -41,8 +43,7 @@ def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array], l
         end = at + layout.extent(source.columns, tensor)
         out = result[at:end]
         if not format.coded:
-            array = weights[source.name]
-            layout.pack_floats(array.T if source.transposed else array, format, out)
+            layout.pack_floats(_rows(source, weights[source.name]), format, out)
         elif part.part == 0:
             layout.pack_codes(_rows(source, codes_of(source, weights)), format, out)
         elif part.part == 1:
@@ -50,6 +51,21 @@ def stored(part: WeightPart, tensor: TensorType, weights: Mapping[str, Array], l
         else:
             layout.pack_zeros(_rows(source, zeros_of(source, weights)), out)
         at = end
+    return result
+
+
+def _stored_heads(
+    weight: HeadWeight, tensor: TensorType, weights: Mapping[str, Array], layout: Layout
+) -> Array:
+    """The matrices of all heads, one behind the other."""
+    rows = _rows(weight.source, weights[weight.source.name])
+    result = np.empty(tensor.shape, _numpy(tensor.dtype))
+    each = tensor.shape[0] // weight.heads
+    for head in range(weight.heads):
+        first = weight.first + head * weight.stride
+        matrix = rows[first : first + weight.width]
+        out = result[head * each : (head + 1) * each]
+        layout.pack_floats(matrix.T if weight.absorbed else matrix, weight.format, out)
     return result
 
 
@@ -115,7 +131,11 @@ def _codes(array: Array, attrs: Dequantize, rows: int, stored: int) -> Array:
 
 def _rows(source: Source, array: Array) -> Array:
     """As rows of y = x w^T."""
-    return array.T if source.transposed else array
+    rows = array.T if source.transposed else array
+    if not source.picked:
+        return rows
+    parts = [rows[first : first + count] for first, count in source.picked]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _numpy(dtype: str) -> Any:

@@ -68,6 +68,48 @@ SIZED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "gpt2-124m": (
+        "GPT-2's shapes (124M) with 32k positions: keys that do not turn",
+        {
+            "model_type": "gpt2",
+            "vocab_size": 50257,
+            "n_positions": CONTEXT,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+        },
+    ),
+    "opt-350m": (
+        "OPT-350M's shapes with 32k positions: norms behind, narrow embeddings",
+        {
+            "model_type": "opt",
+            "vocab_size": 50272,
+            "hidden_size": 1024,
+            "word_embed_proj_dim": 512,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "deepseek-slice": (
+        "four layers of DeepSeek-V2-Lite's attention, with a feed-forward part of Llama's kind",
+        {
+            "model_type": "deepseek_v3",
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "first_k_dense_replace": 4,
+        },
+    ),
 }
 """What each is, and the options of its configuration."""
 

@@ -10,7 +10,7 @@ from tvm import relax, tirx
 from .affine import Affine
 from .arithmetic_rules import ARITHMETIC
 from .conditions import Unprovable, as_condition, both, choose, either, is_condition, lift, negate
-from .graph import dims, operands, static
+from .graph import dims, op_name, operands, static
 from .indices import bind_index, divided, int64
 from .regroup import regroup
 
@@ -189,6 +189,21 @@ def _concat(elements: Elements, call: relax.Call, index: Index) -> Any:
     return result
 
 
+def _item(elements: Elements, item: relax.TupleGetItem, index: Index) -> Any:
+    """An element of one part of a split."""
+    call = elements.graph.resolve(item.tuple_value)
+    if op_name(call) != "split":
+        raise Unprovable("takes a part of something that is no split")
+    axis, sizes = int(call.attrs.axis) % len(index), call.attrs.indices_or_sections
+    begin: Any
+    if isinstance(sizes, (int, tirx.IntImm)):
+        begin = dims(item)[axis] * int(item.index)
+    else:
+        begin = [0, *sizes][int(item.index)]
+    moved = elements.simplify(int64(index[axis]) + begin)
+    return elements.at(call.args[0], [moved if a == axis else i for a, i in enumerate(index)])
+
+
 def _take(elements: Elements, call: relax.Call, index: Index) -> Any:
     data, indices = call.args[:2]
     axis = int(call.attrs.axis) if call.attrs.axis is not None else 0
@@ -296,6 +311,7 @@ RULES: dict[str, Callable[[Elements, Any, Index], Any]] = {
     "permute_dims": _permute,
     "strided_slice": _strided_slice,
     "concat": _concat,
+    "TupleGetItem": _item,
     "take": _take,
     "gather_nd": _gather_nd,
     "cumsum": _cumsum,

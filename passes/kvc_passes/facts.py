@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
+FormName = Literal["paged_kv", "x_absorbed", "mla_latent"]
+STATE_FORMS: tuple[FormName, ...] = get_args(FormName)
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
 
@@ -119,6 +121,15 @@ class AttentionSite:
     """The type that the graph computes keys and values in, and that they are kept in."""
     stored: StoredName | None = None
     """Codes that they are kept in instead, with a scale for every token and KV head; fp8 is e4m3."""
+    kept: FormName = "paged_kv"
+    """What is kept of a token. paged_kv: its keys and values. x_absorbed: the value that both are projections
+    of, which then is the one key of all heads, and its value. mla_latent: that, and elements of the keys that
+    all heads share; the value is the first value_dim elements."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether what is kept of a token is its key and its value in one."""
+        return self.kept != "paged_kv"
 
     @property
     def group(self) -> int:
@@ -128,8 +139,10 @@ class AttentionSite:
     def state(self, page: int, transposed: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of what is kept of `page` tokens; `transposed` keys stand as [head_dim, page].
 
-        A byte of int4 holds elements i and i + dim / 2.
+        A byte of int4 holds elements i and i + dim / 2. What is key and value in one is never transposed.
         """
+        if self.shared:
+            return {"x": (self.kv_dtype, (self.kv_heads, page, self.head_dim))}
         dtypes: dict[str | None, str] = {None: self.kv_dtype, "int8": "int8", "fp8": "uint8", "int4": "uint8"}
         parts = 2 if self.stored == "int4" else 1
         keys = (self.head_dim // parts, page) if transposed else (page, self.head_dim // parts)
@@ -142,8 +155,13 @@ class AttentionSite:
 
     @property
     def form(self) -> str:
-        """How keys and values are kept."""
-        return f"paged K and V, {self.stored or self.kv_dtype}"
+        """How keys and values are kept, in words."""
+        names = {
+            "paged_kv": "K and V",
+            "x_absorbed": f"X [{self.head_dim}]",
+            "mla_latent": f"latent [{self.head_dim}]",
+        }
+        return f"paged {names[self.kept]}, {self.stored or self.kv_dtype}"
 
     def token_bytes(self) -> int:
         """Bytes kept for one token."""
@@ -156,6 +174,18 @@ def grouped(sites: Sequence[AttentionSite]) -> tuple[tuple[Reach, tuple[Attentio
     for site in sites:
         found.setdefault(site.mask.reach, []).append(site)
     return tuple((reach, tuple(members)) for reach, members in found.items())
+
+
+@dataclass(frozen=True)
+class StateForm:
+    """A form that a layer's state could be kept in."""
+
+    name: FormName
+    token_bytes: int
+    """Bytes of a token; 0 where the form is not legal and the size not known."""
+    detail: str
+    """What is kept, or why the form is not legal."""
+    legal: bool = True
 
 
 @dataclass(frozen=True)
@@ -180,6 +210,8 @@ class ModelFacts:
     """What files beside the model say otherwise."""
     allowed: tuple[str, ...] = ()
     """Permissions that were used: results differ beyond rounding."""
+    forms: tuple[tuple[StateForm, ...], ...] = ()
+    """For every site, the forms of its state, legal or not."""
 
     def kv_token_bytes(self) -> int:
         """Bytes of KV state that one token of context takes over all layers."""
@@ -306,7 +338,8 @@ def facts_from_json(text: str) -> ModelFacts:
     data = json.loads(text)
     sites = tuple(_site(s) for s in data["sites"])
     lists = {name: tuple(data[name]) for name in ("positions", "warnings", "allowed")}
-    return ModelFacts(**{**data, **lists, "sites": sites})
+    forms = tuple(tuple(StateForm(**form) for form in site) for site in data["forms"])
+    return ModelFacts(**{**data, **lists, "sites": sites, "forms": forms})
 
 
 def _site(data: dict[str, Any]) -> AttentionSite:

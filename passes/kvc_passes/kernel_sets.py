@@ -24,6 +24,8 @@ class TensorType(NamedTuple):
 class AttentionKernels(Protocol):
     """Kernels over paged KV state, in pools of site.kv_dtype.
 
+    For a shared site one x pool [pages, 1, page, e] stands in the place of the two, and v is not given: a
+    token's value is the first f elements of its key.
     `dtype` is the type of q, k, v and out. `extras` are, in this order and where the site has them:
     slopes f32 [h] (ALiBi, multiplied with key position - query position) and sinks f32 [h] (learned scores).
     """
@@ -91,6 +93,25 @@ class MatmulKernels(Protocol):
         """(x [1,m,depth], *packed, [bias [columns]], [residual like y], y [1,m,columns]), all of `dtype`.
 
         Flat: y is f32 [m,columns].
+        """
+
+    def head_packed(self, heads: int, columns: int, depth: int, format: WeightFormat) -> TensorType:
+        """The tensor of `heads` weights of floats [columns, depth], one behind the other."""
+
+    def head_product(
+        self,
+        heads: int,
+        group: int,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        *,
+        absorbed: bool,
+        dtype: str,
+    ) -> PrimFunc:
+        """(x, packed, y) of `dtype`: y_h = x_h w_(h // group)^T for every one of `heads` heads.
+
+        x is [1,m,heads,depth] and y [1,m,heads,columns]; absorbed: [1,heads,m,depth] and [1,heads,m,columns].
         """
 
     def embedding(self, columns: int, depth: int, format: WeightFormat, dtype: str) -> PrimFunc:

@@ -2,7 +2,8 @@
 
 A marker is `relax.op.call_pure_packed(NAME, *tensors, attrs, ty_args=type)`; `attrs` is JSON in a StringImm.
 `kvc.sdpa`, `kvc.rotary` and `kvc.dequantize` come from the importer, where the file has one operator for
-what others spell out; `kvc.attention` is what RecognizeAttention puts in the place of every attention.
+what others spell out; `kvc.attention` is what RecognizeAttention puts in the place of every attention,
+`kvc.head_product` what AbsorbProjections puts before and behind one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ATTENTION = "kvc.attention"
 SDPA = "kvc.sdpa"
 ROTARY = "kvc.rotary"
 DEQUANTIZE = "kvc.dequantize"
+HEAD_PRODUCT = "kvc.head_product"
 
 Extra = Literal["mask", "lengths", "sinks"]
 
@@ -79,7 +81,25 @@ class Dequantize:
     middle: int = 0
 
 
-Attrs = TypeVar("Attrs", Sdpa, Rotary, Dequantize)
+@dataclass(frozen=True)
+class HeadProduct:
+    """Attributes of `kvc.head_product(x, weight [depth, columns]) -> y`: a product a head.
+
+    Head h has columns first + (h // group) * stride .. + width - 1 of the weight, W_h [depth, width].
+    x [1,n,h,depth] -> y [1,n,h,width] = x W_h; absorbed: x [1,h,n,width] -> y [1,h,n,depth] = x W_h^T.
+    """
+
+    heads: int
+    """Heads of x."""
+    group: int
+    """Heads that share columns."""
+    width: int
+    first: int
+    stride: int
+    absorbed: bool = False
+
+
+Attrs = TypeVar("Attrs", Sdpa, Rotary, Dequantize, HeadProduct)
 
 
 def marker(name: str, operands: Sequence[relax.Expr], attrs: Any, type_: relax.Type) -> relax.Call:

@@ -10,10 +10,12 @@ from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 
 from .base import Result
+from .errors import PlanningError
 from .graph import Graph, dims, graph_of, op_name, same_shape, static
 from .kernel_sets import MatmulKernels
+from .markers import HEAD_PRODUCT, HeadProduct, attributes, tensors
 from .rebuild import drop_params, rebuild
-from .weights import PackedWeight, WeightPart, table_of, weight_of
+from .weights import HeadWeight, PackedWeight, WeightPart, head_weight_of, table_of, weight_of
 
 MATMUL = "packed_matmul"
 _PARTS = ("packed", "scales", "zeros")
@@ -27,6 +29,7 @@ class PackMatmuls:
         transpose or a widening cast of one, or a concatenation of such; a bias that is a parameter [columns]
         of x's type may be added, and, where the kernels can, any value of the product's shape;
         `take(w, ids)`, or a cast of it, may read rows of the same weight, or of a dequantized one.
+        `kvc.head_product(x, w)`.
     After: `call_tir(packed_matmul, x, *packed, [bias], [residual])`; parameters have the packed shapes.
     Needs: FlattenTokens (x is [1, n, depth] or [n, depth]).
     Refuses: nothing; a product that does not match stays a plain matmul.
@@ -42,7 +45,10 @@ class PackMatmuls:
         weights = dict.fromkeys(m.weight for m in products.values())
         found = ((v, _lookup(graph, v, weights, self.kernels.dtypes)) for v in graph.order)
         lookups = {var: lookup for var, lookup in found if lookup is not None}
-        ordered = dict.fromkeys([*weights, *(weight for weight, _ in lookups.values())])
+        of_heads = self._head_products(graph)
+        looked_up = [weight for weight, _ in lookups.values()]
+        ordered: dict[PackedWeight | HeadWeight, None] = dict.fromkeys([*weights, *looked_up])
+        ordered.update(dict.fromkeys(weight for _, weight in of_heads.values()))
         packed = {weight: self._parameters(weight) for weight in ordered}
         made: dict[tuple[Any, ...], Any] = {}
         values: dict[relax.Var, relax.Expr] = {}
@@ -55,6 +61,10 @@ class PackMatmuls:
                 match = products[var]
                 x, residual = (values.get(v, v) for v in (match.x, match.residual))
                 return self._matmul(builder, made, match, x, residual, packed[match.weight])
+            if var in of_heads:
+                attrs, weight_of_heads = of_heads[var]
+                (parameter,) = packed[weight_of_heads]
+                return self._head_product(builder, made, var, value, attrs, weight_of_heads, parameter)
             return None
 
         new = [parameter for parameters in packed.values() for parameter in parameters]
@@ -65,7 +75,37 @@ class PackMatmuls:
             module, {p.name for p in function.params if p.name in replaced and not used.users[p]}
         )
         recipes = {p.name: WeightPart(weight, i) for weight, ps in packed.items() for i, p in enumerate(ps)}
-        return Result(module, len(products) + len(lookups), recipes)
+        return Result(module, len(products) + len(lookups) + len(of_heads), recipes)
+
+    def _head_products(self, graph: Graph) -> dict[relax.Var, tuple[HeadProduct, HeadWeight]]:
+        found = {}
+        for var in graph.order:
+            call = graph.definitions[var]
+            if op_name(call) == HEAD_PRODUCT:
+                attrs = attributes(call, HeadProduct)
+                weight = head_weight_of(graph, tensors(call)[1], attrs)
+                if weight is None:
+                    raise PlanningError(f"the weight of '{var.name}' is no parameter of floats")
+                found[var] = attrs, weight
+        return found
+
+    def _head_product(
+        self,
+        builder: relax.BlockBuilder,
+        made: dict[Any, Any],
+        var: relax.Var,
+        call: relax.Call,
+        attrs: HeadProduct,
+        weight: HeadWeight,
+        packed: relax.Var,
+    ) -> relax.Expr:
+        x = tensors(call)[0]
+        dtype, sizes = str(x.ty.dtype.dtype), (attrs.heads, attrs.group, weight.columns, weight.inner)
+        key = (HEAD_PRODUCT, *sizes, weight.format, attrs.absorbed, dtype)
+        if key not in made:
+            kernel = self.kernels.head_product(*sizes, weight.format, absorbed=attrs.absorbed, dtype=dtype)
+            made[key] = builder.add_func(kernel, "head_product")
+        return relax.op.call_tir(made[key], [x, packed], relax.TensorType(var.ty.shape, dtype))
 
     def _products(self, graph: Graph) -> dict[relax.Var, _Product]:
         """By the value that a kernel replaces; of two products that are added, the first adds the other."""
@@ -78,9 +118,13 @@ class PackMatmuls:
                 found[match.result] = match
         return found
 
-    def _parameters(self, weight: PackedWeight) -> tuple[relax.Var, ...]:
+    def _parameters(self, weight: PackedWeight | HeadWeight) -> tuple[relax.Var, ...]:
         first = weight.sources[0]
-        suffix = "" if first.transposed else "_rows"
+        if isinstance(weight, HeadWeight):
+            tensor = self.kernels.head_packed(weight.heads, weight.columns, weight.inner, weight.format)
+            name = f"{first.name}_heads_{weight.first}{'_absorbed' if weight.absorbed else ''}"
+            return (relax.Var(name, relax.TensorType(tensor.shape, tensor.dtype)),)
+        suffix = ("" if first.transposed else "_rows") + (f"_{first.picked[0][0]}" if first.picked else "")
         parts = self.kernels.packed(weight.columns, weight.depth, weight.format)
         return tuple(
             relax.Var(f"{first.name}_{part}{suffix}", relax.TensorType(t.shape, t.dtype))

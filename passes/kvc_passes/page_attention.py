@@ -33,7 +33,8 @@ class PageAttention:
     After: k and v are appended to the site's pools at `slots`, then attention reads the pages of a block
         table. Sites that keep other tokens have slots and a table of their own, numbered as `grouped` does.
         New parameters behind positions: slots_0 [n], ..., in prefill tiles [t,3], block_table_0 [b,m], ...;
-        before the weights: k_i [pages_g, g, e, page] and v_i [pages_g, g, page, f] of every site i.
+        before the weights: k_i [pages_g, g, e, page] and v_i [pages_g, g, page, f] of every site i, or x_i
+        [pages_g, 1, page, e] where key and value are one (k is v then).
         Pools are of the type that the graph keeps keys and values in.
     Needs: FlattenTokens.
     Refuses: nothing; every site's geometry was proved.
@@ -69,12 +70,14 @@ class PageAttention:
             site = self.sites[int(index.value)]
             before, group = pools[site.index], group_of[site.index]
             append = self._kernel(builder, names, "append_kv", site, _dtype(key))
-            inputs = [key, new_value, slots[group], *before]
-            places = list(range(3, len(inputs)))
+            inputs = [key, *([] if site.shared else [new_value]), slots[group], *before]
+            places = list(range(len(inputs) - len(before), len(inputs)))
             updated = builder.emit(
                 relax.op.call_tir_inplace(append, inputs, places, [pool.ty for pool in before])
             )
-            state = [builder.emit(relax.TupleGetItem(updated, i)) for i in range(len(before))]
+            several = len(before) > 1  # one result is no tuple
+            state = [builder.emit(relax.TupleGetItem(updated, i)) for i in range(len(before) * several)]
+            state = state or [updated]
             numbers = (x for x in (site.slopes, site.sinks) if x is not None)
             extras = [relax.const(np.array(x, np.float32)) for x in numbers]
             out = relax.TensorType((1, n, site.heads, site.value_dim), _dtype(query))
@@ -124,7 +127,8 @@ class PageAttention:
             site.sinks is not None,
             site.guarded,
         )
-        key = (kind, dtype, site.kv_dtype, site.stored, geometry[1:4] if kind == "append_kv" else geometry)
+        form = (site.kv_dtype, site.stored, site.shared)
+        key = (kind, dtype, *form, geometry[1:4] if kind == "append_kv" else geometry)
         if key not in names:
             make = {
                 "append_kv": self.kernels.append,

@@ -72,14 +72,20 @@ class SelectRows:
 
 
 def _with_rows(value: relax.Expr, n: Any, r: Any) -> relax.Expr:
-    """Shapes inside a call (of reshape, broadcast_to, full) with r tokens instead of n."""
+    """Shapes inside a call (of reshape, broadcast_to, full, a marker) with r tokens instead of n."""
     if not isinstance(value, relax.Call):
         return value
     args = [
         relax.ShapeExpr([replaced(d, n, r) for d in a.values]) if isinstance(a, relax.ShapeExpr) else a
         for a in value.args
     ]
-    return relax.Call(value.op, args, value.attrs, value.ty_args)
+    types = [
+        relax.TensorType([replaced(d, n, r) for d in t.shape.values], t.dtype)
+        if isinstance(t, relax.TensorType) and t.shape is not None
+        else t
+        for t in value.ty_args
+    ]
+    return relax.Call(value.op, args, value.attrs, types)
 
 
 def _mentions(dim: Any, symbol: Any) -> bool:

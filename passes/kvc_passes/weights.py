@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tvm import relax
+from tvm.ir import GenericConst
 
 from .facts import FLOAT32, WeightFormat
 from .graph import Graph, dims, op_name, operands, static
-from .markers import DEQUANTIZE, Dequantize, attributes, tensors
+from .markers import DEQUANTIZE, Dequantize, HeadProduct, attributes, tensors
 
 _FLOATS = ("float32", "float16", "bfloat16")
 
@@ -23,6 +25,7 @@ class Source:
         name: the parameter that holds the numbers or codes.
         columns: its share of the product's columns.
         transposed: it stands as [depth, columns], not [columns, depth].
+        picked: its columns that are meant, as (first, count), () for all.
         coded: how codes become numbers, None for floats.
         scales, zeros: the parameters of codes, "" for none.
     """
@@ -33,6 +36,7 @@ class Source:
     coded: Dequantize | None = None
     scales: str = ""
     zeros: str = ""
+    picked: tuple[tuple[int, int], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,10 +68,42 @@ class PackedWeight:
 
 
 @dataclass(frozen=True)
+class HeadWeight:
+    """A weight of the compiled model that is a matrix for every KV head; see markers.HeadProduct.
+
+    Head g's rows are first + g * stride .. + width - 1 of the source [columns, depth], of which
+    y_g = x_g @ w_g^T is made; absorbed: y_g = x_g @ w_g.
+    """
+
+    source: Source
+    depth: int
+    heads: int
+    width: int
+    first: int
+    stride: int
+    absorbed: bool
+    format: WeightFormat = FLOAT32
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    @property
+    def columns(self) -> int:
+        """Elements of y_g."""
+        return self.depth if self.absorbed else self.width
+
+    @property
+    def inner(self) -> int:
+        """Elements of x_g."""
+        return self.width if self.absorbed else self.depth
+
+
+@dataclass(frozen=True)
 class WeightPart:
     """One tensor of a packed weight: its data (0), scales (1) or zeros (2)."""
 
-    weight: PackedWeight
+    weight: PackedWeight | HeadWeight
     part: int = 0
 
 
@@ -98,12 +134,31 @@ def table_of(graph: Graph, value: relax.Expr) -> PackedWeight | None:
     return PackedWeight((found[0],), depth, found[1]) if found is not None and depth else None
 
 
+def head_weight_of(graph: Graph, value: relax.Expr, attrs: HeadProduct) -> HeadWeight | None:
+    """The weight [depth, columns] behind a product a head, None when it is none, or codes."""
+    found, depth = _source(graph, value), static(dims(value)[0])
+    if found is None or not depth or found[1].coded or found[0].picked:
+        return None
+    heads = attrs.heads // attrs.group
+    return HeadWeight(
+        found[0], depth, heads, attrs.width, attrs.first, attrs.stride, attrs.absorbed, found[1]
+    )
+
+
 def _source(graph: Graph, value: relax.Expr) -> tuple[Source, WeightFormat] | None:
     """The source behind a factor [depth, columns]."""
     columns = static(dims(value)[1]) if len(dims(value)) == 2 else None
     if columns is None:
         return None
     weight, transposed = _widened(graph, value), True
+    choice = graph.resolve(weight)
+    if op_name(choice) == "take" and choice.attrs.axis is not None and int(choice.attrs.axis) == 1:
+        index = graph.resolve(choice.args[1])
+        found = _source(graph, choice.args[0]) if isinstance(index, GenericConst) else None
+        if found is None or found[0].picked or len(dims(index)) != 1:
+            return None
+        picked = runs([int(i) for i in index.value.numpy()])
+        return replace(found[0], columns=columns, picked=picked), found[1]
     swap = graph.resolve(weight)
     if op_name(swap) == "permute_dims" and len(dims(weight)) == 2:
         weight, transposed = swap.args[0], False
@@ -136,6 +191,17 @@ def _format(attrs: Dequantize, scales: Any, zeros: bool) -> WeightFormat:
     middle = attrs.middle + ((1 << (attrs.bits - 1)) if attrs.signed else 0)
     own = zeros or middle != 1 << (attrs.bits - 1)
     return WeightFormat("uint4" if attrs.bits == 4 else "uint8", attrs.block, scales, own)
+
+
+def runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Numbers as (first, count) of consecutive ones."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == sum(found[-1]):
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((number, 1))
+    return tuple(found)
 
 
 def _widened(graph: Graph, value: relax.Expr) -> relax.Expr:

@@ -13,7 +13,7 @@ from .kernel_sets import MatmulKernels
 from .pack_matmuls import MATMUL
 from .page_attention import is_input
 from .rebuild import insert_params, rebuild
-from .weights import WeightPart
+from .weights import PackedWeight, WeightPart
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class WriteLogits:
             if var != last:
                 return None
             first = value.args[1].fields[1].name if self._is_product(value) else ""
-            if first in self.recipes:
-                weight = self.recipes[first].weight
+            weight = self.recipes[first].weight if first in self.recipes else None
+            if isinstance(weight, PackedWeight):
                 args = list(value.args[1].fields)
                 packed = self.kernels.packed(weight.columns, weight.depth, weight.format)
                 kernel = self.kernels.matmul(

@@ -138,6 +138,21 @@ def test_windows_and_codes_on_a_pretend_gpu(model_file: ModelFile, libraries: Pa
     assert np.abs(got - np.stack(rows)).max() < 3 * LIMITS["float16"]
 
 
+@pytest.mark.parametrize(("family", "state"), [("gpt2", "x_absorbed"), ("deepseek", "mla_latent")])
+def test_other_forms_of_the_state_on_a_pretend_gpu(
+    model_file: ModelFile, libraries: Path, tmp_path: Path, family: str, state: str
+) -> None:
+    model = model_file(family, False, "float16")
+    built = Built(model, tmp_path / "m.kvc", tmp_path / "dump")
+    artifact = kvc.compile(
+        model, target="cuda:sm_90", state=state, output=built.artifact, dump=built.dump, **OPTIONS
+    )
+    assert {site.kept for site in artifact.facts.sites} == {state}
+    done = run(built, libraries)
+    assert done.returncode == 0, done.stderr
+    assert worst(built, tmp_path) < LIMITS["float16"]
+
+
 def test_one_artifact_has_code_for_several_architectures(
     build: Callable[..., Built], libraries: Path, tmp_path: Path
 ) -> None:

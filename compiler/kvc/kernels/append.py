@@ -20,7 +20,8 @@ _BLOCK = 16
 def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
     """Write the keys and values of a call's tokens into their pages.
 
-    Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv], slots i32[n], and `pools`, in place.
+    Arguments of the function: k f32[1, Hkv, n, D], v f32[1, Hkv, n, Dv] (not of a shared shape), slots
+    i32[n], and `pools`, in place.
     """
     e, n = Emitter(), size_var("n")
     k = argument("k", (1, shape.kv_heads, n, shape.head_dim))
@@ -28,7 +29,7 @@ def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
     slots = argument("slots", (n,), "int32")
     state = pools(shape, size_var("pages"))
     writer = _Writer(e, shape, k, v, slots, state, traits.lanes)
-    write = writer.codes if shape.stored else writer.floats
+    write = writer.codes if shape.stored else writer.rows if shape.shared else writer.floats
     with e.when(n < _BLOCK), e.loop("h", shape.kv_heads) as h:
         write(h, i64(0), n)
     with e.when(n >= _BLOCK):
@@ -36,7 +37,8 @@ def append_kv(shape: AttentionShape, traits: CpuTraits) -> tirx.PrimFunc:
         with e.loop("j", blocks * shape.kv_heads, parallel=True) as j:
             start = e.bind("start", tirx.floordiv(j, i64(shape.kv_heads)) * _BLOCK)
             write(tirx.floormod(j, i64(shape.kv_heads)), start, tirx.Min(n - start, i64(_BLOCK)))
-    return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
+    inputs = [k, slots] if shape.shared else [k, v, slots]
+    return e.function([*inputs, *state.values()], inputs, list(state.values()))
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class _Writer:
             page, offset = self._place(start + i)
             source, to = [i64(0), head, start + i], [page, head, offset]
             copy_rows(e, self.v, source, self.state["v"], to, shape.value_dim, self.lanes)
+
+    def rows(self, head: Expr, start: Expr, count: Expr) -> None:
+        with self.e.loop("i", count) as i:
+            page, offset = self._place(start + i)
+            source, to = [i64(0), head, start + i], [page, head, offset]
+            copy_rows(self.e, self.k, source, self.state["x"], to, self.shape.head_dim, self.lanes)
 
     def codes(self, head: Expr, start: Expr, count: Expr) -> None:
         e, shape, form, state = self.e, self.shape, self.shape.form, self.state

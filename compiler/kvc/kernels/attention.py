@@ -47,6 +47,8 @@ class AttentionShape:
     """What the pages hold: float32, float16 or bfloat16."""
     stored: str | None = None
     """Codes that they hold instead, as AttentionSite.stored."""
+    shared: bool = False
+    """Whether a token's value is the first value_dim elements of its key, which is kept once."""
     page_size: int = 16
 
     @property
@@ -60,16 +62,23 @@ class AttentionShape:
         return Stored(self.stored, self.kv_dtype)
 
 
-def choose_tile(group: int, traits: CpuTraits) -> int:
-    """Query tokens of a prefill tile: about 84 rows, nearly a whole number of register tiles."""
+def choose_tile(group: int, traits: CpuTraits, dim: int = 128) -> int:
+    """Query tokens of a prefill tile: about 84 rows, nearly a whole number of register tiles.
+
+    dim: elements of a query; the queries and outputs of a tile stay in the second-level cache.
+    """
     rows = traits.tile_rows
+    wanted = min(84, max(_TILE_BYTES // (8 * dim), 1))
 
     def cost(tokens: int) -> tuple[float, float]:
         used = tokens * group
         waste = -(-used // rows) * rows / used - 1
-        return (round(waste, 2) + abs(used - 84) / 1000, used)
+        return (round(waste, 2) + abs(used - wanted) / 1000, used)
 
     return min(range(1, 129), key=cost)
+
+
+_TILE_BYTES = 768 * 1024
 
 
 def decode_splits(kv_heads: int, traits: CpuTraits) -> int:
@@ -78,11 +87,13 @@ def decode_splits(kv_heads: int, traits: CpuTraits) -> int:
 
 
 def pools(shape: AttentionShape, pages: Expr) -> dict[str, Any]:
-    """The page pools as arguments: k [P, Hkv, D, PG] and v [P, Hkv, PG, Dv].
+    """The page pools as arguments: k [P, Hkv, D, PG] and v [P, Hkv, PG, Dv]; or x [P, Hkv, PG, D] if shared.
 
     Of codes also k_scale and v_scale [P, Hkv, PG]; where codes share a byte, D and Dv count bytes.
     """
     size, form, heads = shape.page_size, shape.form, shape.kv_heads
+    if shape.shared:
+        return {"x": argument("xpool", (pages, heads, size, shape.head_dim), form.dtype)}
     kept = {
         "k": argument("kpool", (pages, heads, shape.head_dim // form.parts, size), form.dtype),
         "v": argument("vpool", (pages, heads, size, shape.value_dim // form.parts), form.dtype),
@@ -165,7 +176,8 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             task = c + i * traits.threads
             row = e.bind("row", tirx.floordiv(task, i64(shares)))
             share = e.bind("share", tirx.floormod(task, i64(shares)))
-            kernel = BlockKernel(e, shape, traits, group, True, 128, state, table, row, more, share)
+            streaming = heads > 1 or not shape.shared  # one shared key for many heads is bound by arithmetic
+            kernel = BlockKernel(e, shape, traits, group, streaming, 128, state, table, row, more, share)
             position = e.bind("position", positions[row])
             with e.loop("h", heads) as head:
                 with e.loop("g", group) as g:
@@ -174,7 +186,11 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             page, last = kernel.mask.pages_of(position, position)
             each = e.bind("each", tirx.floordiv(last - page + shares, i64(shares)))
             begin = e.bind("begin", page + share * each)
-            kernel.run_heads(begin, tirx.Min(last - begin + 1, each), position)
+            count = tirx.Min(last - begin + 1, each)
+            if streaming:
+                kernel.run_heads(begin, count, position)
+            else:
+                kernel.run_head(i64(0), i64(group), begin, count, position, position)
             with e.loop("h", heads) as head, e.loop("g", group) as g:
                 kernel.store_part(head * kernel.padded + g, part, [row, share, head * group + g])
     with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:

@@ -17,6 +17,8 @@ from .traits import CpuTraits
 if TYPE_CHECKING:
     from .attention import AttentionShape
 
+_BLOCK_BYTES = 512 * 1024
+"""Keys that are values, too, stay in the second-level cache between the two."""
 _NEVER = -1e30
 """Score of a masked key, and the maximum before the first key: finite, so that differences are too."""
 
@@ -57,9 +59,11 @@ class BlockKernel:
             raise ValueError(
                 f"page size {shape.page_size} is not one or an even number of {self.lanes}-lane vectors"
             )
-        self.together = 2 if per_page == 1 and not streaming else 1
+        self.together = 2 if per_page == 1 and not streaming and not shape.shared else 1
         """Pages whose keys share a register tile: their vectors make it two wide."""
         self.width = self.together if per_page == 1 else 2
+        if shape.shared:  # which are read once for the scores and once as values
+            keys = min(keys, max(_BLOCK_BYTES // (4 * shape.head_dim), 1))
         self.keys = -(-keys // (2 * shape.page_size)) * 2 * shape.page_size
         total = shape.kv_heads * self.padded if streaming else self.padded
         self.query = e.local("query", total * shape.head_dim)
@@ -151,6 +155,9 @@ class BlockKernel:
 
     def _score(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
         """scores[slot + i, base + j] = query row (row + i) . key j of `count` pages from `start`."""
+        if self.shape.shared:
+            self._score_rows(head, row, slot, start, count, base)
+            return
         e, lanes, dim, height, width = self.e, self.lanes, self.shape.head_dim, self.height, self.width
         parts, depth = self.form.parts, dim // self.form.parts
         splits = max(1, 8 // (width * height))
@@ -191,6 +198,41 @@ class BlockKernel:
                             value = value + acc[at(i, v, s)]
                         to = (slot + i) * self.keys + base + (kg * len(vectors) + sub + v) * lanes
                         e.store(self.scores, value * scales[v] if scales else value, vec(to, lanes))
+
+    def _score_rows(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
+        """The same for keys whose elements stand together: vectors of a key, summed up at the end."""
+        e, lanes, dim, height, pool = self.e, self.lanes, self.shape.head_dim, self.height, self.pools["x"]
+        whole, rest = dim // lanes, chunks(dim % lanes, lanes)
+        with e.loop("p", count) as p:
+            page = self._page(start + p)
+            with e.loop("k", self.shape.page_size // 2) as pair:
+                acc = e.local("acc", height * 2 * lanes)
+
+                def at(i: Expr, v: int) -> Expr:
+                    return vec((i * 2 + v) * lanes, lanes)
+
+                def element(v: int, offset: Expr, width: int, pair: Expr = pair, page: Expr = page) -> Expr:
+                    key = pool[page, head, pair * 2 + v, vec(offset, width)]
+                    return e.bind("kv", self.form.element(key, 0))
+
+                with e.unrolled("i", height) as i:
+                    for v in range(2):
+                        e.store(acc, splat(f32(0), lanes), at(i, v))
+                with e.loop("d", whole) as d:
+                    keys = [element(v, d * lanes, lanes) for v in range(2)]
+                    with e.unrolled("i", height) as i:
+                        qv = e.bind("qv", self.query[vec((row + i) * dim + d * lanes, lanes)])
+                        for v in range(2):
+                            e.store(acc, acc[at(i, v)] + keys[v] * qv, at(i, v))
+                for v in range(2):
+                    tail = [element(v, i64(whole * lanes + offset), width) for offset, width in rest]
+                    with e.unrolled("i", height) as i:
+                        total = fold(acc[at(i, v)], lambda a, b: a + b)
+                        for key, (offset, width) in zip(tail, rest):
+                            first = (row + i) * dim + whole * lanes + offset
+                            total = total + fold(key * self.query[vec(first, width)], lambda a, b: a + b)
+                        key_at = base + p * self.shape.page_size + pair * 2 + v
+                        e.store(self.scores, total, (slot + i) * self.keys + key_at)
 
     def _key_scales(self, head: Expr, vectors: Sequence[tuple[Expr, int]]) -> list[Expr]:
         """The scales of vectors of keys that are codes, else none."""
@@ -311,7 +353,7 @@ class BlockKernel:
         self, page: Expr, head: Expr, key: Expr, columns: Sequence[tuple[int, int]]
     ) -> list[Expr]:
         """A key's values at columns of a page, one vector for each element of what stands there."""
-        e, pool = self.e, self.pools["v"]
+        e, pool = self.e, self.pools["x" if self.shape.shared else "v"]
         raw = [self._loaded(pool[page, head, key, vec(i64(offset), width)]) for offset, width in columns]
         return [e.bind("vv", self.form.element(r, part)) for r in raw for part in range(self.form.parts)]
 

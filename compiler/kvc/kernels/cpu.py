@@ -11,7 +11,7 @@ from tvm.tirx import PrimFunc
 from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
 
-from . import append, attention, matmul
+from . import append, attention, head_product, matmul
 from .packing import packed_tensors
 from .shapes import attention_shape
 from .traits import CpuTraits
@@ -19,6 +19,7 @@ from .traits import CpuTraits
 # Prefill and decode ask for the same kernels; building one takes tens of milliseconds.
 _append_kv = lru_cache(maxsize=64)(append.append_kv)
 _packed_matmul = lru_cache(maxsize=64)(matmul.packed_matmul)
+_head_product = lru_cache(maxsize=64)(head_product.head_product)
 _packed_embedding = lru_cache(maxsize=64)(matmul.packed_embedding)
 
 PAGE_SIZE = 16  # tokens; one AVX-512 or two AVX2 vectors of keys
@@ -41,9 +42,9 @@ class CpuAttention:
 
     @classmethod
     def for_sites(cls, target: Target, sites: tuple[AttentionSite, ...]) -> CpuAttention:
-        """One tile size for all sites, chosen for the first (their GQA groups rarely differ)."""
+        """One tile size for all sites: the smallest that one of them is best with."""
         traits = CpuTraits.of(target)
-        return cls(traits, attention.choose_tile(sites[0].group, traits))
+        return cls(traits, min(attention.choose_tile(s.group, traits, s.head_dim) for s in sites))
 
     def splits(self, site: AttentionSite) -> int:
         return attention.decode_splits(site.kv_heads, self.traits)
@@ -57,6 +58,7 @@ class CpuAttention:
             scale=1.0,
             kv_dtype=site.kv_dtype,
             stored=site.stored,
+            shared=site.shared,
             page_size=self.page_size,
         )
         return _append_kv(plain, self.traits)
@@ -97,6 +99,22 @@ class CpuProducts:
         residual: bool = False,
     ) -> PrimFunc:
         return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat, format=format)
+
+    def head_packed(self, heads: int, columns: int, depth: int, format: WeightFormat) -> TensorType:
+        return head_product.packed_tensor(heads, columns, depth, format, self.traits)
+
+    def head_product(
+        self,
+        heads: int,
+        group: int,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        *,
+        absorbed: bool,
+        dtype: str = "float32",
+    ) -> PrimFunc:
+        return _head_product(heads, group, columns, depth, self.traits, absorbed=absorbed, format=format)
 
     def embedding(self, columns: int, depth: int, format: WeightFormat, dtype: str = "float32") -> PrimFunc:
         return _packed_embedding(columns, depth, self.traits, format=format)

@@ -35,6 +35,14 @@ class Product:
     def out(self, row: Expr, column: Expr) -> list[Expr]:
         return [row, column] if self.flat else [i64(0), row, column]
 
+    def source(self, row: Expr, k: Expr) -> Expr:
+        """An element of x."""
+        return self.x[i64(0), row, k]
+
+    def weight(self, block: Expr, k: Expr, v: int) -> Expr:
+        """Weights of input k for the v-th vector of a panel's outputs."""
+        return self.w.vector(block, k, v)
+
     def tile(
         self, rows: int, block: Expr, row: Expr, start: Expr, depth: Expr, splits: int = 1, panel: Any = None
     ) -> None:
@@ -51,13 +59,13 @@ class Product:
 
         def step(k: Expr, s: int) -> None:
             if panel is None:
-                weights = [e.bind("wv", self.w.vector(block, k, v)) for v in range(2)]
+                weights = [e.bind("wv", self.weight(block, k, v)) for v in range(2)]
             else:
                 weights = [
                     e.bind("wv", panel[vec((k - start) * (2 * lanes) + v * lanes, lanes)]) for v in range(2)
                 ]
             with e.unrolled("i", rows) as i:
-                xv = e.bind("xv", splat(self.x[i64(0), row + i, k], lanes))
+                xv = e.bind("xv", splat(self.source(row + i, k), lanes))
                 for v in range(2):
                     e.store(acc, acc[at(i, v, s)] + weights[v] * xv, at(i, v, s))
 

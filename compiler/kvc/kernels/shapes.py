@@ -26,5 +26,6 @@ def attention_shape(site: AttentionSite, page_size: int) -> AttentionShape:
         guarded=site.guarded,
         kv_dtype=site.kv_dtype,
         stored=site.stored,
+        shared=site.shared,
         page_size=page_size,
     )

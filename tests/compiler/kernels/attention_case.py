@@ -41,6 +41,13 @@ SHAPES = {
     "fp8, window": AttentionShape(4, 4, 36, 32, 0.12, window=37, stored="fp8"),
     "int4, wide group": AttentionShape(16, 1, 64, 80, 0.12, stored="int4"),
     "int4 of odd halves": AttentionShape(3, 3, 6, 10, 0.4, softcap=20.0, stored="int4"),
+    "shared": AttentionShape(12, 1, 96, 96, 0.1, shared=True),
+    "shared, latent, float16": AttentionShape(
+        17, 1, 84, 52, 0.12, softcap=20.0, window=37, shared=True, kv_dtype="float16"
+    ),
+    "shared, slopes, bfloat16": AttentionShape(
+        3, 1, 40, 33, 0.2, slopes=True, shared=True, kv_dtype="bfloat16"
+    ),
     "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
 }
 PAGE = 16
@@ -73,6 +80,7 @@ class Case:
         for length, new in lengths:
             pages = np.array([order.pop() for _ in range(-(-length // PAGE))])
             k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
+            v = k[..., : shape.value_dim] if shape.shared else v
             self.sequences.append(Sequence(length, new, pages, k, v))
         self.state = {
             name: poisoned(str(pool.dtype), tuple(int(n) for n in pool.shape))
@@ -102,10 +110,9 @@ class Case:
             if len(slots):
                 k = np.concatenate([s.k[:, a:b] for s, a, b in parts], axis=1)[None]
                 v = np.concatenate([s.v[:, a:b] for s, a, b in parts], axis=1)[None]
-                call = self.machine.call(
-                    self.build("append"), k, v, slots.astype(np.int32), *self.state.values()
-                )
-                self.state = dict(zip(self.state, call[3:]))
+                given = [k, slots.astype(np.int32)] if self.shape.shared else [k, v, slots.astype(np.int32)]
+                call = self.machine.call(self.build("append"), *given, *self.state.values())
+                self.state = dict(zip(self.state, call[len(given) :]))
 
     def forget_what_no_query_sees(self) -> None:
         """Pages that no query of the call sees may have been given away: make them NaN."""

@@ -54,14 +54,14 @@ def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 8
     one of choose_tile is done at once. The blocks are of a size that is good for sm_<arch> and works on later
     architectures of its kind.
     """
-    wide = max(_power(shape.head_dim), _power(shape.value_dim))
-    most, keys, warps, stages = _prefill_blocks(wide, _in_float32(shape, x_dtype), arch)
-    rows = min(max(_power(tile * shape.group), 16), most)
+    wide = max(power(shape.head_dim), power(shape.value_dim))
+    most, keys, warps, stages = _prefill_blocks(wide, in_float32(shape, x_dtype), arch)
+    rows = min(max(power(tile * shape.group), 16), most)
     constants = {
         "H": shape.heads,
         **_sizes(shape),
         "BM": rows,
-        **_options(shape, keys, x_dtype),
+        **options(shape, keys, x_dtype),
         "GUARDED": shape.guarded,
         # Behind a narrow window few blocks are seen whole.
         "SPLIT": shape.predicate is None and min(shape.window or 2**30, shape.chunk or 2**30) >= 1024,
@@ -69,7 +69,7 @@ def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 8
     }
     x = TRITON_TYPES[x_dtype]
     types = [*_inputs(shape, x, tiles=True), ("out", f"*{x}"), ("n", "i32"), ("width", "i32")]
-    return _attention("attention.prefill", types, constants, shape, warps, stages)
+    return attention_kernel("attention.prefill", types, constants, shape, warps, stages)
 
 
 def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
@@ -79,13 +79,13 @@ def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKer
     part f32[b, splits, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
     Grid (b, Hkv, splits). The number of shares is not compiled in.
     """
-    wide = max(_power(shape.head_dim), _power(shape.value_dim))
-    keys, warps, stages = _decode_blocks(wide, _in_float32(shape, x_dtype))
+    wide = max(power(shape.head_dim), power(shape.value_dim))
+    keys, warps, stages = _decode_blocks(wide, in_float32(shape, x_dtype))
     constants = {
         "H": shape.heads,
         **_sizes(shape),
-        "BM": max(_power(shape.group), 16),
-        **_options(shape, keys, x_dtype),
+        "BM": max(power(shape.group), 16),
+        **options(shape, keys, x_dtype),
     }
     types = [
         *_inputs(shape, TRITON_TYPES[x_dtype], tiles=False),
@@ -93,7 +93,7 @@ def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKer
         ("b", "i32"),
         ("width", "i32"),
     ]
-    return _attention("attention.decode", types, constants, shape, warps, stages)
+    return attention_kernel("attention.decode", types, constants, shape, warps, stages)
 
 
 def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
@@ -107,17 +107,17 @@ def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKern
         (
             ("H", shape.heads),
             ("DV", shape.value_dim),
-            ("DVP", _power(shape.value_dim)),
+            ("DVP", power(shape.value_dim)),
             ("SPLITS", splits),
-            ("SP", _power(splits)),
+            ("SP", power(splits)),
             ("GUARDED", shape.guarded),
         ),
         ("part", "out"),
-        warps=min(16, max(2, _power(splits) * _power(shape.value_dim) // 2048)),  # 64 numbers a thread
+        warps=min(16, max(2, power(splits) * power(shape.value_dim) // 2048)),  # 64 numbers a thread
     )
 
 
-def _attention(
+def attention_kernel(
     function: str,
     types: list[tuple[str, str]],
     constants: dict[str, Any],
@@ -125,8 +125,10 @@ def _attention(
     warps: int,
     stages: int,
 ) -> DeviceKernel:
+    """The kernel with None for what the shape does not have."""
     codes = shape.stored is not None
-    extras = (("slopes", shape.slopes), ("sinks", shape.sink_scores), *((name, codes) for name in SCALES))
+    extras = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
+    extras += [] if shape.shared else [(name, codes) for name in SCALES]
     absent = [(name, None) for name, has in extras if not has]
     pointers = tuple(name for name, type in types if type.startswith("*"))
     return DeviceKernel(
@@ -158,29 +160,30 @@ def _sizes(shape: AttentionShape) -> dict[str, Any]:
         "HKV": shape.kv_heads,
         "D": shape.head_dim,
         "DV": shape.value_dim,
-        "DP": max(_power(shape.head_dim), 16),
-        "DVP": max(_power(shape.value_dim), 16),
+        "DP": max(power(shape.head_dim), 16),
+        "DVP": max(power(shape.value_dim), 16),
         "PG": shape.page_size,
     }
 
 
-def _options(shape: AttentionShape, keys: int, x_dtype: str) -> dict[str, Any]:
+def options(shape: AttentionShape, keys: int, x_dtype: str, *, stored: bool = True) -> dict[str, Any]:
+    """Constants of the scores, with blocks of `keys` keys; `stored` if the kernel takes codes."""
     apart = shape.softcap or shape.slopes or shape.scale <= 0
     return {
         "BN": keys,
-        "FLOAT32": _in_float32(shape, x_dtype),
+        "FLOAT32": in_float32(shape, x_dtype),
         "SCALE": float(shape.scale),
         "FACTOR": 1.0 if apart else float(shape.scale) * _LOG2E,
         "SOFTCAP": float(shape.softcap or 0),
         "WINDOW": shape.window or 0,
         "CHUNK": shape.chunk or 0,
         "SINK_KEYS": shape.sink_keys or 0,
-        "STORED": shape.stored or "",
+        **({"STORED": shape.stored or ""} if stored else {}),
         "PREDICATE": None if shape.predicate is None else predicates.tree(shape.predicate),
     }
 
 
-def _in_float32(shape: AttentionShape, x_dtype: str) -> bool:
+def in_float32(shape: AttentionShape, x_dtype: str) -> bool:
     """Whether products are of float32: 16 bits are enough where q, k and v are of one such type, or codes."""
     if shape.stored:
         return x_dtype == "float32"
@@ -211,6 +214,6 @@ def _decode_blocks(wide: int, float32: bool) -> tuple[int, int, int]:
     return (64, 4, 3) if wide <= 128 else (32, 4, 3)
 
 
-def _power(size: int) -> int:
+def power(size: int) -> int:
     """The least power of two that is not below `size`."""
     return 1 << math.ceil(math.log2(size)) if size > 1 else 1

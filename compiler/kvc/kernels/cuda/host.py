@@ -22,7 +22,7 @@ from kvc_passes.kernel_sets import TensorType
 from ..attention import AttentionShape
 from ..emit import Emitter, Expr, argument, i64, size_var
 from ..shapes import attention_shape
-from . import attention, products, rows
+from . import attention, products, rows, shared
 from .device import DeviceKernel
 
 PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
@@ -120,15 +120,27 @@ class CudaAttention:
 
     def _append(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        kernel = attention.append_kernel(shape, dtype)
         e, n, pages = Emitter(), size_var("n"), size_var("pages")
         k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
+        if shape.shared:
+            return self._append_shared(site, shape, dtype, e, k)
+        kernel = attention.append_kernel(shape, dtype)
         v = argument("v", (1, shape.kv_heads, n, shape.value_dim), dtype)
         slots = argument("slots", (n,), "int32")
         state = self._pools(site, pages)
         values = {"k": k, "v": v, "slots": slots, **state, "n": n}
         self.variants.launch(e, kernel, values, (_parts(n, attention.APPEND_TOKENS), shape.kv_heads))
         return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
+
+    def _append_shared(
+        self, site: AttentionSite, shape: AttentionShape, dtype: str, e: Emitter, x: Any
+    ) -> PrimFunc:
+        n, slots = x.shape[2], argument("slots", (x.shape[2],), "int32")
+        state = self._pools(site, size_var("pages"))
+        grid = (_parts(n, shared.APPEND_TOKENS), -(-shape.head_dim // shared.APPEND_ELEMENTS))
+        values = {"x": x, "slots": slots, **state, "n": n}
+        self.variants.launch(e, shared.append_kernel(shape, dtype), values, grid)
+        return e.function([x, slots, *state.values()], [x, slots], list(state.values()))
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
@@ -137,7 +149,10 @@ class CudaAttention:
 
     def _prefill(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        kernel = attention.prefill_kernel(shape, self.tile, dtype, arch)
+        if shape.shared:
+            kernel, programs = shared.prefill_kernel(shape, dtype, arch)
+        else:
+            kernel, programs = attention.prefill_kernel(shape, self.tile, dtype, arch), shape.kv_heads
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         inputs = {
@@ -149,7 +164,7 @@ class CudaAttention:
             **_extras(shape),
         }
         out = argument("out", (1, n, shape.heads, shape.value_dim), dtype)
-        self.variants.launch(e, kernel, {**inputs, "out": out, "n": n, "width": m}, (t, shape.kv_heads))
+        self.variants.launch(e, kernel, {**inputs, "out": out, "n": n, "width": m}, (t, programs))
         return e.function([*inputs.values(), out], list(inputs.values()), [out])
 
     def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:
@@ -159,7 +174,10 @@ class CudaAttention:
 
     def _decode(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
         shape, splits = attention_shape(site, self.page_size), self.splits(site)
-        kernel = attention.decode_kernel(shape, splits, dtype)
+        if shape.shared:
+            kernel, programs = shared.decode_kernel(shape, dtype)
+        else:
+            kernel, programs = attention.decode_kernel(shape, splits, dtype), shape.kv_heads
         merge = attention.merge_kernel(shape, splits, dtype)
         e = Emitter()
         pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
@@ -173,13 +191,13 @@ class CudaAttention:
         part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
         out = argument("out", (1, b, shape.heads, shape.value_dim), dtype)
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
-        self.variants.launch(e, kernel, values, (b, shape.kv_heads, splits))
+        self.variants.launch(e, kernel, values, (b, programs, splits))
         self.variants.launch(e, merge, values, (b, shape.heads))
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
     def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
         """The pools as arguments, by the names that kernels have for them."""
-        names = dict(zip(("k", "v", "k_scale", "v_scale"), ("kpool", "vpool", *attention.SCALES)))
+        names = {"x": "xpool", "k": "kpool", "v": "vpool", "k_scale": "kscale", "v_scale": "vscale"}
         state = site.state(self.page_size, self.keys_transposed)
         return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
 
@@ -245,6 +263,52 @@ class CudaProducts:
                 self.variants.launch(e, kernel, values, grid)
             least = most or least
         return e.function([*inputs.values(), y], list(inputs.values()), [y])
+
+    def head_packed(self, heads: int, columns: int, depth: int, format: WeightFormat) -> TensorType:
+        return TensorType(format.dtype, (heads * columns, depth))
+
+    def head_product(
+        self,
+        heads: int,
+        group: int,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        *,
+        absorbed: bool,
+        dtype: str,
+    ) -> PrimFunc:
+        arguments = (heads, group, columns, depth, format, absorbed, dtype)
+        return self.variants.function(("head_product", *arguments), partial(self._head_product, *arguments))
+
+    def _head_product(
+        self,
+        heads: int,
+        group: int,
+        columns: int,
+        depth: int,
+        format: WeightFormat,
+        absorbed: bool,
+        dtype: str,
+        arch: int,
+    ) -> PrimFunc:
+        e, m = Emitter(), size_var("m")
+
+        def operand(name: str, size: int) -> Any:
+            return argument(name, (1, heads, m, size) if absorbed else (1, m, heads, size), dtype)
+
+        tensor = self.head_packed(heads // group, columns, depth, format)
+        x, y, w = operand("x", depth), operand("y", columns), argument("w", tensor.shape, tensor.dtype)
+        values = {"x": x, "w": w, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
+        least = 0
+        for most, kernel, tall, wide in products.head_product_kernels(
+            heads, group, columns, depth, format, dtype, absorbed, arch
+        ):
+            fits = m > least if most is None else tirx.And(m > least, m <= most)
+            with e.when(fits):
+                self.variants.launch(e, kernel, values, (_parts(m, tall) * -(-columns // wide), heads))
+            least = most or least
+        return e.function([x, w, y], [x, w], [y])
 
     def embedding(self, columns: int, depth: int, format: WeightFormat, dtype: str) -> PrimFunc:
         e, n = Emitter(), size_var("n")

@@ -6,6 +6,7 @@ Weights are stored as kvc.kernels.cuda.rows says. Pointers are multiples of 16 b
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from kvc_passes.facts import WeightFormat
 
@@ -46,13 +47,7 @@ def product_kernels(
         constants = (
             *_absent(format, bias=bias),
             *([] if residual else [("residual", None)]),
-            ("BM", rows),
-            ("BN", wide),
-            ("BK", deep),
-            ("BITS", _bits(format)),
-            ("BLOCK", block),
-            ("WHOLE", depth % deep == 0),
-            ("UNIT", math.gcd(depth, 16)),
+            *_sizes(rows, wide, deep, depth, format),
             ("FLOAT32", float32),
         )
         x = f"*{TRITON_TYPES[x_dtype]}"
@@ -71,6 +66,54 @@ def product_kernels(
         kernel = DeviceKernel("products.product", types, constants, aligned, warps, stages)
         variants.append((most, kernel, rows, wide))
     return tuple(variants)
+
+
+def head_product_kernels(
+    heads: int,
+    group: int,
+    columns: int,
+    depth: int,
+    format: WeightFormat,
+    dtype: str,
+    absorbed: bool,
+    arch: int = 80,
+) -> tuple[Variant, ...]:
+    """y_h = x_h w_(h // group)^T for every head, by the number of rows, as `product_kernels`.
+
+    Arguments: x [m, heads, depth], w [heads // group * columns, depth] of floats, y [m, heads, columns], m,
+    columns, depth; absorbed: x [heads, m, depth], y [heads, m, columns]. x and y are of `dtype`.
+    Grid (ceil(m / rows) * ceil(columns / columns of a program), heads).
+    """
+    float32 = "float32" in (dtype, format.dtype) or format.dtype != dtype
+    variants: list[Variant] = []
+    for most, rows, wide, deep, warps, stages in _blocks(heads * columns, depth, format, float32, arch):
+        constants = (
+            *_sizes(rows, wide, deep, depth, format),
+            ("FLOAT32", float32),
+            ("HEADS", heads),
+            ("GROUP", group),
+            ("ABSORBED", absorbed),
+        )
+        x = f"*{TRITON_TYPES[dtype]}"
+        types = (("x", x), *_weight(format), ("y", x), ("m", "i32"), ("columns", "i32"), ("depth", "i32"))
+        sizes = {"columns": columns, "depth": depth}
+        aligned = (*_pointers(types), *(name for name, size in sizes.items() if size % 16 == 0))
+        kernel = DeviceKernel("products.head_product", types, constants, aligned, warps, stages)
+        variants.append((most, kernel, rows, wide))
+    return tuple(variants)
+
+
+def _sizes(rows: int, wide: int, deep: int, depth: int, format: WeightFormat) -> list[tuple[str, Any]]:
+    """Constants of a program's blocks."""
+    return [
+        ("BM", rows),
+        ("BN", wide),
+        ("BK", deep),
+        ("BITS", _bits(format)),
+        ("BLOCK", _block(depth, format)),
+        ("WHOLE", depth % deep == 0),
+        ("UNIT", math.gcd(depth, 16)),
+    ]
 
 
 def embedding_kernel(depth: int, format: WeightFormat, dtype: str) -> tuple[DeviceKernel, int]:

@@ -17,7 +17,39 @@ def product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, UNIT: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """BM rows and BN columns of y = x w^T + bias + residual.
+    """BM rows and BN columns of y = x w^T + bias + residual."""
+    tile(
+        x, w, scales, zeros, bias, residual, y, m, columns, depth, 1,
+        BM, BN, BK, BITS, BLOCK, WHOLE, UNIT, FLOAT32,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_product(
+    x, w, y, m, columns, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, UNIT: tl.constexpr, FLOAT32: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ABSORBED: tl.constexpr,
+):  # fmt: skip
+    """BM rows and BN columns of y_h = x_h w_(h // GROUP)^T for a head; ABSORBED ones stand together."""
+    head = tl.program_id(1).to(tl.int64)
+    depth = depth // UNIT * UNIT
+    w += head // GROUP * columns * depth
+    apart = 1 if ABSORBED else HEADS
+    before = head * m if ABSORBED else head
+    tile(
+        x + before * depth, w, None, None, None, None, y + before * columns, m, columns, depth, apart,
+        BM, BN, BK, BITS, BLOCK, WHOLE, UNIT, FLOAT32,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile(
+    x, w, scales, zeros, bias, residual, y, m, columns, depth, apart,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, UNIT: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """BM rows and BN columns of y = x w^T + bias + residual; rows of x and y are `apart` rows apart.
 
     Computed transposed: the weight is the left operand. WHOLE says that depth is a multiple of BK, UNIT is a
     number that it is a multiple of; FLOAT32 says that both sides are multiplied in float32.
@@ -38,7 +70,7 @@ def product(
     row = tl.minimum(rm, m - 1).to(tl.int64)
     column = tl.minimum(rn, columns - 1).to(tl.int64)
     rk = tl.arange(0, WIDTH)
-    inputs = x + row[None, :] * depth
+    inputs = x + row[None, :] * (apart * depth)
     stride = depth
     if BITS == 4:
         rx = rk // 32 * 64 + rk % 32
@@ -76,7 +108,7 @@ def product(
     if bias is not None:
         acc += tl.load(bias + column).to(tl.float32)[:, None]
     there = (rn < columns)[:, None] & (rm < m)[None, :]
-    at = rm.to(tl.int64)[None, :] * columns + rn[:, None]
+    at = rm.to(tl.int64)[None, :] * (apart * columns) + rn[:, None]
     if residual is not None:
         acc += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=there)

@@ -12,6 +12,33 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def weigh(
+    x, total, top, position, key, h, slope,
+    MASKED: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+):  # fmt: skip
+    """Products x [M, N] of rows and keys as weights; what rows had fades by `fade`; new sums and maxima."""
+    if SOFTCAP > 0:
+        # tanh(y) is 1 - 2 / (e^2y + 1)
+        x = tl.exp2(x * (SCALE / SOFTCAP * 2.0 * LOG2E))
+        x = (1.0 - 2.0 / (x + 1.0)) * (SOFTCAP * LOG2E)
+    elif FACTOR == 1.0:
+        x = x * (SCALE * LOG2E)
+    if slope is not None:
+        x += (slope * LOG2E)[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+    if MASKED:
+        visible = seen(position[:, None], key[None, :], h[:, None], WINDOW, CHUNK, SINK_KEYS, PREDICATE)
+        x = tl.where(visible, x, float("-inf"))
+    # Maxima leave NaN out, and the sums keep it.
+    highest = tl.maximum(top, tl.max(x, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest) * FACTOR
+    weight = tl.exp2(x * FACTOR - base[:, None])
+    fade = tl.exp2(top * FACTOR - base)
+    total = total * fade + tl.sum(weight, 1)
+    return weight, fade, total, highest
+
+
+@triton.jit
 def attend(
     acc, total, top, query, position, h, slope, kpool, vpool, kscale, vscale, columns, head, start, low, high,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
@@ -45,23 +72,23 @@ def attend(
     x = tl.dot(query, keys, input_precision="tf32x3")
     if STORED != "":
         x = x * scales(kscale, row, there, MASKED, STORED)[None, :]
-    if SOFTCAP > 0:
-        # tanh(y) is 1 - 2 / (e^2y + 1)
-        x = tl.exp2(x * (SCALE / SOFTCAP * 2.0 * LOG2E))
-        x = (1.0 - 2.0 / (x + 1.0)) * (SOFTCAP * LOG2E)
-    elif FACTOR == 1.0:
-        x = x * (SCALE * LOG2E)
-    if slope is not None:
-        x += (slope * LOG2E)[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
-    if MASKED:
-        visible = seen(position[:, None], key[None, :], h[:, None], WINDOW, CHUNK, SINK_KEYS, PREDICATE)
-        x = tl.where(visible, x, float("-inf"))
-    # Maxima leave NaN out, and the sums keep it.
-    highest = tl.maximum(top, tl.max(x, 1))
-    base = tl.where(highest == float("-inf"), 0.0, highest) * FACTOR
-    weight = tl.exp2(x * FACTOR - base[:, None])
-    fade = tl.exp2(top * FACTOR - base)
-    total = total * fade + tl.sum(weight, 1)
+    weight, fade, total, highest = weigh(
+        x,
+        total,
+        top,
+        position,
+        key,
+        h,
+        slope,
+        MASKED,
+        SCALE,
+        FACTOR,
+        SOFTCAP,
+        WINDOW,
+        CHUNK,
+        SINK_KEYS,
+        PREDICATE,
+    )
     values = load(vpool, row[:, None], rv[None, :], there[:, None], DV, DV < DVP, MASKED, STORED, TYPE)
     if STORED != "":
         # Not the weights: what is small there would be rounded away.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import device
+from kvc.kernels.cuda import device, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -19,7 +19,7 @@ from kvc.kernels.cuda.attention import (
     prefill_kernel,
 )
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
-from kvc.kernels.cuda.products import embedding_kernel, product_kernels
+from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
 from kvc_passes.facts import WeightFormat
 
@@ -98,6 +98,35 @@ def test_bfloat16_compiles() -> None:
     ):
         code = compile_kernel(kernel, 90)
         assert parameters_of(code.ptx)[-2:] == ["u64", "u64"]
+
+
+SHARED = {
+    "GPT-2": AttentionShape(12, 1, 768, 768, 0.125, shared=True),
+    "OPT-6.7B": AttentionShape(32, 1, 4096, 4096, 0.0884, shared=True),
+    "DeepSeek-V2-Lite": AttentionShape(16, 1, 576, 512, 0.07, shared=True),
+    "DeepSeek-V3": AttentionShape(128, 1, 576, 512, 0.07, shared=True),
+    "BLOOM-560M": AttentionShape(16, 1, 1024, 1024, 0.125, slopes=True, shared=True),
+}
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("float16", 89), ("bfloat16", 90), ("float32", 80)])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_is_key_and_value_in_one_compiles_without_spills(name: str, dtype: str, arch: int) -> None:
+    shape = dataclasses.replace(SHARED[name], kv_dtype=dtype, page_size=64)
+    kernels = [
+        shared.append_kernel(shape, dtype),
+        shared.prefill_kernel(shape, dtype, arch)[0],
+        shared.decode_kernel(shape, dtype)[0],
+        merge_kernel(shape, 8, dtype),
+    ]
+    for absorbed in (False, True):
+        columns, depth = (shape.value_dim, 64) if absorbed else (64, shape.value_dim)
+        variants = head_product_kernels(
+            shape.heads, 1, columns, depth, WeightFormat(dtype), dtype, absorbed, arch
+        )
+        kernels += [kernel for _, kernel, _, _ in variants]
+    for kernel in kernels:
+        compile_kernel(kernel, arch)
 
 
 def test_names_tell_variants_apart() -> None:

@@ -9,7 +9,7 @@ from triton_case import DTYPES, SHAPES, Case
 from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import predicates
+from kvc.kernels.cuda import predicates, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -32,9 +32,12 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
         at += s.new
     q = 2 * case.normal(1, shape.heads, at, shape.head_dim)
     out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.type)
+    kernel, programs = prefill_kernel(shape, tile, case.dtype), shape.kv_heads
+    if shape.shared:
+        kernel, programs = shared.prefill_kernel(shape, case.dtype)
     run(
-        prefill_kernel(shape, tile, case.dtype),
-        (len(tiles), shape.kv_heads),
+        kernel,
+        (len(tiles), programs),
         *(q, *case.state, torch.from_numpy(np.concatenate(positions))),
         *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras, out, at),
         case.table.shape[1],
@@ -57,9 +60,12 @@ def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndar
     positions = np.array([s.length - 1 for s in case.sequences])
     part = torch.full((count, splits, shape.heads, shape.value_dim + 2), torch.nan)
     out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.type)
+    kernel, programs = decode_kernel(shape, splits, case.dtype), shape.kv_heads
+    if shape.shared:
+        kernel, programs = shared.decode_kernel(shape, case.dtype)
     run(
-        decode_kernel(shape, splits, case.dtype),
-        (count, shape.kv_heads, splits),
+        kernel,
+        (count, programs, splits),
         *(q, *case.state, torch.from_numpy(positions), case.table, *case.extras),
         *(part, count, case.table.shape[1]),
     )

@@ -6,7 +6,7 @@ import torch
 from triton_interpreter import run
 
 from kvc.kernels.cuda import rows
-from kvc.kernels.cuda.products import embedding_kernel, product_kernels
+from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.facts import WeightFormat
 
 pytest.importorskip("triton")
@@ -101,6 +101,29 @@ def fitting(m: int, variants: tuple) -> tuple:
 def test_variants_for_few_rows_have_programs_for_a_large_gpu(columns: int) -> None:
     _, _, _, wide = product_kernels(columns, 4096, WeightFormat("float16"), "float16", "float16", False)[0]
     assert columns / wide >= 132
+
+
+@pytest.mark.parametrize("size", [(1, 160, 48), (20, 48, 160), (70, 33, 100)])
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize(("dtype", "stored_in"), [("float32", "float16"), ("float16", "float16")])
+def test_products_of_heads(dtype: str, stored_in: str, absorbed: bool, size: tuple[int, int, int]) -> None:
+    """Six heads, of which two share a matrix each."""
+    m, columns, depth = size
+    random = np.random.default_rng(m)
+    (weight,), numbers = stored(3 * columns, depth, WeightFormat(stored_in), random)
+    shape = (lambda d: (6, m, d)) if absorbed else (lambda d: (m, 6, d))
+    x = with_surroundings(torch.from_numpy(random.standard_normal(shape(depth))).to(DTYPES[dtype]))
+    given = x.double().numpy().transpose((0, 1, 2) if absorbed else (1, 0, 2))
+    matrices = numbers.reshape(3, columns, depth)[np.arange(6) // 2].transpose(0, 2, 1)
+    expected, magnitude = given @ matrices, np.abs(given) @ np.abs(matrices)
+    bound = (depth + 8) * 2.0**-24 * magnitude + unit(dtype) * np.abs(expected) + 1e-6
+    for _, kernel, tall, wide in head_product_kernels(
+        6, 2, columns, depth, WeightFormat(stored_in), dtype, absorbed
+    ):
+        y = with_surroundings(torch.full(shape(columns), torch.nan, dtype=DTYPES[dtype]))
+        run(kernel, (-(-m // tall) * -(-columns // wide), 6), x, weight, y, m, columns, depth)
+        found = y.double().numpy().transpose((0, 1, 2) if absorbed else (1, 0, 2))
+        assert (np.abs(found - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("depth", [100, 1088, 2048])

@@ -11,6 +11,7 @@ from page_cases import check_codes, mask_of, numbers
 from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
+from kvc.kernels.cuda import shared
 from kvc.kernels.cuda.attention import APPEND_TOKENS, append_kernel
 
 PREDICATE = "k == q or k < q and (k + h) % 3 < 2 and (k - q) // 40 != -2 and not (q - k) % -7 == -3"
@@ -32,6 +33,14 @@ SHAPES = {
     "int8": AttentionShape(8, 2, 64, 72, 0.125, stored="int8", page_size=32),
     "fp8, window": AttentionShape(4, 4, 72, 48, 0.12, window=37, stored="fp8"),
     "int4, wide group": AttentionShape(16, 1, 128, 80, 0.09, stored="int4", page_size=64),
+    "shared": AttentionShape(12, 1, 160, 160, 0.08, shared=True, page_size=32),
+    "shared, latent, sink keys": AttentionShape(
+        5, 1, 72, 48, 0.12, window=37, sink_keys=19, shared=True, slopes=True
+    ),
+    "shared, many heads, softcap": AttentionShape(
+        70, 1, 40, 40, 0.16, softcap=20.0, shared=True, page_size=128, sink_scores=True
+    ),
+    "shared, wide": AttentionShape(3, 1, 576, 520, 0.05, shared=True, page_size=64),
     "large heads": AttentionShape(3, 1, 256, 192, 0.06, window=70, sink_scores=True, page_size=64),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -75,13 +84,14 @@ class Case:
         for length, new in lengths:
             pages = np.array([order.pop() + 1 for _ in range(-(-length // page))])
             k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
+            v = k[..., : shape.value_dim] if shape.shared else v
             self.sequences.append(Sequence(length, new, pages, k, v))
         form = shape.form
         self.state = [
             torch.full(
                 (count, shape.kv_heads, page, d // form.parts), poison(form.dtype), dtype=TYPES[form.dtype]
             )
-            for d in (shape.head_dim, shape.value_dim)
+            for d in (shape.head_dim, shape.value_dim)[: 1 if shape.shared else 2]
         ]
         if shape.stored:
             scales = torch.full((count, shape.kv_heads, page), torch.nan, dtype=torch.bfloat16)
@@ -104,11 +114,15 @@ class Case:
             torch.from_numpy(s.pages)[i // page] * page + i % page for s, i in zip(self.sequences, where)
         ]
         k, v = (torch.cat([getattr(s, x) for s in self.sequences], 1)[None] for x in "kv")
-        n = k.shape[2]
+        n, slots = k.shape[2], torch.cat(slots).int()
+        if self.shape.shared:
+            grid = (-(-n // shared.APPEND_TOKENS), -(-self.shape.head_dim // shared.APPEND_ELEMENTS))
+            run(shared.append_kernel(self.shape, self.dtype), grid, k, slots, *self.state, n)
+            return
         run(
             append_kernel(self.shape, self.dtype),
             (-(-n // APPEND_TOKENS), self.shape.kv_heads),
-            *(k, v, torch.cat(slots).int(), *self.state, n),
+            *(k, v, slots, *self.state, n),
         )
 
     def forget_what_no_query_sees(self) -> None:

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 from kvc.kernels.cuda.device import DeviceKernel
 
 WRITTEN = {
-    "append": ("kpool", "vpool", "kscale", "vscale"),
+    "append": ("xpool", "kpool", "vpool", "kscale", "vscale"),
     "decode": ("part",),
     "merge": ("out",),
     "prefill": ("out",),
 }
-WRITTEN |= {"product": ("y",), "embedding": ("y",)}
+WRITTEN |= {"product": ("y",), "head_product": ("y",), "embedding": ("y",)}
 """Parameters that each function writes."""
 
 

@@ -1,0 +1,100 @@
+"""Attention kernels for CUDA where what is kept of a token is its key and its value in one.
+
+The pool xpool is [pages, 1, PG, D] of shape.kv_dtype; everything else is as in kvc.kernels.cuda.attention.
+"""
+
+from __future__ import annotations
+
+from kvc.kernels.attention import AttentionShape
+
+from .attention import TRITON_TYPES, attention_kernel, in_float32, options, power
+from .device import DeviceKernel
+
+APPEND_TOKENS = 16
+APPEND_ELEMENTS = 256
+"""Tokens and elements of a program of the append kernel."""
+
+
+def append_kernel(shape: AttentionShape, x_dtype: str) -> DeviceKernel:
+    """Writes what is kept of a call's tokens into their pages, in place.
+
+    Arguments: k [1, 1, n, D] of x_dtype, slots i32[n] (page * PG + offset), xpool, n.
+    Grid (ceil(n / APPEND_TOKENS), ceil(D / APPEND_ELEMENTS)).
+    """
+    types = (("x", f"*{TRITON_TYPES[x_dtype]}"), ("slots", "*i32"), _pool(shape), ("n", "i32"))
+    constants = {"D": shape.head_dim, "DC": APPEND_ELEMENTS, "PG": shape.page_size, "BT": APPEND_TOKENS}
+    return DeviceKernel("shared.append", types, tuple(constants.items()), ("x", "slots", "xpool"))
+
+
+def prefill_kernel(shape: AttentionShape, x_dtype: str, arch: int = 80) -> tuple[DeviceKernel, int]:
+    """Attention of many tokens a sequence, which must be in the pages; and programs a tile.
+
+    Arguments: q [1, H, n, D], xpool, positions i64[n], tiles i32[t, 3] (table row, first token, tokens),
+    table i32[b, width], extras, out [1, n, H, DV], n, width. Grid (t, programs a tile).
+    """
+    float32 = in_float32(shape, x_dtype)
+    rows = 32 if float32 else 64
+    heads = min(power(shape.heads), rows)
+    block = min(max(power(shape.value_dim), 16), 128 if float32 else 256)
+    constants = {
+        **_sizes(shape, block, float32),
+        "BM": max(rows, heads, 16),
+        "BH": heads,
+        # sm_90 and sm_100 keep operands in shared memory; elsewhere more keys would spill registers.
+        **options(shape, 64 if 90 <= arch < 120 and not float32 else 32, x_dtype, stored=False),
+        "GUARDED": shape.guarded,
+    }
+    x = f"*{TRITON_TYPES[x_dtype]}"
+    types = _types(shape, x, tiles=True, rest=[("out", x), ("n", "i32"), ("width", "i32")])
+    kernel = attention_kernel("shared.prefill", types, constants, shape, 8, 2)
+    return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
+
+
+def decode_kernel(shape: AttentionShape, x_dtype: str) -> tuple[DeviceKernel, int]:
+    """Attention of one token a sequence, every sequence's keys in shares; and programs a share.
+
+    Arguments: q [1, H, b, D], xpool, positions i64[b], table i32[b, width], extras, part f32[b, shares, H,
+    DV + 2] (as for attention.decode_kernel), b, width. Grid (b, programs a share, shares).
+    """
+    float32 = in_float32(shape, x_dtype)
+    heads = min(max(power(shape.heads), 16), 16 if float32 else 32)
+    block = min(max(power(shape.value_dim), 16), 256 if float32 else 512)
+    constants = {
+        **_sizes(shape, block, float32),
+        "BM": heads,
+        **options(shape, 16 if float32 else 32, x_dtype, stored=False),
+    }
+    x = f"*{TRITON_TYPES[x_dtype]}"
+    types = _types(shape, x, tiles=False, rest=[("part", "*fp32"), ("b", "i32"), ("width", "i32")])
+    kernel = attention_kernel("shared.decode", types, constants, shape, 8, 2)
+    return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
+
+
+def _pool(shape: AttentionShape) -> tuple[str, str]:
+    return ("xpool", f"*{TRITON_TYPES[shape.kv_dtype]}")
+
+
+def _types(
+    shape: AttentionShape, x: str, *, tiles: bool, rest: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    wanted = {
+        ("q", x): True,
+        _pool(shape): True,
+        ("positions", "*i64"): True,
+        ("tiles", "*i32"): tiles,
+        ("table", "*i32"): True,
+        ("slopes", "*fp32"): shape.slopes,
+        ("sinks", "*fp32"): shape.sink_scores,
+    }
+    return [*(parameter for parameter, has in wanted.items() if has), *rest]
+
+
+def _sizes(shape: AttentionShape, block: int, float32: bool) -> dict[str, int]:
+    return {
+        "H": shape.heads,
+        "D": shape.head_dim,
+        "DV": shape.value_dim,
+        "DC": min(max(power(shape.head_dim), 16), 32 if float32 else 128),
+        "VB": block,
+        "PG": shape.page_size,
+    }

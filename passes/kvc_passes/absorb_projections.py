@@ -1,0 +1,174 @@
+"""Attention over what keys and values are projections of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import IRModule, relax, tirx
+
+from .base import Result
+from .conditions import Unprovable
+from .facts import AttentionSite
+from .graph import dims, graph_of, op_name
+from .markers import ATTENTION, HEAD_PRODUCT, HeadProduct, marker
+from .provenance import Piece, Projection
+from .rebuild import rebuild
+from .state_forms import Forms, Latent, kept_site
+
+
+@dataclass(frozen=True)
+class AbsorbProjections:
+    """Keys and values that are projections of one value are never made; attention is over the value itself.
+
+    q_h . (x W_K + b_K)_h = (q_h W_K^T) . x + a number that is the same for all keys, which a softmax cancels;
+    and sum p (x W_V + b_V)_h = (sum p x) W_V + b_V. (DeepSeek-V2, arXiv 2405.04434, calls this absorption.)
+
+    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`, k and v projections of x [1,n,d] but
+        for elements that all heads share, r of them.
+    After: `kvc.head_product(kvc.attention(q' [1,h,n,d+r], x' [1,1,n,d+r], x', site), W_V)`, q' beginning with
+        `kvc.head_product(q, W_K)`, x' with x. A query that was a part of the same product as k or v has a
+        product of its own.
+    Needs: FlattenTokens; forms that are legal for the sites.
+    Refuses: nothing; raises Illegal for a site whose form is not legal.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    """All sites of the model, as recognized."""
+    absorbed: frozenset[int]
+    """Sites to change."""
+
+    def run(self, mod: IRModule) -> Result:
+        """Facts of the result: tuple[AttentionSite, ...], all sites as they are now."""
+        graph = graph_of(mod["main"])
+        forms = Forms(graph)
+        latents = {
+            index: forms.latent(call, self.sites[index])
+            for index, call in forms.markers().items()
+            if index in self.absorbed
+        }
+        sites = tuple(kept_site(s, latents[s.index]) if s.index in latents else s for s in self.sites)
+        values: dict[relax.Var, relax.Expr] = {}
+
+        def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+            if op_name(value) != ATTENTION or int(value.args[4].value) not in latents:
+                return None
+            old = graph.definitions[var]
+            latent, site = latents[int(value.args[4].value)], self.sites[int(value.args[4].value)]
+            query = _own_query(builder, forms, old.args[1], latent, values)
+            given = value.args[1] if query is None else query
+            return _attention(builder, given, latent, site, forms.provenance.tokens, values)
+
+        module = rebuild(mod, mod["main"].params, place, values=values)
+        return Result(module, len(latents), sites)
+
+
+def _attention(
+    builder: relax.BlockBuilder,
+    query: relax.Expr,
+    latent: Latent,
+    site: AttentionSite,
+    n: tirx.Var,
+    values: dict[relax.Var, relax.Expr],
+) -> relax.Expr:
+    """The attention of a site over its latent value, [1, n, heads, f]."""
+    dtype, heads, depth = str(query.ty.dtype.dtype), site.heads, latent.key.depth
+
+    def typed(value: relax.Expr) -> relax.Expr:
+        same = str(value.ty.dtype.dtype) == dtype
+        return value if same else builder.emit(relax.op.astype(value, dtype))
+
+    def product(x: relax.Expr, projection: Projection, piece: Piece, absorbed: bool) -> relax.Expr:
+        attrs = HeadProduct(heads, site.group, piece.width, piece.first, piece.stride or 0, absorbed)
+        shape = _shape(1, heads, n, depth) if absorbed else _shape(1, n, heads, piece.width)
+        weight = _replaced(projection.weight, values)
+        return builder.emit(marker(HEAD_PRODUCT, [x, weight], attrs, relax.TensorType(shape, dtype)))
+
+    def asked(piece: Piece) -> relax.Expr:
+        if piece.width == site.head_dim:
+            return query
+        return builder.emit(
+            relax.op.strided_slice(query, [3], [piece.low], [piece.high], assume_inbound=True)
+        )
+
+    def joined(parts: Sequence[relax.Expr]) -> relax.Expr:
+        return parts[0] if len(parts) == 1 else builder.emit(relax.op.concat(list(parts), axis=3))
+
+    x = builder.emit(relax.op.reshape(_replaced(latent.source, values), _shape(1, 1, n, depth)))
+    shared = [_columns(builder, _replaced(piece.source, values), piece, n) for piece in latent.shared]
+    key = joined([typed(part) for part in (x, *shared)])
+    q = joined(
+        [
+            product(asked(latent.key_piece), latent.key, latent.key_piece, True),
+            *(asked(piece) for piece in latent.shared),
+        ]
+    )
+    mixed = relax.TensorType(_shape(1, n, heads, depth), dtype)
+    call = relax.op.call_pure_packed(ATTENTION, q, key, key, relax.prim_value(site.index), ty_args=mixed)
+    result = product(builder.emit(call), latent.value, latent.value_piece, False)
+    if latent.value.bias is None:
+        return result
+    columns = _head_columns(latent.value_piece, heads, site.group)
+    bias = builder.emit(
+        relax.op.take(_replaced(latent.value.bias, values), _indices(columns), axis=0, mode="clip")
+    )
+    bias = builder.emit(relax.op.reshape(typed(bias), _shape(1, 1, heads, latent.value_piece.width)))
+    return relax.op.add(result, bias)
+
+
+def _own_query(
+    builder: relax.BlockBuilder,
+    forms: Forms,
+    query: relax.Expr,
+    latent: Latent,
+    values: dict[relax.Var, relax.Expr],
+) -> relax.Expr | None:
+    """The query by a product of its own, where it is a part of the keys' or the values' product."""
+    try:
+        pieces = forms.provenance.pieces(query)
+    except Unprovable:
+        return None
+    (piece, *others), (_, heads, n, width) = pieces, dims(query)
+    projection = piece.projection
+    if others or projection is None or projection.product not in (latent.key.product, latent.value.product):
+        return None
+    indices = _indices(_head_columns(piece, int(heads.value), 1))
+    x, weight = _replaced(projection.x, values), _replaced(projection.weight, values)
+    x = builder.emit(relax.op.reshape(x, _shape(1, n, projection.depth)))
+    own = builder.emit(relax.op.take(weight, indices, axis=1, mode="clip"))
+    product = builder.emit(relax.op.matmul(x, own))
+    if projection.bias is not None:
+        bias = builder.emit(relax.op.take(_replaced(projection.bias, values), indices, axis=0, mode="clip"))
+        product = builder.emit(relax.op.add(product, bias))
+    product = builder.emit(relax.op.reshape(product, _shape(1, n, heads, width)))
+    product = builder.emit(relax.op.permute_dims(product, [0, 2, 1, 3]))
+    wanted = str(query.ty.dtype.dtype)
+    same = str(product.ty.dtype.dtype) == wanted
+    return product if same else builder.emit(relax.op.astype(product, wanted))
+
+
+def _columns(builder: relax.BlockBuilder, source: relax.Expr, piece: Piece, n: tirx.Var) -> relax.Expr:
+    """The elements of a piece that all heads share, [1, 1, n, width]."""
+    last = len(dims(source)) - 1
+    end = piece.first + piece.width
+    part = builder.emit(relax.op.strided_slice(source, [last], [piece.first], [end], assume_inbound=True))
+    return builder.emit(relax.op.reshape(part, _shape(1, 1, n, piece.width)))
+
+
+def _head_columns(piece: Piece, heads: int, group: int) -> np.ndarray:
+    """Columns of a product, head by head."""
+    first = piece.first + np.arange(heads) // group * (piece.stride or 0)
+    return (first[:, None] + np.arange(piece.width)).reshape(-1).astype(np.int64)
+
+
+def _indices(columns: np.ndarray) -> relax.Expr:
+    return relax.const(columns, "int64")
+
+
+def _replaced(value: relax.Expr, values: dict[relax.Var, relax.Expr]) -> relax.Expr:
+    return values.get(value, value) if isinstance(value, relax.Var) else value
+
+
+def _shape(*extents: int | tirx.PrimExpr) -> relax.ShapeExpr:
+    return relax.ShapeExpr([tirx.IntImm("int64", e) if isinstance(e, int) else e for e in extents])

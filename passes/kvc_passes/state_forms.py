@@ -1,0 +1,137 @@
+"""Which forms an attention's state may be kept in, proved from what its keys and values are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tvm import relax
+
+from .conditions import Unprovable
+from .facts import FLOAT_BYTES, AttentionSite, FloatName, FormName, StateForm
+from .graph import Graph, op_name
+from .markers import ATTENTION
+from .nodes import NodeNames
+from .provenance import Piece, Projection, Provenance
+from .weights import weight_of
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One value of a token that its keys and values are made of."""
+
+    key: Projection
+    value: Projection
+    key_piece: Piece
+    value_piece: Piece
+    shared: tuple[Piece, ...]
+    """A key's other elements, which are the same for all heads."""
+    source: relax.Var
+    """The value: a 16-bit float where that is what is projected, in whatever type."""
+
+    @property
+    def form(self) -> FormName:
+        return "mla_latent" if self.shared else "x_absorbed"
+
+    @property
+    def dtype(self) -> FloatName:
+        """What is kept of it."""
+        name: FloatName = str(self.source.ty.dtype.dtype)  # type: ignore[assignment]
+        return name
+
+    @property
+    def width(self) -> int:
+        """Elements that are kept of a token."""
+        return self.key.depth + sum(piece.width for piece in self.shared)
+
+
+_ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent")
+
+
+class Illegal(Exception):
+    """Why a form is not legal, in words."""
+
+
+class Forms:
+    """The forms of the attentions of a flattened graph."""
+
+    def __init__(self, graph: Graph, names: NodeNames = NodeNames()) -> None:  # noqa: B008  it is frozen
+        self.graph, self.names = graph, names
+        self.provenance = Provenance(graph)
+
+    def markers(self) -> dict[int, relax.Call]:
+        """The attentions by the index of their site."""
+        calls = [self.graph.definitions[v] for v in self.graph.order]
+        return {int(c.args[4].value): c for c in calls if op_name(c) == ATTENTION}
+
+    def of(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
+        """All forms of a site, the legal ones first as they are to be preferred."""
+        plain = StateForm("paged_kv", site.token_bytes(), f"K and V of {site.kv_heads} heads")
+        try:
+            latent = self.latent(marker, site)
+        except Illegal as reason:
+            return plain, *(StateForm(name, 0, str(reason), False) for name in _ABSORBED)
+        kept = f"{latent.width} elements that K and V are projections of"
+        other: FormName = "x_absorbed" if latent.shared else "mla_latent"
+        why = "keys have elements that are no projection" if latent.shared else "keys are projections alone"
+        found = StateForm(latent.form, latent.width * FLOAT_BYTES[latent.dtype], kept)
+        return plain, found, StateForm(other, 0, why, False)
+
+    def latent(self, marker: relax.Call, site: AttentionSite) -> Latent:
+        """The value that keys and values are projections of. Raises Illegal with the reason."""
+        _, key, value, _ = marker.args[1:]
+        key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
+        if site.stored is not None:
+            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        of_key = [p for p in key_pieces if p.projection is not None]
+        shared = tuple(p for p in key_pieces if p.projection is None)
+        for piece in shared:
+            if not piece.shared:
+                raise Illegal(
+                    f"K is no projection: {self.names.describe(piece.source)} comes between"
+                    + (" (its position turns it)" if site.rope else "")
+                )
+        if len(of_key) != 1 or len(value_pieces) != 1 or value_pieces[0].projection is None:
+            raise Illegal(f"{'V' if len(of_key) == 1 else 'K'} is not one projection of one value")
+        k, v = of_key[0].projection, value_pieces[0].projection
+        assert k is not None
+        if k.x != v.x:
+            raise Illegal("K and V are projections of two values")
+        for name, projection in (("K", k), ("V", v)):
+            weight = weight_of(self.graph, projection.weight)
+            if weight is None or len(weight.sources) != 1:
+                raise Illegal(f"the weight of {name} is no parameter of the file")
+            if weight.format.coded:
+                raise Illegal(f"the weight of {name} is stored in codes, whose blocks run the other way")
+        if k.bias is not None and (site.softcap is not None or site.sinks is not None):
+            raise Illegal("K has a bias, which a softcap or a learned score does not cancel")
+        if v.bias is not None and site.sinks is not None:
+            raise Illegal("V has a bias, and with a learned score the weights do not sum to 1")
+        return Latent(k, v, of_key[0], value_pieces[0], shared, self._narrowest(k.x))
+
+    def _pieces(self, operand: relax.Expr, name: str) -> tuple[Piece, ...]:
+        try:
+            return self.provenance.pieces(operand)
+        except Unprovable as reason:
+            raise Illegal(f"{name} {reason}") from None
+
+    def _narrowest(self, x: relax.Var) -> relax.Var:
+        """The 16-bit float that was widened to `x`, if it was."""
+        call = self.graph.resolve(x)
+        if op_name(call) == "astype" and isinstance(call.args[0], relax.Var):
+            inner = call.args[0]
+            if FLOAT_BYTES.get(str(inner.ty.dtype.dtype), 8) < FLOAT_BYTES[str(x.ty.dtype.dtype)]:
+                return self.provenance.origin(inner)
+        return x
+
+
+def kept_site(site: AttentionSite, latent: Latent) -> AttentionSite:
+    """The attention over the latent value: one key for all heads."""
+    return replace(
+        site,
+        kv_heads=1,
+        head_dim=latent.width,
+        value_dim=latent.key.depth,
+        kv_dtype=latent.dtype,
+        kept=latent.form,
+    )
