@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from . import vector_math
-from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec
+from .emit import Emitter, Expr, chunks, f32, fold, fold_four, i64, splat, vec
 from .masks import Mask
 from .predicate import names
 from .traits import CpuTraits
@@ -17,6 +18,8 @@ from .traits import CpuTraits
 if TYPE_CHECKING:
     from .attention import AttentionShape
 
+_KEYS = 4
+"""Keys of a register tile of scores, where the elements of a key stand together."""
 _BLOCK_BYTES = 512 * 1024
 """Keys that are values, too, stay in the second-level cache between the two."""
 _NEVER = -1e30
@@ -47,7 +50,7 @@ class BlockKernel:
         extras: Mapping[str, Any],
         share: Expr | None = None,
     ) -> None:
-        self.e, self.shape, self.lanes = e, shape, traits.lanes
+        self.e, self.shape, self.lanes, self.registers = e, shape, traits.lanes, traits.registers
         self.extras, self.share, self.mask = extras, share, Mask(e, shape, traits.lanes)
         self.pools, self.form = pools, shape.form
         self.table, self.row = table, row
@@ -200,39 +203,77 @@ class BlockKernel:
                         e.store(self.scores, value * scales[v] if scales else value, vec(to, lanes))
 
     def _score_rows(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
-        """The same for keys whose elements stand together: vectors of a key, summed up at the end."""
-        e, lanes, dim, height, pool = self.e, self.lanes, self.shape.head_dim, self.height, self.pools["x"]
-        whole, rest = dim // lanes, chunks(dim % lanes, lanes)
+        """The same for keys whose elements stand together: vectors of a key, summed up at the end.
+
+        Several keys share what is loaded of the queries, which are more than the first-level cache holds.
+        """
+        e, height, size = self.e, self.height, self.shape.page_size
+        tall = max(1, self.registers * 3 // 4 // _KEYS)
+        parts = -(-height // tall)
+        ends = [height * i // parts for i in range(parts + 1)]
         with e.loop("p", count) as p:
             page = self._page(start + p)
-            with e.loop("k", self.shape.page_size // 2) as pair:
-                acc = e.local("acc", height * 2 * lanes)
+            following = self._page(tirx.Min(start + p + 1, start + count - 1))
+            with e.loop("k", size // _KEYS) as group:
+                first = e.bind("first", group * _KEYS)
+                last = first == size - _KEYS
+                ahead = (
+                    e.bind("ahead", tirx.Select(last, following, page)),
+                    tirx.Select(last, i64(0), first + _KEYS),
+                )
+                for i, (low, high) in enumerate(pairwise(ends)):
+                    rows = (row + low, slot + low, high - low)
+                    self._score_tile(head, *rows, page, first, base + p * size, ahead if i == 0 else None)
 
-                def at(i: Expr, v: int) -> Expr:
-                    return vec((i * 2 + v) * lanes, lanes)
+    def _score_tile(
+        self,
+        head: Expr,
+        row: Expr,
+        slot: Expr,
+        rows: int,
+        page: Expr,
+        first: Expr,
+        base: Expr,
+        ahead: tuple[Expr, Expr] | None,
+    ) -> None:
+        """scores[slot + i, base + first + j] = query row (row + i) . key first + j of a page, j < _KEYS.
 
-                def element(v: int, offset: Expr, width: int, pair: Expr = pair, page: Expr = page) -> Expr:
-                    key = pool[page, head, pair * 2 + v, vec(offset, width)]
-                    return e.bind("kv", self.form.element(key, 0))
+        ahead: page and first key of the keys that are needed next.
+        """
+        e, lanes, dim, pool = self.e, self.lanes, self.shape.head_dim, self.pools["x"]
+        whole, rest = dim // lanes, chunks(dim % lanes, lanes)
+        acc = e.local("acc", rows * _KEYS * lanes)
 
-                with e.unrolled("i", height) as i:
-                    for v in range(2):
-                        e.store(acc, splat(f32(0), lanes), at(i, v))
-                with e.loop("d", whole) as d:
-                    keys = [element(v, d * lanes, lanes) for v in range(2)]
-                    with e.unrolled("i", height) as i:
-                        qv = e.bind("qv", self.query[vec((row + i) * dim + d * lanes, lanes)])
-                        for v in range(2):
-                            e.store(acc, acc[at(i, v)] + keys[v] * qv, at(i, v))
-                for v in range(2):
-                    tail = [element(v, i64(whole * lanes + offset), width) for offset, width in rest]
-                    with e.unrolled("i", height) as i:
-                        total = fold(acc[at(i, v)], lambda a, b: a + b)
-                        for key, (offset, width) in zip(tail, rest):
-                            first = (row + i) * dim + whole * lanes + offset
-                            total = total + fold(key * self.query[vec(first, width)], lambda a, b: a + b)
-                        key_at = base + p * self.shape.page_size + pair * 2 + v
-                        e.store(self.scores, total, (slot + i) * self.keys + key_at)
+        def at(i: Expr, v: int) -> Expr:
+            return vec((i * _KEYS + v) * lanes, lanes)
+
+        def element(v: int, offset: Expr, width: int) -> Expr:
+            return e.bind("kv", self.form.element(pool[page, head, first + v, vec(offset, width)], 0))
+
+        with e.unrolled("i", rows) as i:
+            for v in range(_KEYS):
+                e.store(acc, splat(f32(0), lanes), at(i, v))
+        with e.loop("d", whole) as d:
+            keys = [element(v, d * lanes, lanes) for v in range(_KEYS)]
+            for v in range(_KEYS if ahead is not None else 0):
+                e.prefetch(pool, ahead[0], head, ahead[1] + v, d * lanes)
+            with e.unrolled("i", rows) as i:
+                qv = e.bind("qv", self.query[vec((row + i) * dim + d * lanes, lanes)])
+                for v in range(_KEYS):
+                    e.store(acc, acc[at(i, v)] + keys[v] * qv, at(i, v))
+        with e.unrolled("i", rows) as i:
+            for v in range(0, _KEYS, 4):
+                totals = fold_four(e, [acc[at(i, v + j)] for j in range(4)])
+                e.store(self.scores, totals, vec((slot + i) * self.keys + base + first + v, 4))
+        for v in range(_KEYS if rest else 0):
+            tail = [element(v, i64(whole * lanes + offset), width) for offset, width in rest]
+            with e.unrolled("i", rows) as i:
+                to = (slot + i) * self.keys + base + first + v
+                total = self.scores[to]
+                for key, (offset, width) in zip(tail, rest):
+                    query = self.query[vec((row + i) * dim + whole * lanes + offset, width)]
+                    total = total + fold(key * query, lambda a, b: a + b)
+                e.store(self.scores, total, to)
 
     def _key_scales(self, head: Expr, vectors: Sequence[tuple[Expr, int]]) -> list[Expr]:
         """The scales of vectors of keys that are codes, else none."""
