@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm import IRModule, relax, tirx
 
 from kvc_passes.conditions import Choice
-from kvc_passes.facts import AttentionSite, MaskFact
+from kvc_passes.facts import AttentionSite, MaskFact, Sliced
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.nodes import NodeNames
 from kvc_passes.predicates import holds
@@ -119,6 +119,9 @@ def attend(
     """What a site's facts promise: [b,h,s,e], [b,g,t,e], [b,g,t,f] -> [b,s,h,f]; the s last keys are new."""
     q, k, v = (x.astype(dtype) for x in (q, k, v[..., : facts.value_dim]))
     k, v = (np.repeat(x, facts.group, axis=1) for x in (k, v))
+    if facts.sliced is not None:
+        k = turned(k[:, 0], facts.sliced)
+        k = np.repeat(k, facts.heads // facts.sliced.count, axis=1)
     scores = np.einsum("bhse,bhte->bhst", q, k) * facts.scale
     if facts.softcap is not None:
         scores = facts.softcap * np.tanh(scores / facts.softcap)
@@ -135,6 +138,21 @@ def attend(
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("bhst,bhtf->bshf", weights[..., : k.shape[2]], v)
+
+
+def turned(rows: np.ndarray, sliced: Sliced) -> np.ndarray:
+    """Kept rows [b,t,w] as the turned keys [b,count,t,dim], by the definition of Sliced."""
+    b, t, _ = rows.shape
+    keys = rows[..., : sliced.count * sliced.dim].reshape(b, t, sliced.count, sliced.dim)
+    angles = rows[..., None, sliced.value_dim :]
+    half = sliced.half
+    cosine, sine = angles[..., :half], angles[..., half : 2 * half]
+    if sliced.fine:
+        cosine = cosine + angles[..., 2 * half : 3 * half] / 256
+        sine = sine + angles[..., 3 * half :] / 256
+    low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    parts = [low * cosine - high * sine, high * cosine + low * sine, rest]
+    return np.concatenate(parts, axis=-1).transpose(0, 2, 1, 3)
 
 
 _SITES: list[AttentionSite] = []

@@ -27,6 +27,7 @@ from .compilation import (
     costs,
     in_form,
     in_smallest_form,
+    judged,
     lower_model,
     packed_weights,
     read_model,
@@ -137,7 +138,7 @@ def _planned(
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
         failed: list[BudgetError] = []
-        for candidate in _candidates(model, form, runner):
+        for candidate in _candidates(model, form, machine, runner):
             lowered = lower_model(candidate, machine, runner)
             try:
                 plan = make_plan(costs(candidate, lowered, runtime.result()), budget, workload)
@@ -148,13 +149,16 @@ def _planned(
     raise min(failed, key=lambda error: error.needed)
 
 
-def _candidates(model: Model, form: FormName | None, runner: Runner) -> Iterator[Model]:
+def _candidates(model: Model, form: FormName | None, machine: Machine, runner: Runner) -> Iterator[Model]:
     """The model in the forms that are tried, the fastest first."""
     if form is not None:
+        if form not in machine.forms:
+            kind = machine.description["kind"]
+            raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")
         yield in_form(model, form, runner)
         return
     yield model
-    smallest = in_smallest_form(model, runner)
+    smallest = in_smallest_form(model, runner, machine.forms)
     if smallest is not None:
         yield smallest
 
@@ -178,7 +182,8 @@ def inspect(
     runner = _runner(None, report)
     runner.report("import")
     permissions = parse_permissions(allow)
-    return read_model(import_onnx(Path(path), permissions.names), permissions, 1, runner).facts
+    model = read_model(import_onnx(Path(path), permissions.names), permissions, 1, runner)
+    return judged(model, runner).facts
 
 
 def _runner(

@@ -172,7 +172,8 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state",
         metavar="FORM",
-        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent (what fits)",
+        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r "
+        "(what fits)",
     )
     parser.add_argument(
         "--target",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 from tvm import IRModule, tirx
 
 from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import FormName, ModelFacts, Plan
+from kvc_passes.facts import FormName, ModelFacts, Plan, StateForm
 from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
+from kvc_passes.state_forms import ABSORBED, KEYS, UNJUDGED
 from kvc_passes.weights import WeightPart
 
 from .codegen.lower import finish, join, lower
@@ -22,8 +23,20 @@ from .frontend.importer import Imported
 from .machine import Machine
 from .model_facts import facts_of
 from .permissions import Permissions
-from .pipeline import Phase, Runner, Understood, absorb, forms_of, prepare, serve, understand
+from .pipeline import (
+    Phase,
+    Runner,
+    Understood,
+    absorb,
+    forms_of,
+    keep_keys,
+    key_weights,
+    prepare,
+    serve,
+    understand,
+)
 from .planner import Costs
+from .reconstruction import WithKeyWeights, decided, solver_of
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
@@ -65,8 +78,25 @@ def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner
     return Model(imported, understood, facts)
 
 
+def judged(model: Model, runner: Runner) -> Model:
+    """The model with forms decided that depend on the rounding of the real weights."""
+    facts, weights = model.facts, model.imported.weights
+    forms = [list(forms) for forms in facts.forms]
+    for layer in key_weights(model.understood):
+        runner.report(f"measure the rounding of layer {layer.index}")
+        kept = model.facts.sites[layer.index]
+        judgement = solver_of(layer, weights).judge(kept.kv_dtype, kept.kv_heads)
+        forms[layer.index] = [
+            decided(form, judgement, kept.kv_dtype) if form.name in KEYS else form
+            for form in forms[layer.index]
+        ]
+    return replace(model, facts=replace(facts, forms=tuple(map(tuple, forms))))
+
+
 def in_form(model: Model, name: FormName, runner: Runner) -> Model:
     """The model with the state of all layers in a form. Raises InputError where it is not legal for one."""
+    if name in KEYS:
+        model = judged(model, runner)
     for site, forms in zip(model.facts.sites, model.facts.forms):
         form = next(form for form in forms if form.name == name)
         if not form.legal:
@@ -74,23 +104,33 @@ def in_form(model: Model, name: FormName, runner: Runner) -> Model:
                 f"--state {name}: layer {site.index}, attention at node '{site.node}', cannot be kept so: "
                 f"{form.detail}"
             )
-    return _absorbed(model, frozenset(site.index for site in model.facts.sites if name != "paged_kv"), runner)
+    chosen = [next(form for form in forms if form.name == name) for forms in model.facts.forms]
+    return _kept(model, chosen, runner)
 
 
-def in_smallest_form(model: Model, runner: Runner) -> Model | None:
-    """The model with every layer's state in its smallest exact form; None if that is K and V everywhere."""
-    smallest = [
-        min((f for f in forms if f.legal), key=lambda f: f.token_bytes) for forms in model.facts.forms
-    ]
-    chosen = frozenset(s.index for s, form in zip(model.facts.sites, smallest) if form.name != "paged_kv")
-    return _absorbed(model, chosen, runner) if chosen else None
+def in_smallest_form(model: Model, runner: Runner, only: Container[FormName]) -> Model | None:
+    """The model with every layer's state in its smallest exact form of `only`.
+
+    None if that is K and V everywhere.
+    """
+    if "k_only" in only and any(form.detail.endswith(UNJUDGED) for fs in model.facts.forms for form in fs):
+        model = judged(model, runner)
+    legal = ([f for f in forms if f.legal and f.name in only] for forms in model.facts.forms)
+    smallest = [min(forms, key=lambda form: form.token_bytes) for forms in legal]
+    return _kept(model, smallest, runner) if any(f.name != "paged_kv" for f in smallest) else None
 
 
-def _absorbed(model: Model, chosen: frozenset[int], runner: Runner) -> Model:
-    if not chosen:
-        return model
-    changed = absorb(model.understood, chosen, runner)
-    return replace(model, understood=changed, facts=replace(model.facts, sites=changed.sites))
+def _kept(model: Model, chosen: Sequence[StateForm], runner: Runner) -> Model:
+    """The model with the state of each layer in its chosen form."""
+    understood = model.understood
+    by_site = {site.index: form for site, form in zip(model.facts.sites, chosen)}
+    absorbed = frozenset(i for i, form in by_site.items() if form.name in ABSORBED)
+    keys = {i: form.rest for i, form in by_site.items() if form.name in KEYS}
+    if absorbed:
+        understood = absorb(understood, absorbed, runner)
+    if keys:
+        understood = keep_keys(understood, keys, runner)
+    return replace(model, understood=understood, facts=replace(model.facts, sites=understood.sites))
 
 
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
@@ -158,7 +198,7 @@ def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) 
 
 def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[Weight]:
     """The weights in parameter order, each made when it is asked for."""
-    sources = model.imported.weights
+    sources = WithKeyWeights(model.imported.weights, model.understood.key_weights)
     for number, (name, recipe) in enumerate(lowered.recipes.items(), 1):
         runner.report(f"write weight {number} of {len(lowered.recipes)}")
         tensor = lowered.tensors[name]

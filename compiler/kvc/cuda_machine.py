@@ -18,7 +18,7 @@ from tvm_ffi import structural_map, structural_walk
 
 from kvc_passes.base import Pass
 from kvc_passes.errors import TargetError
-from kvc_passes.facts import AttentionSite
+from kvc_passes.facts import AttentionSite, FormName
 from kvc_passes.fuse_rows import FuseRows
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.weights import WeightPart
@@ -46,6 +46,7 @@ class CudaMachine:
     chunks: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256, 128)
     widens: bool = False
     page_size: int = PAGE_SIZE
+    forms: tuple[FormName, ...] = ("paged_kv", "x_absorbed", "mla_latent")
     fuse: tuple[Pass, ...] = (FuseRows(),)
 
     @cached_property

@@ -14,7 +14,7 @@ from tvm import IRModule
 from tvm.target import Target
 
 from kvc_passes.base import Pass
-from kvc_passes.facts import AttentionSite
+from kvc_passes.facts import STATE_FORMS, AttentionSite, FormName
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels, TensorType
 from kvc_passes.weights import WeightPart
 
@@ -52,6 +52,10 @@ class Machine(Protocol):
         """Tokens a page."""
 
     @property
+    def forms(self) -> tuple[FormName, ...]:
+        """Forms of the state that there are kernels for."""
+
+    @property
     def products(self) -> MatmulKernels: ...
 
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> AttentionKernels:
@@ -83,6 +87,7 @@ class CpuMachine:
     """Beyond 512 tokens a CPU gains nothing."""
     widens: bool = True
     page_size: int = PAGE_SIZE
+    forms: tuple[FormName, ...] = STATE_FORMS
     fuse: tuple[Pass, ...] = ()
 
     @cached_property

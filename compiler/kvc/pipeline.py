@@ -8,7 +8,7 @@ Nothing here knows a model by name.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from kvc_passes.expand_markers import ExpandMarkers
 from kvc_passes.facts import AttentionSite, StateForm
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.graph import graph_of
+from kvc_passes.keep_keys import KeepKeys, KeyWeights
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
 from kvc_passes.merge_products import MergeProducts
 from kvc_passes.narrow_products import NarrowProducts
@@ -37,7 +38,7 @@ from kvc_passes.prove_tokenwise import ProveTokenwise
 from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
-from kvc_passes.state_forms import Forms
+from kvc_passes.state_forms import Forms, Illegal
 from kvc_passes.weights import PackedWeight, WeightPart
 from kvc_passes.write_logits import WriteLogits
 
@@ -106,6 +107,8 @@ class Understood:
     positions: tuple[str, ...]
     limit: int | None
     """Most tokens of a sequence for which the proofs hold, None for any number."""
+    key_weights: tuple[KeyWeights, ...] = ()
+    """Weights that were added, and what they are made of."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,25 @@ def absorb(model: Understood, sites: frozenset[int], runner: Runner) -> Understo
     """Keep at `sites` what keys and values are projections of, where that is legal."""
     done = runner.apply(model.module, AbsorbProjections(model.sites, sites))
     return replace(model, module=done.module, sites=done.facts)
+
+
+def key_weights(model: Understood) -> tuple[KeyWeights, ...]:
+    """What values would be made of in every layer whose keys could be kept alone."""
+    forms = Forms(graph_of(model.module["main"]))
+    found = {}
+    for index, marker in forms.markers().items():
+        try:
+            found[index] = forms.keys(marker, model.sites[index])
+        except Illegal:
+            continue
+    return KeepKeys(model.sites, dict.fromkeys(found, 0)).weights(forms, found)
+
+
+def keep_keys(model: Understood, rest: Mapping[int, int], runner: Runner) -> Understood:
+    """Keep keys alone at the sites `rest`, with so many directions of what they are projections of."""
+    done = runner.apply(model.module, KeepKeys(model.sites, rest))
+    sites, weights = done.facts
+    return replace(model, module=done.module, sites=sites, key_weights=weights)
 
 
 def prepare(model: Understood, products: MatmulKernels, widens: bool, runner: Runner) -> Understood:

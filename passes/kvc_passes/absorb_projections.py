@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
 from .conditions import Unprovable
+from .emitting import head_columns, indices, replaced, shape, shared_columns
 from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
 from .markers import ATTENTION, HEAD_PRODUCT, HeadProduct, marker
@@ -81,9 +81,9 @@ def _attention(
 
     def product(x: relax.Expr, projection: Projection, piece: Piece, absorbed: bool) -> relax.Expr:
         attrs = HeadProduct(heads, site.group, piece.width, piece.first, piece.stride or 0, absorbed)
-        shape = _shape(1, heads, n, depth) if absorbed else _shape(1, n, heads, piece.width)
-        weight = _replaced(projection.weight, values)
-        return builder.emit(marker(HEAD_PRODUCT, [x, weight], attrs, relax.TensorType(shape, dtype)))
+        out = shape(1, heads, n, depth) if absorbed else shape(1, n, heads, piece.width)
+        weight = replaced(projection.weight, values)
+        return builder.emit(marker(HEAD_PRODUCT, [x, weight], attrs, relax.TensorType(out, dtype)))
 
     def asked(piece: Piece) -> relax.Expr:
         if piece.width == site.head_dim:
@@ -95,8 +95,8 @@ def _attention(
     def joined(parts: Sequence[relax.Expr]) -> relax.Expr:
         return parts[0] if len(parts) == 1 else builder.emit(relax.op.concat(list(parts), axis=3))
 
-    x = builder.emit(relax.op.reshape(_replaced(latent.source, values), _shape(1, 1, n, depth)))
-    shared = [_columns(builder, _replaced(piece.source, values), piece, n) for piece in latent.shared]
+    x = builder.emit(relax.op.reshape(replaced(latent.source, values), shape(1, 1, n, depth)))
+    shared = [shared_columns(builder, replaced(piece.source, values), piece, n) for piece in latent.shared]
     key = joined([typed(part) for part in (x, *shared)])
     q = joined(
         [
@@ -104,16 +104,16 @@ def _attention(
             *(asked(piece) for piece in latent.shared),
         ]
     )
-    mixed = relax.TensorType(_shape(1, n, heads, depth), dtype)
+    mixed = relax.TensorType(shape(1, n, heads, depth), dtype)
     call = relax.op.call_pure_packed(ATTENTION, q, key, key, relax.prim_value(site.index), ty_args=mixed)
     result = product(builder.emit(call), latent.value, latent.value_piece, False)
     if latent.value.bias is None:
         return result
-    columns = _head_columns(latent.value_piece, heads, site.group)
+    columns = head_columns(latent.value_piece, heads, site.group)
     bias = builder.emit(
-        relax.op.take(_replaced(latent.value.bias, values), _indices(columns), axis=0, mode="clip")
+        relax.op.take(replaced(latent.value.bias, values), indices(columns), axis=0, mode="clip")
     )
-    bias = builder.emit(relax.op.reshape(typed(bias), _shape(1, 1, heads, latent.value_piece.width)))
+    bias = builder.emit(relax.op.reshape(typed(bias), shape(1, 1, heads, latent.value_piece.width)))
     return relax.op.add(result, bias)
 
 
@@ -133,42 +133,20 @@ def _own_query(
     projection = piece.projection
     if others or projection is None or projection.product not in (latent.key.product, latent.value.product):
         return None
-    indices = _indices(_head_columns(piece, int(heads.value), 1))
-    x, weight = _replaced(projection.x, values), _replaced(projection.weight, values)
-    x = builder.emit(relax.op.reshape(x, _shape(1, n, projection.depth)))
-    own = builder.emit(relax.op.take(weight, indices, axis=1, mode="clip"))
+    own_columns = indices(head_columns(piece, int(heads.value), 1))
+    x, weight = replaced(projection.x, values), replaced(projection.weight, values)
+    x = builder.emit(relax.op.reshape(x, shape(1, n, projection.depth)))
+    own = builder.emit(relax.op.take(weight, own_columns, axis=1, mode="clip"))
     product = builder.emit(relax.op.matmul(x, own))
     if projection.bias is not None:
-        bias = builder.emit(relax.op.take(_replaced(projection.bias, values), indices, axis=0, mode="clip"))
+        bias = builder.emit(
+            relax.op.take(replaced(projection.bias, values), own_columns, axis=0, mode="clip")
+        )
+        if bias.ty.dtype.dtype != product.ty.dtype.dtype:
+            product = builder.emit(relax.op.astype(product, bias.ty.dtype.dtype))
         product = builder.emit(relax.op.add(product, bias))
-    product = builder.emit(relax.op.reshape(product, _shape(1, n, heads, width)))
+    product = builder.emit(relax.op.reshape(product, shape(1, n, heads, width)))
     product = builder.emit(relax.op.permute_dims(product, [0, 2, 1, 3]))
     wanted = str(query.ty.dtype.dtype)
     same = str(product.ty.dtype.dtype) == wanted
     return product if same else builder.emit(relax.op.astype(product, wanted))
-
-
-def _columns(builder: relax.BlockBuilder, source: relax.Expr, piece: Piece, n: tirx.Var) -> relax.Expr:
-    """The elements of a piece that all heads share, [1, 1, n, width]."""
-    last = len(dims(source)) - 1
-    end = piece.first + piece.width
-    part = builder.emit(relax.op.strided_slice(source, [last], [piece.first], [end], assume_inbound=True))
-    return builder.emit(relax.op.reshape(part, _shape(1, 1, n, piece.width)))
-
-
-def _head_columns(piece: Piece, heads: int, group: int) -> np.ndarray:
-    """Columns of a product, head by head."""
-    first = piece.first + np.arange(heads) // group * (piece.stride or 0)
-    return (first[:, None] + np.arange(piece.width)).reshape(-1).astype(np.int64)
-
-
-def _indices(columns: np.ndarray) -> relax.Expr:
-    return relax.const(columns, "int64")
-
-
-def _replaced(value: relax.Expr, values: dict[relax.Var, relax.Expr]) -> relax.Expr:
-    return values.get(value, value) if isinstance(value, relax.Var) else value
-
-
-def _shape(*extents: int | tirx.PrimExpr) -> relax.ShapeExpr:
-    return relax.ShapeExpr([tirx.IntImm("int64", e) if isinstance(e, int) else e for e in extents])

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
-FormName = Literal["paged_kv", "x_absorbed", "mla_latent"]
+FormName = Literal["paged_kv", "x_absorbed", "mla_latent", "k_only", "k_plus_r"]
 STATE_FORMS: tuple[FormName, ...] = get_args(FormName)
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
@@ -96,6 +96,34 @@ class MaskFact:
 
 
 @dataclass(frozen=True)
+class Sliced:
+    """Kept keys of several heads, one behind the other, that are turned when they are read.
+
+    What is kept of a token: the keys of `count` heads, `rest` other elements, `half` cosines and `half`
+    sines; if `fine`, as many elements again, a 256th of which is added to the cosines and sines.
+    Element d < half of a key becomes x[d] cos[d] - x[d + half] sin[d], and element d + half becomes
+    x[d + half] cos[d] + x[d] sin[d].
+    """
+
+    count: int
+    dim: int
+    """Elements of a key."""
+    rest: int
+    half: int
+    fine: bool
+
+    @property
+    def value_dim(self) -> int:
+        """Elements that are the value."""
+        return self.count * self.dim + self.rest
+
+    @property
+    def width(self) -> int:
+        """Elements that are kept of a token."""
+        return self.value_dim + 2 * self.half * (2 if self.fine else 1)
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention layer: softmax(softcap(scale * q k^T) masked) v, as found in the graph."""
 
@@ -124,12 +152,21 @@ class AttentionSite:
     kept: FormName = "paged_kv"
     """What is kept of a token. paged_kv: its keys and values. x_absorbed: the value that both are projections
     of, which then is the one key of all heads, and its value. mla_latent: that, and elements of the keys that
-    all heads share; the value is the first value_dim elements."""
+    all heads share; the value is the first value_dim elements. k_only: the keys of all heads, before they are
+    turned, and their cosines and sines; all but those are the value. k_plus_r: that, and some directions of
+    what keys are projections of."""
+    sliced: Sliced | None = None
+    """How a query meets its own part of what is kept, where that is keys; else it meets all of it."""
 
     @property
     def shared(self) -> bool:
         """Whether what is kept of a token is its key and its value in one."""
         return self.kept != "paged_kv"
+
+    @property
+    def query_dim(self) -> int:
+        """Elements of a query."""
+        return self.head_dim if self.sliced is None else self.sliced.dim
 
     @property
     def group(self) -> int:
@@ -156,11 +193,12 @@ class AttentionSite:
     @property
     def form(self) -> str:
         """How keys and values are kept, in words."""
-        names = {
-            "paged_kv": "K and V",
-            "x_absorbed": f"X [{self.head_dim}]",
-            "mla_latent": f"latent [{self.head_dim}]",
-        }
+        names = {"paged_kv": "K and V", "x_absorbed": f"X [{self.head_dim}]"}
+        names["mla_latent"] = f"latent [{self.head_dim}]"
+        if self.sliced is not None:
+            keys, angles = self.sliced.count * self.sliced.dim, self.head_dim - self.value_dim
+            rest = f" + {self.sliced.rest}" if self.sliced.rest else ""
+            names[self.kept] = f"K [{keys}{rest} + {angles} of angles]"
         return f"paged {names[self.kept]}, {self.stored or self.kv_dtype}"
 
     def token_bytes(self) -> int:
@@ -186,6 +224,8 @@ class StateForm:
     detail: str
     """What is kept, or why the form is not legal."""
     legal: bool = True
+    rest: int = 0
+    """Of k_plus_r: directions that are kept beside the keys."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +384,8 @@ def facts_from_json(text: str) -> ModelFacts:
 
 def _site(data: dict[str, Any]) -> AttentionSite:
     lists = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
-    return AttentionSite(**{**data, **lists, "mask": MaskFact(**data["mask"])})
+    sliced = None if data["sliced"] is None else Sliced(**data["sliced"])
+    return AttentionSite(**{**data, **lists, "mask": MaskFact(**data["mask"]), "sliced": sliced})
 
 
 def plan_from_json(text: str) -> Plan:

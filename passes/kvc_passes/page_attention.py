@@ -126,6 +126,7 @@ class PageAttention:
             site.slopes is not None,
             site.sinks is not None,
             site.guarded,
+            site.sliced,
         )
         form = (site.kv_dtype, site.stored, site.shared)
         key = (kind, dtype, *form, geometry[1:4] if kind == "append_kv" else geometry)

@@ -122,21 +122,19 @@ class Provenance:
 
             return record
 
-        ends = {v: leaf(v) for v in self.graph.order if not self._moves(v)}
+        ends = {v: leaf(v) for v in self.graph.order if not self.moves(v)}
         elements = Elements(self.graph, ends, analyzer)
         value = elements.at(operand, [0, h, t, elements.simplify(d + low)])
         found = next((s for s in seen if isinstance(value, tirx.Var) and s[2].same_as(value)), None)
         if found is None:
             raise Unprovable("its elements come from several values")
         source, index, _ = found
-        at = self._column(elements, index, h, t, d)
+        at = self.column(elements, index, h, t, d)
         return (
-            Piece(low, high, source)
-            if at is None
-            else Piece(low, high, source, *at, self._projection(source))
+            Piece(low, high, source) if at is None else Piece(low, high, source, *at, self.projection(source))
         )
 
-    def _moves(self, var: relax.Var) -> bool:
+    def moves(self, var: relax.Var) -> bool:
         """Whether a value only has the elements of others in other places."""
         value = self.graph.definitions[var]
         if isinstance(value, (relax.Var, relax.TupleGetItem)) or op_name(value) in _LAYOUT:
@@ -145,15 +143,14 @@ class Provenance:
             return all("float" in str(v.ty.dtype.dtype) for v in (value.args[0], var))
         return op_name(value) == "take" and isinstance(self.graph.resolve(value.args[1]), GenericConst)
 
-    def _projection(self, var: relax.Var) -> Projection | None:
+    def projection(self, var: relax.Var) -> Projection | None:
         """The product that a value is, with the bias that is added to it."""
         call = self.graph.resolve(var)
         if op_name(call) == "add":
             for value, bias in (call.args, list(call.args)[::-1]):
-                inner = self.graph.resolve(self._unreshaped(value))
-                if op_name(inner) == "matmul" and len(dims(bias)) == 1:
-                    product = self._unreshaped(value)
-                    found = self._projection(product) if isinstance(product, relax.Var) else None
+                product = self._unreshaped(value)
+                if op_name(self.graph.resolve(product)) == "matmul" and len(dims(bias)) == 1:
+                    found = self.projection(product) if isinstance(product, relax.Var) else None
                     return None if found is None else replace(found, bias=bias)
             return None
         if op_name(call) != "matmul" or len(dims(call.args[1])) != 2:
@@ -173,9 +170,13 @@ class Provenance:
         return current
 
     def _unreshaped(self, value: relax.Expr) -> relax.Expr:
-        return self.origin(value) if isinstance(value, relax.Var) else value
+        """The value behind reshapes, and a rounding of it."""
+        current = self.origin(value) if isinstance(value, relax.Var) else value
+        call = self.graph.resolve(current)
+        rounds = op_name(call) == "astype" and "float" in str(call.args[0].ty.dtype.dtype)
+        return self._unreshaped(call.args[0]) if rounds else current
 
-    def _column(self, elements: Elements, index: Index, h: Any, t: Any, d: Any) -> tuple[int, int] | None:
+    def column(self, elements: Elements, index: Index, h: Any, t: Any, d: Any) -> tuple[int, int] | None:
         """First column and columns a head, where the index is [.., t, first + h * stride + d]."""
         *before, row, column = [int64(i) for i in index]
         if any(elements.simplify(b) != 0 for b in before):

@@ -8,11 +8,12 @@ from typing import Final
 from tvm import relax
 
 from .conditions import Unprovable
-from .facts import FLOAT_BYTES, AttentionSite, FloatName, FormName, StateForm
+from .facts import FLOAT_BYTES, AttentionSite, FloatName, FormName, Sliced, StateForm
 from .graph import Graph, op_name
 from .markers import ATTENTION
 from .nodes import NodeNames
 from .provenance import Piece, Projection, Provenance
+from .rotations import Rotation, Rotations
 from .weights import weight_of
 
 
@@ -45,7 +46,20 @@ class Latent:
         return self.key.depth + sum(piece.width for piece in self.shared)
 
 
-_ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent")
+@dataclass(frozen=True)
+class Keys:
+    """Keys before they are turned, and the values of the same tokens."""
+
+    rotation: Rotation
+    value: Projection
+    value_piece: Piece
+    fine: bool
+    """Whether cosines and sines take two elements each: targets may compute them in more than 16 bits."""
+
+
+ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent")
+KEYS: Final[tuple[FormName, ...]] = ("k_only", "k_plus_r")
+UNJUDGED: Final = "the rounding of its weights was not measured"
 
 
 class Illegal(Exception):
@@ -67,15 +81,62 @@ class Forms:
     def of(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
         """All forms of a site, the legal ones first as they are to be preferred."""
         plain = StateForm("paged_kv", site.token_bytes(), f"K and V of {site.kv_heads} heads")
+        return plain, *self._latent_forms(marker, site), *self._key_forms(marker, site)
+
+    def _key_forms(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
+        """Forms that the rounding of the real weights decides about."""
+        try:
+            kept = sliced_site(site, self.keys(marker, site), 0)
+        except Illegal as reason:
+            return tuple(StateForm(name, 0, str(reason), False) for name in KEYS)
+        detail = f"{kept.head_dim} elements: K before it is turned, its cosines and sines"
+        return tuple(StateForm(name, kept.token_bytes(), f"{detail}; {UNJUDGED}", False) for name in KEYS)
+
+    def _latent_forms(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
         try:
             latent = self.latent(marker, site)
         except Illegal as reason:
-            return plain, *(StateForm(name, 0, str(reason), False) for name in _ABSORBED)
+            return tuple(StateForm(name, 0, str(reason), False) for name in ABSORBED)
         kept = f"{latent.width} elements that K and V are projections of"
         other: FormName = "x_absorbed" if latent.shared else "mla_latent"
         why = "keys have elements that are no projection" if latent.shared else "keys are projections alone"
         found = StateForm(latent.form, latent.width * FLOAT_BYTES[latent.dtype], kept)
-        return plain, found, StateForm(other, 0, why, False)
+        return found, StateForm(other, 0, why, False)
+
+    def keys(self, marker: relax.Call, site: AttentionSite) -> Keys:
+        """Keys that are turned, and from which values can be made again. Raises Illegal with the reason."""
+        _, key, value, _ = marker.args[1:]
+        key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
+        if site.stored is not None:
+            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        try:
+            rotation = Rotations(self.graph, self.provenance).read(key, key_pieces)
+        except Unprovable as reason:
+            raise Illegal(f"K {reason}") from None
+        v = value_pieces[0].projection
+        if len(value_pieces) != 1 or v is None:
+            raise Illegal("V is not one projection of one value")
+        k = rotation.projection
+        self._check_weights(k, v)
+        kept = site.kv_heads * site.head_dim
+        if kept < k.depth:
+            raise Illegal(f"K has {kept} elements, fewer than the {k.depth} that it is a projection of")
+        if site.sinks is not None and (k.bias is not None or v.bias is not None):
+            raise Illegal("K or V has a bias, and with a learned score the weights do not sum to 1")
+        for bias in (k.bias, v.bias):
+            if bias is not None and bias not in self.graph.function.params:
+                raise Illegal("a bias of K or V is no parameter of the file")
+        return Keys(rotation, v, value_pieces[0], fine=site.kv_dtype != "float32")
+
+    def _check_weights(self, k: Projection, v: Projection) -> None:
+        if k.x != v.x:
+            raise Illegal("K and V are projections of two values")
+        for name, projection in (("K", k), ("V", v)):
+            weight = weight_of(self.graph, projection.weight)
+            if weight is None or len(weight.sources) != 1:
+                raise Illegal(f"the weight of {name} is no parameter of the file")
+            if weight.format.coded:
+                raise Illegal(f"the weight of {name} is stored in codes, whose blocks run the other way")
 
     def latent(self, marker: relax.Call, site: AttentionSite) -> Latent:
         """The value that keys and values are projections of. Raises Illegal with the reason."""
@@ -95,14 +156,7 @@ class Forms:
             raise Illegal(f"{'V' if len(of_key) == 1 else 'K'} is not one projection of one value")
         k, v = of_key[0].projection, value_pieces[0].projection
         assert k is not None
-        if k.x != v.x:
-            raise Illegal("K and V are projections of two values")
-        for name, projection in (("K", k), ("V", v)):
-            weight = weight_of(self.graph, projection.weight)
-            if weight is None or len(weight.sources) != 1:
-                raise Illegal(f"the weight of {name} is no parameter of the file")
-            if weight.format.coded:
-                raise Illegal(f"the weight of {name} is stored in codes, whose blocks run the other way")
+        self._check_weights(k, v)
         if k.bias is not None and (site.softcap is not None or site.sinks is not None):
             raise Illegal("K has a bias, which a softcap or a learned score does not cancel")
         if v.bias is not None and site.sinks is not None:
@@ -123,6 +177,19 @@ class Forms:
             if FLOAT_BYTES.get(str(inner.ty.dtype.dtype), 8) < FLOAT_BYTES[str(x.ty.dtype.dtype)]:
                 return self.provenance.origin(inner)
         return x
+
+
+def sliced_site(site: AttentionSite, keys: Keys, rest: int) -> AttentionSite:
+    """The attention over keys before they are turned, and `rest` other elements."""
+    sliced = Sliced(site.kv_heads, site.head_dim, rest, keys.rotation.half, keys.fine)
+    return replace(
+        site,
+        kv_heads=1,
+        head_dim=sliced.width,
+        value_dim=sliced.value_dim,
+        kept="k_plus_r" if rest else "k_only",
+        sliced=sliced,
+    )
 
 
 def kept_site(site: AttentionSite, latent: Latent) -> AttentionSite:

@@ -289,7 +289,7 @@ def test_another_format(artifact: Path, step: int, advice: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 3}', '{"format": "3", "files": {}}', '{"format": 3, "files": {"../x": {}}}'],
+    ["", "[]", "{}", '{"format": 3}', '{"format": "3", "files": {}}', '{"format": 4, "files": {"../x": {}}}'],
 )
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)

@@ -12,6 +12,8 @@ from typing import Any
 
 from tvm import tirx
 
+from kvc_passes.facts import Sliced
+
 from . import vector_math
 from .attention_block import BlockKernel, normalized
 from .emit import Emitter, Expr, argument, chunks, f32, i64, size_var, splat, vec
@@ -49,7 +51,14 @@ class AttentionShape:
     """Codes that they hold instead, as AttentionSite.stored."""
     shared: bool = False
     """Whether a token's value is the first value_dim elements of its key, which is kept once."""
+    sliced: Sliced | None = None
+    """Of a shared shape: how a query meets its own part of a key, which is turned first."""
     page_size: int = 16
+
+    @property
+    def query_dim(self) -> int:
+        """Elements of a query, D of q."""
+        return self.head_dim if self.sliced is None else self.sliced.dim
 
     @property
     def group(self) -> int:
@@ -121,7 +130,7 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
     e = Emitter()
     n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
     group, heads = shape.group, shape.kv_heads
-    q = argument("q", (1, shape.heads, n, shape.head_dim))
+    q = argument("q", (1, shape.heads, n, shape.query_dim))
     state = pools(shape, pages)
     positions = argument("positions", (n,), "int64")
     tiles = argument("tiles", (t, 3), "int32")
@@ -163,7 +172,7 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
     pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
     group, heads, dim = shape.group, shape.kv_heads, shape.value_dim
     shares = splits or decode_splits(heads, traits)
-    q = argument("q", (1, shape.heads, b, shape.head_dim))
+    q = argument("q", (1, shape.heads, b, shape.query_dim))
     state = pools(shape, pages)
     positions = argument("positions", (b,), "int64")
     table = argument("block_table", (b, m), "int32")

@@ -13,6 +13,7 @@ from . import vector_math
 from .emit import Emitter, Expr, chunks, f32, fold, fold_four, i64, splat, vec
 from .masks import Mask
 from .predicate import names
+from .sliced import SlicedKeys
 from .traits import CpuTraits
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ class BlockKernel:
             keys = min(keys, max(_BLOCK_BYTES // (4 * shape.head_dim), 1))
         self.keys = -(-keys // (2 * shape.page_size)) * 2 * shape.page_size
         total = shape.kv_heads * self.padded if streaming else self.padded
-        self.query = e.local("query", total * shape.head_dim)
+        self.query = e.local("query", total * shape.query_dim)
         self.output = e.local("output", total * shape.value_dim)
+        self.sliced = None if shape.sliced is None else SlicedKeys(self, shape.sliced)
         self.scores = e.local("scores", (total if streaming else self.height) * self.keys)
         self.positions = e.local("row_position", total, "int32")
         self.maximum = e.local("maximum", total)
@@ -82,9 +84,9 @@ class BlockKernel:
     def load_query(self, q: Any, at: Sequence[Expr], row: Expr, position: Expr) -> None:
         """Row `row` is q[at], scaled; without a softcap the scale includes the change to base 2."""
         factor = self.shape.scale * (1.0 if self.shape.softcap else vector_math.LOG2E)
-        for start, width in chunks(self.shape.head_dim, self.lanes):
+        for start, width in chunks(self.shape.query_dim, self.lanes):
             value = q[(*at, vec(i64(start), width))] * splat(f32(factor), width)
-            self.e.store(self.query, value, vec(row * self.shape.head_dim + start, width))
+            self.e.store(self.query, value, vec(row * self.shape.query_dim + start, width))
         self._begin_row(row, position, at[1])
 
     def _begin_row(self, row: Expr, position: Expr, head: Expr) -> None:
@@ -106,20 +108,22 @@ class BlockKernel:
         whole = tirx.floordiv(used + (self.height - 1), i64(self.height)) * self.height
         with self.e.loop("r", whole - used) as r:
             row = used + r
-            for start, width in chunks(self.shape.head_dim, self.lanes):
-                self.e.store(self.query, splat(f32(0), width), vec(row * self.shape.head_dim + start, width))
+            for start, width in chunks(self.shape.query_dim, self.lanes):
+                self.e.store(self.query, splat(f32(0), width), vec(row * self.shape.query_dim + start, width))
             self._begin_row(row, position, i64(0))
 
     def run_head(self, head: Expr, rows: Expr, page: Expr, pages: Expr, first: Expr, last: Expr) -> None:
         """Attend with the rows of one KV head over `pages` pages from `page`; positions are first .. last."""
         e = self.e
         tiles = e.bind("tiles", tirx.floordiv(rows + (self.height - 1), i64(self.height)))
-        blocks = self._blocks(page, pages, first, last)
-        with blocks as (start, count, keys, masked), e.loop("rt", tiles) as rt:
-            row = e.bind("top", rt * self.height)
-            self._score(head, row, i64(0), start, count, i64(0))
-            self._softmax(row, i64(0), start, self._vectors(count), masked)
-            self._values(head, row, i64(0), start, count, keys, i64(0))
+        with self._blocks(page, pages, first, last) as (start, count, keys, masked):
+            if self.sliced is not None:
+                self.sliced.turn(start, count)
+            with e.loop("rt", tiles) as rt:
+                row = e.bind("top", rt * self.height)
+                self._score(head, row, i64(0), start, count, i64(0))
+                self._softmax(row, i64(0), start, self._vectors(count), masked)
+                self._values(head, row, i64(0), start, count, keys, i64(0))
 
     def run_heads(self, page: Expr, pages: Expr, position: Expr) -> None:
         """Attend with one token of every head. Whole pages pass in order of their addresses: memory-bound."""
@@ -153,11 +157,15 @@ class BlockKernel:
         groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         return self.e.bind("vectors", groups * (self.together * self.shape.page_size // self.lanes))
 
-    def _page(self, page: Expr) -> Expr:
+    def page(self, page: Expr) -> Expr:
+        """Where a page of the sequence is in the pools."""
         return self.e.bind("at", tirx.Cast("int64", self.table[self.row, self.mask.column(page)]))
 
     def _score(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
         """scores[slot + i, base + j] = query row (row + i) . key j of `count` pages from `start`."""
+        if self.sliced is not None:
+            self.sliced.score(row, slot, count)
+            return
         if self.shape.shared:
             self._score_rows(head, row, slot, start, count, base)
             return
@@ -168,7 +176,7 @@ class BlockKernel:
         groups = tirx.floordiv(count + (self.together - 1), i64(self.together))
         with e.loop("kg", groups) as kg:
             columns = [tirx.Min(kg * self.together + j, count - 1) for j in range(self.together)]
-            pages = [self._page(start + at) for at in columns]
+            pages = [self.page(start + at) for at in columns]
             vectors = [(page, at) for page in pages for at in range(0, self.shape.page_size, lanes)]
             for sub in range(0, len(vectors), width):
                 acc = e.local("acc", splits * height * width * lanes)
@@ -212,8 +220,8 @@ class BlockKernel:
         parts = -(-height // tall)
         ends = [height * i // parts for i in range(parts + 1)]
         with e.loop("p", count) as p:
-            page = self._page(start + p)
-            following = self._page(tirx.Min(start + p + 1, start + count - 1))
+            page = self.page(start + p)
+            following = self.page(tirx.Min(start + p + 1, start + count - 1))
             with e.loop("k", size // _KEYS) as group:
                 first = e.bind("first", group * _KEYS)
                 last = first == size - _KEYS
@@ -255,8 +263,9 @@ class BlockKernel:
                 e.store(acc, splat(f32(0), lanes), at(i, v))
         with e.loop("d", whole) as d:
             keys = [element(v, d * lanes, lanes) for v in range(_KEYS)]
-            for v in range(_KEYS if ahead is not None else 0):
-                e.prefetch(pool, ahead[0], head, ahead[1] + v, d * lanes)
+            if ahead is not None:
+                for v in range(_KEYS):
+                    e.prefetch(pool, ahead[0], head, ahead[1] + v, d * lanes)
             with e.unrolled("i", rows) as i:
                 qv = e.bind("qv", self.query[vec((row + i) * dim + d * lanes, lanes)])
                 for v in range(_KEYS):
@@ -370,7 +379,7 @@ class BlockKernel:
                 for a, (offset, width) in zip(acc, places):
                     e.store(a, self.output[vec((row + i) * dim + offset, width)], vec(i * width, width))
             with e.loop("p", count) as p:
-                page = self._page(start + p)
+                page = self.page(start + p)
                 with e.loop("k", tirx.Min(keys - p * size, i64(size))) as k:
                     values = self._loaded_values(page, head, k, group)
                     scale = None

@@ -27,5 +27,6 @@ def attention_shape(site: AttentionSite, page_size: int) -> AttentionShape:
         kv_dtype=site.kv_dtype,
         stored=site.stored,
         shared=site.shared,
+        sliced=site.sliced,
         page_size=page_size,
     )

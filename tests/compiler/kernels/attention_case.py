@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from kernel_machines import Machine
@@ -16,6 +17,16 @@ from kvc.kernels.attention import (
     pools,
     prefill_attention,
 )
+from kvc_passes.facts import Sliced
+from support import turned
+
+
+def sliced_shape(heads: int, sliced: Sliced, **options: Any) -> AttentionShape:
+    """The shape of kept keys of `sliced`."""
+    return AttentionShape(
+        heads, 1, sliced.width, sliced.value_dim, 0.15, shared=True, sliced=sliced, **options
+    )
+
 
 SHAPES = {
     "grouped": AttentionShape(6, 2, 64, 64, 0.125),
@@ -47,6 +58,13 @@ SHAPES = {
     ),
     "shared, slopes, bfloat16": AttentionShape(
         3, 1, 40, 33, 0.2, slopes=True, shared=True, kv_dtype="bfloat16"
+    ),
+    "sliced": sliced_shape(4, Sliced(4, 32, 16, 16, False)),
+    "sliced, groups, part of a head, float16": sliced_shape(
+        6, Sliced(3, 40, 0, 12, True), window=37, kv_dtype="float16"
+    ),
+    "sliced, odd, softcap, bfloat16": sliced_shape(
+        3, Sliced(3, 10, 7, 3, True), softcap=20.0, kv_dtype="bfloat16"
     ),
     "learned sinks": AttentionShape(8, 2, 32, 32, 0.2, window=70, sink_scores=True, kv_dtype="float16"),
 }
@@ -80,6 +98,8 @@ class Case:
         for length, new in lengths:
             pages = np.array([order.pop() for _ in range(-(-length // PAGE))])
             k, v = (self.normal(shape.kv_heads, length, d) for d in (shape.head_dim, shape.value_dim))
+            if shape.sliced is not None:
+                k[..., shape.value_dim :] = angles_of(shape.sliced, np.arange(length))
             v = k[..., : shape.value_dim] if shape.shared else v
             self.sequences.append(Sequence(length, new, pages, k, v))
         self.state = {
@@ -147,13 +167,17 @@ class Case:
         shape = self.shape
         assert np.isfinite(out).all()
         keys, values = self.kept(sequence)
+        of_value = np.zeros(shape.heads, int) if shape.shared else np.arange(shape.heads) // shape.group
+        if shape.sliced is not None:
+            keys = turned(keys, shape.sliced)[0]
+        of_key = np.arange(shape.heads) // (shape.heads // len(keys))
         masks = self.seen(positions, sequence.length)
         behind = np.arange(sequence.length) - positions[:, None]
         for h, seen in enumerate(masks):
-            k, v = keys[h // shape.group], values[h // shape.group]
+            k, v = keys[of_key[h]], values[of_value[h]]
             s = q[:, h].astype(float) @ k.T * shape.scale
-            # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
-            slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(q[:, h]) @ np.abs(k).T * shape.scale)
+            # Rounding of a score: its products and sums, then scale, softcap and change of base; angles.
+            slack = (shape.query_dim + 24) * 2.0**-24 * (np.abs(q[:, h]) @ np.abs(k).T * shape.scale)
             if shape.softcap:
                 s = shape.softcap * np.tanh(s / shape.softcap)
                 slack += shape.softcap * 3e-7
@@ -171,6 +195,16 @@ class Case:
                 relative += 2.0**-22 * np.abs(sink[:, 0])
             bound = relative[:, None] * (p @ np.abs(v)) + 1e-7
             assert (np.abs(out[:, h] - p @ v) <= bound).all()
+
+
+def angles_of(sliced: Sliced, positions: np.ndarray) -> np.ndarray:
+    """Cosines and sines of positions as they are kept."""
+    angles = positions[:, None] / 10.0 ** (np.arange(sliced.half) / sliced.half)
+    parts = [np.cos(angles), np.sin(angles)]
+    if sliced.fine:
+        whole = [np.floor(part * 256) for part in parts]
+        parts = [*(w / 256 for w in whole), *(part * 256 - w for part, w in zip(parts, whole))]
+    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def _make(kernel: str, name: str, traits: object) -> object:

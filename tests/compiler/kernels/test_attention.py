@@ -35,7 +35,7 @@ def prefill(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         tiles += [(row, at + i, min(tile, s.new - i)) for i in range(0, s.new, tile)]
         positions.append(np.arange(s.length - s.new, s.length))
         at += s.new
-    q = 2 * case.normal(at, shape.heads, shape.head_dim)
+    q = 2 * case.normal(at, shape.heads, shape.query_dim)
     out = case.machine.call(
         case.build("prefill"),
         q.transpose(1, 0, 2)[None],
@@ -62,7 +62,7 @@ def decode(case: Case, shares: int | None = None) -> tuple[np.ndarray, np.ndarra
     shape, count = case.shape, len(case.sequences)
     case.append()
     case.forget_what_no_query_sees()
-    q = 2 * case.normal(count, shape.heads, shape.head_dim)
+    q = 2 * case.normal(count, shape.heads, shape.query_dim)
     positions = np.array([s.length - 1 for s in case.sequences])
     splits = shares or decode_splits(shape.kv_heads, case.machine.traits)
     part = (count, splits, shape.heads, shape.value_dim + 2)
