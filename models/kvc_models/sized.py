@@ -92,6 +92,32 @@ SIZED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "do_layer_norm_before": False,
         },
     ),
+    "llama2-slice": (
+        "two layers of Llama-2-7B's shapes: as many KV heads as heads, keys that turn",
+        {
+            "model_type": "llama",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "phi3-slice": (
+        "two layers of Phi-3-mini's shapes: one product for q, k and v",
+        {
+            "model_type": "phi3",
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "deepseek-slice": (
         "four layers of DeepSeek-V2-Lite's attention, with a feed-forward part of Llama's kind",
         {

@@ -17,7 +17,7 @@ from tvm.sym import Analyzer, ProofStrength
 
 Scalar = Any  # int, bool or a tirx integer expression
 OPEN_END = 1 << 31  # Slice ends from here on mean "to the end"
-_LARGEST = 64  # elements; larger integer tensors become constants of the module
+_LARGEST = 1024  # elements, such as those of a head; larger integer tensors become constants of the module
 
 
 class NotFolded(Exception):
