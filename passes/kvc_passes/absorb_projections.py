@@ -12,10 +12,11 @@ from .conditions import Unprovable
 from .emitting import head_columns, indices, replaced, shape, shared_columns
 from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
-from .markers import ATTENTION, HEAD_PRODUCT, HeadProduct, marker
-from .provenance import Piece, Projection
+from .markers import ATTENTION, LATENT, HeadProduct, Latent, marker
+from .provenance import Piece
 from .rebuild import rebuild
-from .state_forms import Forms, Latent, kept_site
+from .state_forms import Forms, kept_site
+from .state_forms import Latent as Kept
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,8 @@ class AbsorbProjections:
 
     Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`, k and v projections of x [1,n,d] but
         for elements that all heads share, r of them.
-    After: `kvc.head_product(kvc.attention(q' [1,h,n,d+r], x' [1,1,n,d+r], x', site), W_V)`, q' beginning with
-        `kvc.head_product(q, W_K)`, x' with x. A query that was a part of the same product as k or v has a
-        product of its own.
+    After: `kvc.latent_attention(q, x' [1,1,n,d+r], W_K, W_V, site)`, x' beginning with x. A query that was a
+        part of the same product as k or v has a product of its own.
     Needs: FlattenTokens; forms that are legal for the sites.
     Refuses: nothing; raises Illegal for a site whose form is not legal.
     """
@@ -67,7 +67,7 @@ class AbsorbProjections:
 def _attention(
     builder: relax.BlockBuilder,
     query: relax.Expr,
-    latent: Latent,
+    latent: Kept,
     site: AttentionSite,
     n: tirx.Var,
     values: dict[relax.Var, relax.Expr],
@@ -79,11 +79,8 @@ def _attention(
         same = str(value.ty.dtype.dtype) == dtype
         return value if same else builder.emit(relax.op.astype(value, dtype))
 
-    def product(x: relax.Expr, projection: Projection, piece: Piece, absorbed: bool) -> relax.Expr:
-        attrs = HeadProduct(heads, site.group, piece.width, piece.first, piece.stride or 0, absorbed)
-        out = shape(1, heads, n, depth) if absorbed else shape(1, n, heads, piece.width)
-        weight = replaced(projection.weight, values)
-        return builder.emit(marker(HEAD_PRODUCT, [x, weight], attrs, relax.TensorType(out, dtype)))
+    def attributes(piece: Piece, absorbed: bool) -> HeadProduct:
+        return HeadProduct(heads, site.group, piece.width, piece.first, piece.stride or 0, absorbed)
 
     def asked(piece: Piece) -> relax.Expr:
         if piece.width == site.head_dim:
@@ -98,15 +95,11 @@ def _attention(
     x = builder.emit(relax.op.reshape(replaced(latent.source, values), shape(1, 1, n, depth)))
     shared = [shared_columns(builder, replaced(piece.source, values), piece, n) for piece in latent.shared]
     key = joined([typed(part) for part in (x, *shared)])
-    q = joined(
-        [
-            product(asked(latent.key_piece), latent.key, latent.key_piece, True),
-            *(asked(piece) for piece in latent.shared),
-        ]
-    )
-    mixed = relax.TensorType(shape(1, n, heads, depth), dtype)
-    call = relax.op.call_pure_packed(ATTENTION, q, key, key, relax.prim_value(site.index), ty_args=mixed)
-    result = product(builder.emit(call), latent.value, latent.value_piece, False)
+    q = joined([asked(piece) for piece in (latent.key_piece, *latent.shared)])
+    attrs = Latent(site.index, attributes(latent.key_piece, True), attributes(latent.value_piece, False))
+    weights = [replaced(projection.weight, values) for projection in (latent.key, latent.value)]
+    out = relax.TensorType(shape(1, n, heads, latent.value_piece.width), dtype)
+    result = builder.emit(marker(LATENT, [q, key, *weights], attrs, out))
     if latent.value.bias is None:
         return result
     columns = head_columns(latent.value_piece, heads, site.group)
@@ -121,7 +114,7 @@ def _own_query(
     builder: relax.BlockBuilder,
     forms: Forms,
     query: relax.Expr,
-    latent: Latent,
+    latent: Kept,
     values: dict[relax.Var, relax.Expr],
 ) -> relax.Expr | None:
     """The query by a product of its own, where it is a part of the keys' or the values' product."""

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from tvm.tirx import PrimFunc
 
 from .facts import AttentionSite, WeightFormat
+from .markers import HeadProduct
 
 
 class TensorType(NamedTuple):
@@ -41,6 +42,24 @@ class AttentionKernels(Protocol):
     @property
     def keys_transposed(self) -> bool:
         """Whether a page holds its keys as [e, page]; else as [page, e]."""
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether there is `rebuilt`."""
+
+    def rebuilt(
+        self,
+        site: AttentionSite,
+        key: HeadProduct,
+        value: HeadProduct,
+        key_format: WeightFormat,
+        value_format: WeightFormat,
+    ) -> PrimFunc:
+        """Prefill of a shared site that makes keys and values again: attention with keys [x W_K, rest of x].
+
+        (q [1,h,n,e], x pool, positions, tiles, table, *extras, W_K, W_V as MatmulKernels.head_packed, out
+        [1,n,h,f]); e is the width of `key` and of what x has beside its first elements, f that of `value`.
+        """
 
     def splits(self, site: AttentionSite) -> int:
         """Parts that decode splits a context into."""

@@ -3,7 +3,7 @@
 A marker is `relax.op.call_pure_packed(NAME, *tensors, attrs, ty_args=type)`; `attrs` is JSON in a StringImm.
 `kvc.sdpa`, `kvc.rotary` and `kvc.dequantize` come from the importer, where the file has one operator for
 what others spell out; `kvc.attention` is what RecognizeAttention puts in the place of every attention,
-`kvc.head_product` what AbsorbProjections puts before and behind one.
+`kvc.head_product` and `kvc.latent_attention` what other forms of the state put there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SDPA = "kvc.sdpa"
 ROTARY = "kvc.rotary"
 DEQUANTIZE = "kvc.dequantize"
 HEAD_PRODUCT = "kvc.head_product"
+LATENT = "kvc.latent_attention"
+HEAD_WEIGHT = "kvc.head_weight"
 
 Extra = Literal["mask", "lengths", "sinks"]
 
@@ -99,7 +101,21 @@ class HeadProduct:
     absorbed: bool = False
 
 
-Attrs = TypeVar("Attrs", Sdpa, Rotary, Dequantize, HeadProduct)
+@dataclass(frozen=True)
+class Latent:
+    """Attributes of `kvc.latent_attention(q [1,h,n,e], x [1,1,n,w], W_K, W_V, site) -> [1,n,h,f]`.
+
+    Attention with keys [x W_K, the rest of x] and values x W_V: W_K [d, ..] and W_V [d, ..] as HeadProduct
+    takes them, the first d elements of x. `kvc.head_weight(W)` with the attributes of a HeadProduct is the
+    weight as its kernels take it.
+    """
+
+    site: int
+    key: HeadProduct
+    value: HeadProduct
+
+
+Attrs = TypeVar("Attrs", Sdpa, Rotary, Dequantize, HeadProduct, Latent)
 
 
 def marker(name: str, operands: Sequence[relax.Expr], attrs: Any, type_: relax.Type) -> relax.Call:
@@ -113,6 +129,8 @@ def attributes(call: relax.Call, kind: type[Attrs]) -> Attrs:
     """The attributes of a marker call."""
     values: dict[str, Any] = json.loads(call.args[-1].value)
     make: Any = kind
+    if kind is Latent:
+        values |= {name: HeadProduct(**values[name]) for name in ("key", "value")}
     return cast(Attrs, make(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
 

@@ -13,7 +13,7 @@ from .base import Result
 from .errors import PlanningError
 from .graph import Graph, dims, graph_of, op_name, same_shape, static
 from .kernel_sets import MatmulKernels
-from .markers import HEAD_PRODUCT, HeadProduct, attributes, tensors
+from .markers import HEAD_PRODUCT, HEAD_WEIGHT, HeadProduct, attributes, tensors
 from .rebuild import drop_params, rebuild
 from .weights import HeadWeight, PackedWeight, WeightPart, head_weight_of, table_of, weight_of
 
@@ -64,6 +64,8 @@ class PackMatmuls:
             if var in of_heads:
                 attrs, weight_of_heads = of_heads[var]
                 (parameter,) = packed[weight_of_heads]
+                if op_name(value) == HEAD_WEIGHT:
+                    return parameter
                 return self._head_product(builder, made, var, value, attrs, weight_of_heads, parameter)
             return None
 
@@ -81,9 +83,9 @@ class PackMatmuls:
         found = {}
         for var in graph.order:
             call = graph.definitions[var]
-            if op_name(call) == HEAD_PRODUCT:
+            if op_name(call) in (HEAD_PRODUCT, HEAD_WEIGHT):
                 attrs = attributes(call, HeadProduct)
-                weight = head_weight_of(graph, tensors(call)[1], attrs)
+                weight = head_weight_of(graph, tensors(call)[-1], attrs)
                 if weight is None:
                     raise PlanningError(f"the weight of '{var.name}' is no parameter of floats")
                 found[var] = attrs, weight

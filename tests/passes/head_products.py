@@ -1,16 +1,20 @@
-"""`kvc.head_product` by its definition, for modules that are run before their weights are packed."""
+"""Markers of other forms of the state by their definitions, for modules whose weights are not packed yet."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tvm
 import tvm_ffi
 
-from kvc_passes.markers import HEAD_PRODUCT, HeadProduct
+from kvc_passes.facts import AttentionSite
+from kvc_passes.markers import HEAD_PRODUCT, LATENT, HeadProduct
+from support import attend
 
 
 @functools.cache
@@ -23,3 +27,35 @@ def define_head_product() -> None:
         w = weight[:, first[:, None] + np.arange(a.width)]  # [depth, heads, width]
         y = np.einsum("bhnw,dhw->bhnd", x, w) if a.absorbed else np.einsum("bnhd,dhw->bnhw", x, w)
         return tvm.runtime.tensor(y.astype(np.float32))
+
+
+_SITES: list[AttentionSite] = []
+
+
+@functools.cache
+def _define_latent() -> None:
+    @tvm_ffi.register_global_func(LATENT)
+    def latent(q: Any, x: Any, w_key: Any, w_value: Any, text: str) -> Any:
+        """Keys and values made of x, then attention over them."""
+        a = json.loads(text)
+        site, key, value = _SITES[a["site"]], HeadProduct(**a["key"]), HeadProduct(**a["value"])
+        row = x.numpy()[:, 0].astype(float)
+        depth, heads = site.value_dim, key.heads // key.group
+        own, rest = row[..., :depth], row[..., depth:]
+
+        def made(weight: Any, part: HeadProduct) -> np.ndarray:
+            first = part.first + np.arange(heads) * part.stride
+            return np.einsum("btd,dhw->bhtw", own, weight.numpy()[:, first[:, None] + np.arange(part.width)])
+
+        shared = np.broadcast_to(rest[:, None], (len(rest), heads, *rest.shape[1:]))
+        keys, values = np.concatenate([made(w_key, key), shared], axis=-1), made(w_value, value)
+        plain = dataclasses.replace(
+            site, kv_heads=heads, head_dim=keys.shape[-1], value_dim=value.width, kept="paged_kv"
+        )
+        return tvm.runtime.tensor(attend(q.numpy(), keys, values, plain).astype(np.float32))
+
+
+def define_latent(sites: Sequence[AttentionSite]) -> None:
+    """`kvc.latent_attention` by its definition, for these sites."""
+    _define_latent()
+    _SITES[:] = sites

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from flat_graphs import DIM, HEADS, KV_HEADS, SITES, WEIGHTS, WIDTH, flat, tokens_and_positions
-from head_products import define_head_product
+from head_products import define_latent
 from tvm import IRModule, relax
 from tvm.relax import op
 
 from kvc_passes.absorb_projections import AbsorbProjections
 from kvc_passes.facts import AttentionSite
 from kvc_passes.graph import Graph, op_name
-from kvc_passes.markers import ATTENTION, HEAD_PRODUCT, HeadProduct, attributes
+from kvc_passes.markers import ATTENTION, LATENT, HeadProduct, Latent, attributes
 from kvc_passes.rebuild import tidy
 from kvc_passes.state_forms import Forms, Illegal
 from support import Draft, floats, module_of, ops, param, params_of, run_markers, site, symbol
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5  # float32 sums of 16 and 8 products in another order, through 
 
 
 def outputs(module: IRModule, sites: tuple[AttentionSite, ...], *arrays: np.ndarray) -> np.ndarray:
-    define_head_product()
+    define_latent(sites)
     return run_markers(module, sites, *arrays)[0]
 
 
@@ -34,7 +34,8 @@ def test_the_chosen_sites_are_changed_and_compute_the_same(chosen: set[int]) -> 
     before = flat()
     result = AbsorbProjections(SITES, frozenset(chosen)).run(before)
     assert result.sites == len(chosen)
-    assert ops(result.module)[HEAD_PRODUCT] == 2 * len(chosen)
+    assert ops(result.module)[LATENT] == len(chosen)
+    assert ops(result.module)[ATTENTION] == 2 - len(chosen)
     for old, new in zip(SITES, result.facts):
         kept = (new.kv_heads, new.head_dim, new.value_dim, new.kept)
         wanted = (1, WIDTH, WIDTH, "x_absorbed") if old.index in chosen else (KV_HEADS, DIM, DIM, "paged_kv")
@@ -96,13 +97,10 @@ def test_queries_keys_and_values_of_one_product(bias: bool, tail: int, wide: boo
     assert (kept.kept, kept.head_dim, kept.value_dim) == (form, WIDTH + tail, WIDTH)
     assert kept.kv_dtype == ("float16" if wide else "float32")
     graph = Graph(result.module["main"])
-    calls = [c for v in graph.order if op_name(c := graph.definitions[v]) == HEAD_PRODUCT]
-    attrs = [attributes(call, HeadProduct) for call in calls]
+    (call,) = (c for v in graph.order if op_name(c := graph.definitions[v]) == LATENT)
     size = HEADS * DIM
-    assert attrs == [
-        HeadProduct(HEADS, 1, DIM, size, DIM, absorbed=True),
-        HeadProduct(HEADS, 1, DIM, 2 * size, DIM),
-    ]
+    key, value = HeadProduct(HEADS, 1, DIM, size, DIM, True), HeadProduct(HEADS, 1, DIM, 2 * size, DIM)
+    assert attributes(call, Latent) == Latent(0, key, value)
     # The query's own product reads its own columns alone, unless it has elements from elsewhere.
     (matmul,) = (c for v in graph.order if op_name(c := graph.definitions[v]) == "matmul")
     assert [int(d) for d in matmul.args[1].ty.shape.values] == [WIDTH, 3 * size if tail else size]

@@ -117,13 +117,17 @@ class BlockKernel:
         e = self.e
         tiles = e.bind("tiles", tirx.floordiv(rows + (self.height - 1), i64(self.height)))
         with self._blocks(page, pages, first, last) as (start, count, keys, masked):
-            if self.sliced is not None:
-                self.sliced.turn(start, count)
+            self.prepare(start, count)
             with e.loop("rt", tiles) as rt:
                 row = e.bind("top", rt * self.height)
                 self._score(head, row, i64(0), start, count, i64(0))
                 self._softmax(row, i64(0), start, self._vectors(count), masked)
                 self._values(head, row, i64(0), start, count, keys, i64(0))
+
+    def prepare(self, start: Expr, count: Expr) -> None:
+        """What has to be done before the products with a block of `count` pages from `start`."""
+        if self.sliced is not None:
+            self.sliced.turn(start, count)
 
     def run_heads(self, page: Expr, pages: Expr, position: Expr) -> None:
         """Attend with one token of every head. Whole pages pass in order of their addresses: memory-bound."""

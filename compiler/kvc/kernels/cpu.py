@@ -10,8 +10,9 @@ from tvm.tirx import PrimFunc
 
 from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.markers import HeadProduct
 
-from . import append, attention, head_product, matmul
+from . import append, attention, head_product, matmul, rebuilt
 from .packing import packed_tensors
 from .shapes import attention_shape
 from .traits import CpuTraits
@@ -39,12 +40,33 @@ class CpuAttention:
     tile: int
     page_size: int = PAGE_SIZE
     keys_transposed = True
+    rebuilds = True
 
     @classmethod
     def for_sites(cls, target: Target, sites: tuple[AttentionSite, ...]) -> CpuAttention:
         """One tile size for all sites: the smallest that one of them is best with."""
         traits = CpuTraits.of(target)
         return cls(traits, min(attention.choose_tile(s.group, traits, s.head_dim) for s in sites))
+
+    def rebuilt(
+        self,
+        site: AttentionSite,
+        key: HeadProduct,
+        value: HeadProduct,
+        key_format: WeightFormat,
+        value_format: WeightFormat,
+    ) -> PrimFunc:
+        latent = attention_shape(site, self.page_size)
+        made = rebuilt.Made(
+            heads=key.heads // key.group,
+            key=key.width,
+            value=value.width,
+            depth=site.value_dim,
+            rest=site.head_dim - site.value_dim,
+            key_format=key_format,
+            value_format=value_format,
+        )
+        return rebuilt.prefill_rebuilt(latent, made, self.traits)
 
     def splits(self, site: AttentionSite) -> int:
         return attention.decode_splits(site.kv_heads, self.traits)

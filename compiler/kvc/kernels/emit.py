@@ -188,9 +188,10 @@ class Emitter:
         self.add(tirx.stmt.Bind(var, value))
         return var
 
-    def local(self, name: str, size: int, dtype: str = "float32") -> Any:
+    def local(self, name: str, size: int | Sequence[int], dtype: str = "float32") -> Any:
         """A buffer on the stack; with constant indexes only it lives in registers."""
-        buffer = tirx.decl_buffer((i64(size),), dtype, name, scope="local")
+        shape = [size] if isinstance(size, int) else size
+        buffer = tirx.decl_buffer([i64(n) for n in shape], dtype, name, scope="local")
         self.add(tirx.stmt.AllocBuffer(buffer))
         return buffer
 

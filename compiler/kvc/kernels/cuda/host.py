@@ -16,8 +16,10 @@ from typing import Any
 from tvm import IRModule, tirx
 from tvm.tirx import PrimFunc
 
+from kvc_passes.errors import PlanningError
 from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.markers import HeadProduct
 
 from ..attention import AttentionShape
 from ..emit import Emitter, Expr, argument, i64, size_var
@@ -107,6 +109,18 @@ class CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
         tile = min(attention.choose_tile(s.group, max(s.head_dim, s.value_dim)) for s in sites)
         return cls(variants, tile, context or _LONG)
+
+    rebuilds: bool = False
+
+    def rebuilt(
+        self,
+        site: AttentionSite,
+        key: HeadProduct,
+        value: HeadProduct,
+        key_format: WeightFormat,
+        value_format: WeightFormat,
+    ) -> PrimFunc:
+        raise PlanningError("there is no kernel that makes keys and values again on a GPU")
 
     def splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
