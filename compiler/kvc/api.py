@@ -20,6 +20,8 @@ with without_torch():
     import tvm.relax  # noqa: F401  before anything else imports it
 
 # ruff: isort: split
+from kvc_passes.state_forms import KEYS
+
 from .compilation import (
     Lowered,
     Model,
@@ -29,6 +31,7 @@ from .compilation import (
     in_smallest_form,
     judged,
     lower_model,
+    most_saved,
     packed_weights,
     read_model,
 )
@@ -138,7 +141,7 @@ def _planned(
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
         failed: list[BudgetError] = []
-        for candidate in _candidates(model, form, machine, runner):
+        for candidate in _candidates(model, form, machine, failed, workload, runner):
             lowered = lower_model(candidate, machine, runner)
             try:
                 plan = make_plan(costs(candidate, lowered, runtime.result()), budget, workload)
@@ -146,11 +149,18 @@ def _planned(
                 failed.append(error)
             else:
                 return candidate, lowered, plan
-    raise min(failed, key=lambda error: error.needed)
+    raise _refusal(failed, model, machine, workload) if form is None else failed[0]
 
 
-def _candidates(model: Model, form: FormName | None, machine: Machine, runner: Runner) -> Iterator[Model]:
-    """The model in the forms that are tried, the fastest first."""
+def _candidates(
+    model: Model,
+    form: FormName | None,
+    machine: Machine,
+    failed: list[BudgetError],
+    workload: tuple[Workload, ...],
+    runner: Runner,
+) -> Iterator[Model]:
+    """The model in the forms that are tried, the fastest first. `failed`: why those before do not fit."""
     if form is not None:
         if form not in machine.forms:
             kind = machine.description["kind"]
@@ -158,9 +168,30 @@ def _candidates(model: Model, form: FormName | None, machine: Machine, runner: R
         yield in_form(model, form, runner)
         return
     yield model
-    smallest = in_smallest_form(model, runner, machine.forms)
+    # Judging the weights of a large layer takes a minute: not where even the best outcome would not fit.
+    hopeless = _least(failed[0], model, machine, workload) > failed[0].given
+    forms = [name for name in machine.forms if not (hopeless and name in KEYS)]
+    smallest = in_smallest_form(model, runner, forms)
     if smallest is not None:
         yield smallest
+
+
+def _least(paged: BudgetError, model: Model, machine: Machine, workload: tuple[Workload, ...]) -> int:
+    """Bytes without which no form of the state will do, by what the model needs with K and V."""
+    tokens = max(w.batch * w.context for w in workload)
+    return paged.needed - tokens * most_saved(model, machine.forms)
+
+
+def _refusal(
+    failed: list[BudgetError], model: Model, machine: Machine, workload: tuple[Workload, ...]
+) -> BudgetError:
+    """The refusal with the smallest budget that works; and what keys alone, if not tried, may do with."""
+    best = min(failed, key=lambda error: error.needed)
+    least = _least(failed[0], model, machine, workload)
+    if not best.given < least < best.needed:
+        return best
+    advice = f"with --state k_plus_r, if its weights allow that, it needs {least} bytes or more"
+    return BudgetError(f"{best}; {advice}", needed=best.needed, given=best.given)
 
 
 def _form(state: str | None) -> FormName | None:

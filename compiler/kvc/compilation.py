@@ -108,6 +108,15 @@ def in_form(model: Model, name: FormName, runner: Runner) -> Model:
     return _kept(model, chosen, runner)
 
 
+def most_saved(model: Model, only: Container[FormName]) -> int:
+    """Bytes of a token that forms of `only` save at most, those whose weights were not judged among them."""
+    saved = 0
+    for forms in model.facts.forms:
+        possible = [f for f in forms if f.name in only and (f.legal or f.detail.endswith(UNJUDGED))]
+        saved += forms[0].token_bytes - min(f.token_bytes for f in possible)
+    return saved
+
+
 def in_smallest_form(model: Model, runner: Runner, only: Container[FormName]) -> Model | None:
     """The model with every layer's state in its smallest exact form of `only`.
 

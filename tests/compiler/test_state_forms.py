@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kvc
+from kvc.reconstruction import Solver
 from kvc.runtime.executor import Executor
 from kvc.runtime.sequences import Sequences
 from kvc.widen import widen
@@ -90,6 +91,28 @@ def test_keys_and_values_while_they_fit_then_the_smallest_exact_form(model_file:
     assert [g.form for g in roomy.groups] == ["paged K and V, float32"]
     assert [g.form for g in tight.groups] == ["paged X [128], float32"]
     assert tight.bytes.total <= tight.budget
+
+
+def test_weights_are_judged_only_where_that_can_help(
+    model_file: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal is quick, and says what keys alone may do with; a budget between the two is tried."""
+    model, judged = model_file("phi"), []
+    judge = Solver.judge
+    monkeypatch.setattr(Solver, "judge", lambda *a, **k: judged.append(1) or judge(*a, **k))
+    paged = needed(model, "paged_kv")
+    with pytest.raises(
+        BudgetError, match=r"with --state k_plus_r, if .* it needs \d+ bytes or more"
+    ) as refused:
+        kvc.plan(model, budget="1MB", workload="32x250")
+    assert abs(refused.value.needed - paged) < 2 << 20
+    assert not judged
+    keys = needed(model, "k_plus_r")
+    assert keys < paged
+    judged.clear()
+    tight = kvc.plan(model, budget=(paged + keys) // 2, workload="32x250")
+    assert "paged K [128 + " in tight.groups[0].form
+    assert judged
 
 
 @pytest.mark.parametrize(
