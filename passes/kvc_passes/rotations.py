@@ -93,6 +93,7 @@ class _Half:
         self.d = bind_index(analyzer, "d", half)
         self.seen: list[tuple[relax.Var, Index, tirx.Var]] = []
         ends = {v: self._end(v) for v in self.graph.order if not rotations.provenance.moves(v)}
+        ends |= {p: self._end(p) for p in self.graph.function.params}  # frequencies may be one
         self.elements = Elements(self.graph, ends, analyzer)
         self.terms = self._terms(operand, [0, self.h, self.t, self.elements.simplify(self.d + begin)])
         if len(self.terms) != 2 or any(t.key is None or len(t.others) != 1 for t in self.terms):
@@ -165,7 +166,7 @@ class _Half:
             known = scalar(value)
             return repr(value.value.numpy().tolist()) if known is None else repr(known)
         var, at = self._leaf(value, index)
-        call = self.graph.definitions[var]
+        call = self.graph.resolve(var)
         if op_name(call) in ("cos", "sin", "multiply"):
             return f"{op_name(call)}({', '.join(self._text(a, _aligned(a, at)) for a in call.args)})"
         places = [str(self.elements.simplify(replaced(replaced(int64(i), self.t, 0), self.d, 0))) for i in at]

@@ -35,16 +35,20 @@ def attention(
     joined: bool = False,
     bias: bool = True,
     half: int = HALF,
+    frequencies: bool = False,
 ) -> tuple[IRModule, AttentionSite]:
     """`main(tokens, words [9,width], weights...)` -> the attention [1,n,heads,dim] of the tokens' words.
 
     The first 2 * half elements of queries and keys are turned. joined: q, k and v are one product.
+    frequencies: those of the rotation are a parameter, as they are where there are many.
     """
     n, sizes = symbol("n"), {"q": HEADS * DIM, "k": kv_heads * DIM, "v": kv_heads * DIM}
     params = [param("tokens", [n], "int64"), param("words", [9, width])]
     names = {"qkv": sum(sizes.values())} if joined else sizes
     weights = {name: param(f"w_{name}", [width, size]) for name, size in names.items()}
     biases = {name: param(f"b_{name}", [size]) for name, size in names.items()} if bias else {}
+
+    given = param("frequencies", [half])
 
     def body(emit: Draft, tokens: relax.Var, words: relax.Var, *_: Any) -> relax.Expr:
         x = emit(op.take(words, emit(op.reshape(tokens, [1, n])), axis=0), "x")
@@ -65,7 +69,9 @@ def attention(
             return emit(op.permute_dims(split, [0, 2, 1, 3]))
 
         where = emit(op.reshape(emit(op.astype(emit(op.arange(n, dtype="int64")), "float32")), [1, n, 1]))
-        speeds = relax.const(np.float32([[[1.0 / (i + 1) for i in range(half)]]]))
+        speeds: relax.Expr = relax.const(np.float32([[[1.0 / (i + 1) for i in range(half)]]]))
+        if frequencies:
+            speeds = emit(op.reshape(given, [1, 1, half]))
         angle = emit(op.multiply(where, speeds))
         both = emit(op.concat([angle, angle], axis=-1))
         cosine, sine = (emit(op.expand_dims(emit(f(both)), axis=[1])) for f in (op.cos, op.sin))
@@ -81,7 +87,8 @@ def attention(
         q, k, v = (heads(name) for name in "qkv")
         return emit(op.call_pure_packed(ATTENTION, moved(q), moved(k), v, relax.prim_value(0), ty_args=out))
 
-    module = module_of([*params, *weights.values(), *biases.values()], body)[0]
+    last = [given] if frequencies else []
+    module = module_of([*params, *weights.values(), *biases.values(), *last], body)[0]
     return module, site(0, kv_heads=kv_heads, head_dim=DIM, value_dim=DIM, rope="rotate_half")
 
 

@@ -21,10 +21,11 @@ def read(turn: Turn = turned, **options: bool | int) -> Rotation:
     return Rotations(forms.graph, forms.provenance).read(key, forms.provenance.pieces(key))
 
 
+@pytest.mark.parametrize("frequencies", [False, True])
 @pytest.mark.parametrize("half", [HALF, DIM // 2])
 @pytest.mark.parametrize("joined", [False, True])
-def test_keys_that_are_turned_in_their_first_elements(joined: bool, half: int) -> None:
-    found = read(joined=joined, half=half)
+def test_keys_that_are_turned_in_their_first_elements(joined: bool, half: int, frequencies: bool) -> None:
+    found = read(joined=joined, half=half, frequencies=frequencies)
     assert (found.half, found.key.width, found.key.stride) == (half, DIM, DIM)
     assert found.key.first == (4 * DIM if joined else 0)
     assert found.projection.x.name.startswith("x_")

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from . import vector_math
-from .emit import Emitter, Expr, chunks, f32, fold, fold_four, i64, splat, vec
+from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec
 from .masks import Mask
 from .predicate import names
+from .shared_keys import SharedKeys
 from .sliced import SlicedKeys
 from .traits import CpuTraits
 
 if TYPE_CHECKING:
     from .attention import AttentionShape
 
-_KEYS = 4
-"""Keys of a register tile of scores, where the elements of a key stand together."""
 _BLOCK_BYTES = 512 * 1024
 """Keys that are values, too, stay in the second-level cache between the two."""
 _NEVER = -1e30
@@ -171,7 +169,7 @@ class BlockKernel:
             self.sliced.score(row, slot, count)
             return
         if self.shape.shared:
-            self._score_rows(head, row, slot, start, count, base)
+            SharedKeys(self).score(head, row, slot, start, count, base)
             return
         e, lanes, dim, height, width = self.e, self.lanes, self.shape.head_dim, self.height, self.width
         parts, depth = self.form.parts, dim // self.form.parts
@@ -213,80 +211,6 @@ class BlockKernel:
                             value = value + acc[at(i, v, s)]
                         to = (slot + i) * self.keys + base + (kg * len(vectors) + sub + v) * lanes
                         e.store(self.scores, value * scales[v] if scales else value, vec(to, lanes))
-
-    def _score_rows(self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, base: Expr) -> None:
-        """The same for keys whose elements stand together: vectors of a key, summed up at the end.
-
-        Several keys share what is loaded of the queries, which are more than the first-level cache holds.
-        """
-        e, height, size = self.e, self.height, self.shape.page_size
-        tall = max(1, self.registers * 3 // 4 // _KEYS)
-        parts = -(-height // tall)
-        ends = [height * i // parts for i in range(parts + 1)]
-        with e.loop("p", count) as p:
-            page = self.page(start + p)
-            following = self.page(tirx.Min(start + p + 1, start + count - 1))
-            with e.loop("k", size // _KEYS) as group:
-                first = e.bind("first", group * _KEYS)
-                last = first == size - _KEYS
-                ahead = (
-                    e.bind("ahead", tirx.Select(last, following, page)),
-                    tirx.Select(last, i64(0), first + _KEYS),
-                )
-                for i, (low, high) in enumerate(pairwise(ends)):
-                    rows = (row + low, slot + low, high - low)
-                    self._score_tile(head, *rows, page, first, base + p * size, ahead if i == 0 else None)
-
-    def _score_tile(
-        self,
-        head: Expr,
-        row: Expr,
-        slot: Expr,
-        rows: int,
-        page: Expr,
-        first: Expr,
-        base: Expr,
-        ahead: tuple[Expr, Expr] | None,
-    ) -> None:
-        """scores[slot + i, base + first + j] = query row (row + i) . key first + j of a page, j < _KEYS.
-
-        ahead: page and first key of the keys that are needed next.
-        """
-        e, lanes, dim, pool = self.e, self.lanes, self.shape.head_dim, self.pools["x"]
-        whole, rest = dim // lanes, chunks(dim % lanes, lanes)
-        acc = e.local("acc", rows * _KEYS * lanes)
-
-        def at(i: Expr, v: int) -> Expr:
-            return vec((i * _KEYS + v) * lanes, lanes)
-
-        def element(v: int, offset: Expr, width: int) -> Expr:
-            return e.bind("kv", self.form.element(pool[page, head, first + v, vec(offset, width)], 0))
-
-        with e.unrolled("i", rows) as i:
-            for v in range(_KEYS):
-                e.store(acc, splat(f32(0), lanes), at(i, v))
-        with e.loop("d", whole) as d:
-            keys = [element(v, d * lanes, lanes) for v in range(_KEYS)]
-            if ahead is not None:
-                for v in range(_KEYS):
-                    e.prefetch(pool, ahead[0], head, ahead[1] + v, d * lanes)
-            with e.unrolled("i", rows) as i:
-                qv = e.bind("qv", self.query[vec((row + i) * dim + d * lanes, lanes)])
-                for v in range(_KEYS):
-                    e.store(acc, acc[at(i, v)] + keys[v] * qv, at(i, v))
-        with e.unrolled("i", rows) as i:
-            for v in range(0, _KEYS, 4):
-                totals = fold_four(e, [acc[at(i, v + j)] for j in range(4)])
-                e.store(self.scores, totals, vec((slot + i) * self.keys + base + first + v, 4))
-        for v in range(_KEYS if rest else 0):
-            tail = [element(v, i64(whole * lanes + offset), width) for offset, width in rest]
-            with e.unrolled("i", rows) as i:
-                to = (slot + i) * self.keys + base + first + v
-                total = self.scores[to]
-                for key, (offset, width) in zip(tail, rest):
-                    query = self.query[vec((row + i) * dim + whole * lanes + offset, width)]
-                    total = total + fold(key * query, lambda a, b: a + b)
-                e.store(self.scores, total, to)
 
     def _key_scales(self, head: Expr, vectors: Sequence[tuple[Expr, int]]) -> list[Expr]:
         """The scales of vectors of keys that are codes, else none."""
