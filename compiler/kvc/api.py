@@ -168,7 +168,7 @@ def _candidates(
         yield in_form(model, form, runner)
         return
     yield model
-    # Judging the weights of a large layer takes a minute: not where even the best outcome would not fit.
+    # Judging the weights of a large layer takes minutes: not where even the best outcome would not fit.
     hopeless = _least(failed[0], model, machine, workload) > failed[0].given
     forms = [name for name in machine.forms if not (hopeless and name in KEYS)]
     smallest = in_smallest_form(model, runner, forms)
