@@ -56,7 +56,7 @@ class KeepKeys:
         (RoPE), v one of the same x, and W_K of full rank.
     After: `kvc.head_product(kvc.attention(q, row [1,1,n,w], row, site), M) + bias`, row the keys of all heads
         before they are turned, x U, and cosines and sines. New parameters: KeyWeights.names.
-        Of a product that held the values, too, their columns are zeros that nobody reads.
+        A product that holds the values, too, stays as it is.
     Needs: FlattenTokens; the form legal for the sites.
     Refuses: nothing; raises Illegal for a site whose form is not legal.
     """
@@ -77,16 +77,9 @@ class KeepKeys:
         )
         weights = self.weights(forms, found)
         added = {w.index: self._parameters(w, found[w.index]) for w in weights}
-        narrowed = {
-            k.value.product: k for k in found.values() if k.value.product == k.rotation.projection.product
-        }
         values: dict[relax.Var, relax.Expr] = {}
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
-            if var in narrowed:
-                return _without_values(
-                    builder, value, narrowed[var].value_piece, self._heads(found, narrowed[var])
-                )
             if op_name(value) != ATTENTION or int(value.args[4].value) not in found:
                 return None
             index = int(value.args[4].value)
@@ -100,9 +93,6 @@ class KeepKeys:
     def weights(self, forms: Forms, found: Mapping[int, Keys]) -> tuple[KeyWeights, ...]:
         """What the values of these sites are made of."""
         return tuple(self._weights(forms, index, keys) for index, keys in found.items())
-
-    def _heads(self, found: Mapping[int, Keys], keys: Keys) -> int:
-        return next(self.sites[i].kv_heads for i, k in found.items() if k is keys)
 
     def _weights(self, forms: Forms, index: int, keys: Keys) -> KeyWeights:
         site, k, v = self.sites[index], keys.rotation.projection, keys.value
@@ -143,21 +133,6 @@ class KeepKeys:
 
 def _name(bias: relax.Expr | None) -> str:
     return bias.name if isinstance(bias, relax.Var) else ""
-
-
-def _without_values(builder: relax.BlockBuilder, product: relax.Call, piece: Piece, heads: int) -> relax.Expr:
-    """A product without the columns of the values, which are zeros if they stand at its end."""
-    weight, columns = product.args[1], int(dims(product.args[1])[1].value)
-    if piece.stride != piece.width or piece.first + heads * piece.width != columns:
-        return product
-    import numpy as np
-
-    kept = indices(np.arange(piece.first, dtype=np.int64))
-    own = builder.emit(relax.op.take(weight, kept, axis=1, mode="clip"))
-    rows = builder.emit(relax.op.matmul(product.args[0], own))
-    extents = [*dims(rows)[:-1], tirx.IntImm("int64", columns - piece.first)]
-    zeros = builder.emit(relax.op.zeros(relax.ShapeExpr(extents), rows.ty.dtype.dtype))
-    return relax.op.concat([rows, zeros], axis=-1)
 
 
 def _row(

@@ -45,19 +45,6 @@ def test_values_made_from_keys_are_the_values(kv_heads: int, joined: bool, bias:
     np.testing.assert_allclose(got, run_markers(before, (facts,), *given)[0], rtol=0, atol=2e-4)
 
 
-def test_columns_of_values_are_not_computed() -> None:
-    """They stood at the end of the product of q, k and v."""
-    before, facts = attention(kv_heads=4, joined=True)
-    result = KeepKeys((facts,), {0: 0}).run(before)
-    graph = Graph(result.module["main"])
-    (matmul,) = (
-        c
-        for v in graph.order
-        if getattr(getattr(c := graph.definitions[v], "op", None), "name", "") == "relax.matmul"
-    )
-    assert int(matmul.args[1].ty.shape.values[1].value) == 2 * 4 * DIM
-
-
 def test_finer_angles_where_what_is_kept_has_fewer_bits() -> None:
     before, facts = attention(kv_heads=4)
     facts = replace(facts, kv_dtype="float16")
