@@ -34,6 +34,7 @@ from kvc_passes.nodes import NodeNames
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.positions_to_input import PositionsToInput
+from kvc_passes.prove_memory import ProveMemory
 from kvc_passes.prove_tokenwise import ProveTokenwise
 from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.select_rows import SelectRows
@@ -136,6 +137,8 @@ def understand(imported: Imported, runner: Runner) -> Understood:
     mod = bounded.module
     positions = runner.apply(mod, PositionsToInput(roles, names))
     mod = runner.apply(positions.module, ProveTokenwise(roles, names)).module
+    if roles.memory is not None:
+        mod = runner.apply(mod, ProveMemory(roles, names)).module
     mod = runner.apply(mod, FlattenTokens(roles)).module
     limits = [limit for limit in (imported.limit, bounded.facts) if limit is not None]
     return Understood(mod, found.facts, positions.facts, min(limits, default=None))

@@ -143,7 +143,7 @@ def export_decoder(
     traced = trace_with_past(model, cache_of) if with_past else _trace_no_past(model, masked=older)
     with without_complex_numbers(), known_maxima():
         if older:
-            return _export_torchscript(traced, out, opset=opset)
+            return export_with_torchscript(traced, out, opset=opset)
         return export_traced(traced, out, opset=opset, external_data=external_data)
 
 
@@ -226,7 +226,7 @@ def capture(traced: Traced, name: str, *, opset: int) -> Any:
     return program
 
 
-def _export_torchscript(traced: Traced, out: Path, *, opset: int) -> Path:
+def export_with_torchscript(traced: Traced, out: Path, *, opset: int) -> Path:
     """Export with the older exporter, weights inside the file; see `export_decoder`."""
     whole = "past + seq" if any(name.startswith("past") for name in traced.input_names) else "seq"
     axes: dict[str, dict[int, str]] = {}

@@ -48,7 +48,7 @@ class AbsorbProjections:
             for index, call in forms.markers().items()
             if index in self.absorbed
         }
-        sites = tuple(kept_site(s, latents[s.index]) if s.index in latents else s for s in self.sites)
+        sites = self._kept(latents)
         values: dict[relax.Var, relax.Expr] = {}
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
@@ -58,10 +58,23 @@ class AbsorbProjections:
             latent, site = latents[int(value.args[4].value)], self.sites[int(value.args[4].value)]
             query = _own_query(builder, forms, old.args[1], latent, values)
             given = value.args[1] if query is None else query
-            return _attention(builder, given, latent, site, forms.provenance.tokens, values)
+            return _attention(builder, given, latent, site, dims(old.args[2])[2], values)
 
         module = rebuild(mod, mod["main"].params, place, values=values)
         return Result(module, len(latents), sites)
+
+    def _kept(self, latents: dict[int, Kept]) -> tuple[AttentionSite, ...]:
+        """All sites as they are now; what several read of an encoder's output, the first of them keeps."""
+        owners: dict[relax.Var, int] = {}
+        sites = []
+        for site in self.sites:
+            latent = latents.get(site.index)
+            if latent is None:
+                sites.append(site)
+                continue
+            owner = owners.setdefault(latent.source, site.index) if latent.memory else site.index
+            sites.append(kept_site(site, latent, None if owner == site.index else owner))
+        return tuple(sites)
 
 
 def _attention(
@@ -69,10 +82,11 @@ def _attention(
     query: relax.Expr,
     latent: Kept,
     site: AttentionSite,
-    n: tirx.Var,
+    rows: tirx.Var,
     values: dict[relax.Var, relax.Expr],
 ) -> relax.Expr:
-    """The attention of a site over its latent value, [1, n, heads, f]."""
+    """The attention of a site over the latent value of `rows` tokens, [1, n, heads, f]."""
+    n = dims(query)[2]
     dtype, heads, depth = str(query.ty.dtype.dtype), site.heads, latent.key.depth
 
     def typed(value: relax.Expr) -> relax.Expr:
@@ -92,8 +106,8 @@ def _attention(
     def joined(parts: Sequence[relax.Expr]) -> relax.Expr:
         return parts[0] if len(parts) == 1 else builder.emit(relax.op.concat(list(parts), axis=3))
 
-    x = builder.emit(relax.op.reshape(replaced(latent.source, values), shape(1, 1, n, depth)))
-    shared = [shared_columns(builder, replaced(piece.source, values), piece, n) for piece in latent.shared]
+    x = builder.emit(relax.op.reshape(replaced(latent.source, values), shape(1, 1, rows, depth)))
+    shared = [shared_columns(builder, replaced(piece.source, values), piece, rows) for piece in latent.shared]
     key = joined([typed(part) for part in (x, *shared)])
     q = joined([asked(piece) for piece in (latent.key_piece, *latent.shared)])
     attrs = Latent(site.index, attributes(latent.key_piece, True), attributes(latent.value_piece, False))

@@ -67,9 +67,10 @@ class SiteFinder:
         self.params = {p.name: p for p in graph.function.params}
         self.batch, self.sequence = dims(self.params[roles.tokens])
         self.past = dims(self.params[roles.past[0]])[2] if roles.past else tirx.IntImm("int64", 0)
-        known = {roles.positions, roles.attention_mask, *tables}
+        self.rows = dims(self.params[roles.memory])[1] if roles.memory else None
+        known = {roles.positions, roles.attention_mask, roles.memory_mask, *tables}
         data = graph.reachable_from(p for p in graph.function.params if p.name not in known)
-        self.reader = ScoreReader(graph, self.batch, self.past, self.sequence, data)
+        self.reader = ScoreReader(graph, self.batch, self.past, self.sequence, data, self.rows)
         self.prover = MaskProver(graph, roles, self.past, self.sequence, tables)
         self.from_tokens = graph.reachable_from([self.params[roles.tokens]])
         self._owners: dict[relax.Var, tuple[relax.Var, str]] = {}
@@ -105,17 +106,25 @@ class SiteFinder:
         query = self._operand(softmax, scores.query, "q", scores.symbols)
         keys = self._operand(softmax, scores.key, "k", scores.symbols)
         values = self._operand(softmax, scores.value, "v", scores.symbols)
-        key, value = self._without_past(softmax, keys, "k"), self._without_past(softmax, values, "v")
+        memory = self.rows is not None and same_shape([keys.shape[2]], [self.rows])
+        key, value = (
+            (keys, values)
+            if memory
+            else (self._without_past(softmax, keys, "k"), self._without_past(softmax, values, "v"))
+        )
         if value.scale != 1.0:
             self.refuse(softmax, f"the values are scaled by {value.scale}")
         for name, operand in (("q", query), ("k", key), ("v", value)):
-            if not same_shape([operand.shape[0], operand.shape[2]], [self.batch, self.sequence]):
-                self.refuse(softmax, f"{name} does not have one row for each of the model's own tokens")
+            rows = self.rows if memory and name != "q" else self.sequence
+            if not same_shape([operand.shape[0], operand.shape[2]], [self.batch, rows]):
+                whose = "row of the encoder's output" if rows is self.rows else "of the model's own tokens"
+                self.refuse(softmax, f"{name} does not have one row for each {whose}")
         try:
-            mask, slopes = self.prover.prove(scores)
+            mask, slopes = self.prover.memory(scores) if memory else self.prover.prove(scores)
             sinks = self.prover.sinks(scores)
         except Unprovable as error:
-            self.refuse(softmax, f"its mask cannot be proved causal: it {error}")
+            what = "to show all of the encoder's output" if memory else "causal"
+            self.refuse(softmax, f"its mask cannot be proved {what}: it {error}")
         output, transposed = self._output(scores.output)
         site = AttentionSite(
             index=index,
@@ -135,7 +144,8 @@ class SiteFinder:
         )
         if self._static(softmax, value, 1, "value heads") != site.kv_heads:
             self.refuse(softmax, "k and v have different numbers of heads")
-        pasts = tuple((self._past_of(o), o.value) for o in (keys, values) if self.roles.past)
+        own = () if memory or not self.roles.past else (keys, values)
+        pasts = tuple((self._past_of(o), o.value) for o in own)
         return Match(site, query, key, value, output, transposed, pasts)
 
     def _static(self, softmax: relax.Var, value: Operand, axis: int, what: str) -> int:

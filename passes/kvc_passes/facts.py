@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
-FormName = Literal["paged_kv", "x_absorbed", "mla_latent", "k_only", "k_plus_r"]
+FormName = Literal["paged_kv", "x_absorbed", "mla_latent", "k_only", "k_plus_r", "encoder_output"]
 STATE_FORMS: tuple[FormName, ...] = get_args(FormName)
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
@@ -31,6 +31,10 @@ class Roles:
     positions: str | None = None
     past: tuple[str, ...] = ()
     """Past keys and values [batch, kv heads, past, head dim]."""
+    memory: str | None = None
+    """An encoder's output [batch, rows, width], which cross-attention reads."""
+    memory_mask: str | None = None
+    """Which of its rows are no padding [batch, rows]."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class Reach:
     """Which keys the query at a position, and all later ones, may still see: what else is there can go.
 
     window: keys above position - window. chunk: keys of the position's chunk. Neither: every key.
+    memory: the keys are not those of tokens but of the rows of an encoder's output, all of which are seen.
     """
 
     window: int | None = None
     chunk: int | None = None
     sinks: int = 0
     """Keys from 0 on that every query sees, whatever else it does."""
+    memory: bool = False
 
     @property
     def bounded(self) -> bool:
@@ -77,9 +83,10 @@ class MaskFact:
     chunk: k <= q and q // chunk == k // chunk.
     sinks: k <= q and (k < sinks or q - window < k).
     predicate: anything else that implies k <= q.
+    memory: every row of the encoder's output that a request has.
     """
 
-    kind: Literal["causal", "window", "chunk", "sinks", "predicate"]
+    kind: Literal["causal", "window", "chunk", "sinks", "predicate", "memory"]
     window: int | None
     """Of a predicate: a window that it is proved to stay within, if one was found."""
     proof: str
@@ -92,7 +99,7 @@ class MaskFact:
     @property
     def reach(self) -> Reach:
         """Which keys have to be kept."""
-        return Reach(self.window, self.chunk, self.sinks or 0)
+        return Reach(self.window, self.chunk, self.sinks or 0, self.kind == "memory")
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,11 @@ class AttentionSite:
     of, which then is the one key of all heads, and its value. mla_latent: that, and elements of the keys that
     all heads share; the value is the first value_dim elements. k_only: the keys of all heads, before they are
     turned, and their cosines and sines; all but those are the value. k_plus_r: that, and some directions of
-    what keys are projections of."""
+    what keys are projections of. encoder_output: of cross-attention, as x_absorbed, once for several layers."""
     sliced: Sliced | None = None
     """How a query meets its own part of what is kept, where that is keys; else it meets all of it."""
+    owner: int | None = None
+    """The site that keeps the state for this one; None for its own."""
 
     @property
     def shared(self) -> bool:
@@ -177,7 +186,10 @@ class AttentionSite:
         """Dtype and shape of what is kept of `page` tokens; `transposed` keys stand as [head_dim, page].
 
         A byte of int4 holds elements i and i + dim / 2. What is key and value in one is never transposed.
+        Nothing where another site keeps it.
         """
+        if self.owner is not None:
+            return {}
         if self.shared:
             return {"x": (self.kv_dtype, (self.kv_heads, page, self.head_dim))}
         dtypes: dict[str | None, str] = {None: self.kv_dtype, "int8": "int8", "fp8": "uint8", "int4": "uint8"}
@@ -195,6 +207,7 @@ class AttentionSite:
         """How keys and values are kept, in words."""
         names = {"paged_kv": "K and V", "x_absorbed": f"X [{self.head_dim}]"}
         names["mla_latent"] = f"latent [{self.head_dim}]"
+        names["encoder_output"] = f"encoder output [{self.head_dim}]"
         if self.sliced is not None:
             keys, angles = self.sliced.count * self.sliced.dim, self.head_dim - self.value_dim
             rest = f" + {self.sliced.rest}" if self.sliced.rest else ""
@@ -252,10 +265,21 @@ class ModelFacts:
     """Permissions that were used: results differ beyond rounding."""
     forms: tuple[tuple[StateForm, ...], ...] = ()
     """For every site, the forms of its state, legal or not."""
+    memory: tuple[int, FloatName] | None = None
+    """Elements and type of a row of the encoder's output that the decoder reads."""
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether requests come with an encoder's output."""
+        return any(s.mask.reach.memory for s in self.sites)
 
     def kv_token_bytes(self) -> int:
         """Bytes of KV state that one token of context takes over all layers."""
-        return sum(s.token_bytes() for s in self.sites)
+        return sum(s.token_bytes() for s in self.sites if not s.mask.reach.memory)
+
+    def memory_row_bytes(self) -> int:
+        """Bytes that a row of the encoder's output takes over all layers."""
+        return sum(s.token_bytes() for s in self.sites if s.mask.reach.memory)
 
     def groups(self) -> tuple[tuple[Reach, tuple[AttentionSite, ...]], ...]:
         """The sites by which tokens they keep."""
@@ -293,9 +317,12 @@ class Workload:
     context: int
     prefix: int = 0
     """Tokens at the beginning that all requests have in common, and keep once."""
+    memory: int = 0
+    """Rows of an encoder's output that each request comes with."""
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.context}" + (f"/{self.prefix}" if self.prefix else "")
+        memory, prefix = (f"{sign}{n}" if n else "" for sign, n in (("+", self.memory), ("/", self.prefix)))
+        return f"{self.batch}x{self.context}{memory}{prefix}"
 
 
 @dataclass(frozen=True)
@@ -352,6 +379,8 @@ class Plan:
     max_context: int
     """Most tokens of one sequence."""
     bytes: Bytes
+    max_memory: int = 0
+    """Most rows of an encoder's output of one sequence."""
     keys_transposed: bool = True
     """Whether a page holds its keys as [head_dim, page_size]; else as [page_size, head_dim]."""
     capacities: tuple[Workload, ...] = ()
@@ -360,7 +389,11 @@ class Plan:
     @property
     def table_width(self) -> int:
         """Columns of the block table."""
-        return -(-self.max_context // self.page_size)
+        return self.table_columns(False)
+
+    def table_columns(self, memory: bool) -> int:
+        """Columns of the block table of tokens, or of rows of an encoder's output."""
+        return -(-(self.max_memory if memory else self.max_context) // self.page_size)
 
     @property
     def max_tiles(self) -> int:
@@ -379,7 +412,8 @@ def facts_from_json(text: str) -> ModelFacts:
     sites = tuple(_site(s) for s in data["sites"])
     lists = {name: tuple(data[name]) for name in ("positions", "warnings", "allowed")}
     forms = tuple(tuple(StateForm(**form) for form in site) for site in data["forms"])
-    return ModelFacts(**{**data, **lists, "sites": sites, "forms": forms})
+    memory = None if data["memory"] is None else tuple(data["memory"])
+    return ModelFacts(**{**data, **lists, "sites": sites, "forms": forms, "memory": memory})
 
 
 def _site(data: dict[str, Any]) -> AttentionSite:

@@ -56,7 +56,7 @@ class PositionsToInput:
         values = {} if given is None else {given: shaped(given)}
         old = [function.params[0], positions, *function.params[1:]]
         module = rebuild(mod, old, place, values=values)
-        gone = {self.roles.attention_mask, self.roles.positions, *self.roles.past}
+        gone = {self.roles.attention_mask, self.roles.positions, self.roles.memory_mask, *self.roles.past}
         past = dims(params[self.roles.past[0]])[2] if self.roles.past else None
         self._check(graph_of(module["main"]), gone, past)
         names = tuple(self.names.name(v) for v in sources) + ((given.name,) if given is not None else ())

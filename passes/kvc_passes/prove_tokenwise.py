@@ -29,7 +29,7 @@ _PLACED = ELEMENTWISE | REDUCTIONS | NORMS | {"broadcast_to", "concat", "matmul"
 """Operations whose result has its token axes where the operands have them, counted from the last."""
 
 
-class _Mixes(Exception):
+class Mixes(Exception):
     """Why an operation mixes tokens."""
 
 
@@ -52,18 +52,18 @@ class ProveTokenwise:
         """Facts of the result: the number of operations proved. Raises UnsupportedModel."""
         graph = graph_of(mod["main"])
         tokens = next(p for p in graph.function.params if p.name == self.roles.tokens)
-        axes = _TokenAxes([d for d in dims(tokens) if isinstance(d, tirx.Var)])
+        axes = TokenAxes([d for d in dims(tokens) if isinstance(d, tirx.Var)])
         for var in graph.order:
             try:
                 axes.check(graph, var)
-            except _Mixes as reason:
+            except Mixes as reason:
                 raise UnsupportedModel(
                     f"{self.names.describe(var)} {reason}; only attention may mix tokens"
                 ) from None
         return Result(mod, 0, len(graph.order))
 
 
-class _TokenAxes:
+class TokenAxes:
     """Which axes of a value run over tokens: those whose extent depends on batch or sequence."""
 
     def __init__(self, symbols: list[tirx.Var]) -> None:
@@ -80,7 +80,7 @@ class _TokenAxes:
         """Raise unless none of the axes `over` of a value runs over tokens."""
         wrong = sorted(over & set(self.of(value)))
         if wrong:
-            raise _Mixes(f"{what} (axis {wrong[0]} of {len(dims(value))})")
+            raise Mixes(f"{what} (axis {wrong[0]} of {len(dims(value))})")
 
     def depends(self, dim: Any) -> bool:
         if isinstance(dim, tirx.Var):
@@ -94,24 +94,24 @@ class _TokenAxes:
             return
         sequence = self.symbols[-1]
         if sum(_mentions(dim, sequence) for dim in dims(var)) > 1:
-            raise _Mixes("pairs every token with every token")
+            raise Mixes("pairs every token with every token")
         inputs = [o for o in operands(call) if self.of(o)]
         if name == "shape_to_tensor" and any(self.depends(d) for d in graph.resolve(call.args[0]).values):
-            raise _Mixes("reads the number of tokens as a value")
+            raise Mixes("reads the number of tokens as a value")
         if not inputs:
             if self.of(var) and name not in _UNIFORM:
-                raise _Mixes("makes a value for every token out of neither the tokens nor their positions")
+                raise Mixes("makes a value for every token out of neither the tokens nor their positions")
         elif name == "reshape":
             self.regrouped(var, call)
         else:
             self._ruled(var, call, name, inputs)
         if any(self.depends(number) for number in numbers(call)):
-            raise _Mixes("reads the number of tokens as a value")
+            raise Mixes("reads the number of tokens as a value")
 
     def _ruled(self, var: relax.Var, call: relax.Call, name: str, inputs: list[relax.Expr]) -> None:
         rule = _RULES.get(name)
         if rule is None:
-            raise _Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
+            raise Mixes(f"is of the operation {name}, which is not known to keep tokens apart")
         rule(self, call, inputs)
         if any(self.outer.get(o) for o in inputs):
             self._carry(var, call, name, inputs)
@@ -130,10 +130,10 @@ class _TokenAxes:
                     if axis - len(dims(var)) + len(dims(o)) in self.of(o)
                 }
                 if len(kinds) > 1:
-                    raise _Mixes("pairs tokens with tokens in another order")
+                    raise Mixes("pairs tokens with tokens in another order")
                 found[axis] = kinds.pop() if kinds else 1
         else:
-            raise _Mixes("takes an axis in which tokens stand behind another axis")
+            raise Mixes("takes an axis in which tokens stand behind another axis")
         self.outer[var] = {axis: count for axis, count in found.items() if count != 1}
 
     def regrouped(self, var: relax.Var, call: relax.Call) -> None:
@@ -144,19 +144,19 @@ class _TokenAxes:
         try:
             groups = regroup(self.analyzer, source, target)
         except Unprovable as reason:
-            raise _Mixes(str(reason)) from None
+            raise Mixes(str(reason)) from None
         for low, high, first, last in groups:
             given = self._standing(source[low:high], {a - low: n for a, n in before.items()})
             if given is None:
                 continue
             wanted = [a for a in range(first, last) if self.depends(target[a])]
             if not wanted:
-                raise _Mixes("merges the token axis with another axis")
+                raise Mixes("merges the token axis with another axis")
             between = [a for a in range(wanted[0], wanted[-1]) if static(target[a]) not in (None, 1)]
             outside, behind = _count(target[first : wanted[0]]), _count(target[wanted[-1] + 1 : last])
             inside = self._elements(source[low:high]) // given
             if between or given % outside or inside % behind:
-                raise _Mixes("merges the token axis with another axis")
+                raise Mixes("merges the token axis with another axis")
             if given != outside:
                 found[wanted[0]] = given // outside
         self.outer[var] = found
@@ -168,7 +168,7 @@ class _TokenAxes:
             return None
         inside = [a for a in range(tokens[0], tokens[-1]) if static(group[a]) not in (None, 1)]
         if inside or any(before.get(a, 1) != 1 for a in tokens[1:]):
-            raise _Mixes("merges the token axis with another axis")
+            raise Mixes("merges the token axis with another axis")
         return _count(group[: tokens[0]]) * before.get(tokens[0], 1)
 
     def _elements(self, group: Sequence[Any]) -> int:
@@ -191,14 +191,14 @@ def _mentions(dim: Any, symbol: tirx.Var) -> bool:
     return any(_mentions(getattr(dim, name), symbol) for name in ("a", "b") if hasattr(dim, name))
 
 
-def _aligned(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _aligned(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     rank = len(dims(call))
     places = {axis - len(dims(o)) + rank for o in inputs for axis in axes.of(o)}
     if not places <= set(axes.of(call)):
-        raise _Mixes("combines the token axis with another axis")
+        raise Mixes("combines the token axis with another axis")
 
 
-def _reduced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _reduced(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     rank = len(dims(call.args[0]))
     axis = call.attrs.axis
     over = (
@@ -209,48 +209,48 @@ def _reduced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> No
     axes.forbid("reduces over the tokens", set(over), call.args[0])
 
 
-def _normalized(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _normalized(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     rank = len(dims(call.args[0]))
     over = getattr(call.attrs, "axes", None)
     over = [call.attrs.axis] if over is None else over
     axes.forbid("normalizes over the tokens", {int(a) % rank for a in over}, call.args[0])
 
 
-def _product(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _product(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     left, right = call.args[:2]
     axes.forbid("sums over the tokens", {len(dims(left)) - 1}, left)
     axes.forbid("sums over the tokens", {max(len(dims(right)) - 2, 0)}, right)
     if len(dims(right)) - 1 in axes.of(right) and len(dims(left)) - 2 in axes.of(left):
-        raise _Mixes("pairs every token with every token")
+        raise Mixes("pairs every token with every token")
     _aligned(axes, call, [left, right])
 
 
-def _along(what: str) -> Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]:
-    def rule(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _along(what: str) -> Callable[[TokenAxes, relax.Call, list[relax.Expr]], None]:
+    def rule(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
         for value in inputs:
             axes.forbid(f"{what} along the tokens", {int(call.attrs.axis) % len(dims(value))}, value)
 
     return rule
 
 
-def _sliced(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _sliced(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     over = {int(static(a) or 0) % len(dims(call)) for a in call.args[1].fields}
     axes.forbid("slices the tokens", over, call.args[0])
 
 
-def _taken(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _taken(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     data = call.args[0]
     axis = 0 if call.attrs.axis is None else int(call.attrs.axis) % len(dims(data))
     axes.forbid("picks tokens by index", {axis}, data)
     if axes.of(data) and axes.of(call.args[1]):
-        raise _Mixes("pairs every token with every token")
+        raise Mixes("pairs every token with every token")
 
 
-def _kept(axes: _TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
+def _kept(axes: TokenAxes, call: relax.Call, inputs: list[relax.Expr]) -> None:
     """Moves or adds axes without mixing them."""
 
 
-_RULES: dict[str, Callable[[_TokenAxes, relax.Call, list[relax.Expr]], None]] = {
+_RULES: dict[str, Callable[[TokenAxes, relax.Call, list[relax.Expr]], None]] = {
     **dict.fromkeys(ELEMENTWISE, _aligned),
     **dict.fromkeys(REDUCTIONS, _reduced),
     **dict.fromkeys(NORMS, _normalized),

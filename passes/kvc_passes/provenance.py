@@ -109,8 +109,8 @@ class Provenance:
 
     def _piece(self, operand: relax.Expr, low: int, high: int) -> Piece:
         analyzer = Analyzer()
-        bind_extent(analyzer, self.tokens, 1)
         extents = dims(operand)
+        bind_extent(analyzer, extents[2], 1)
         h, t = bind_index(analyzer, "h", extents[1]), bind_index(analyzer, "t", extents[2])
         d = bind_index(analyzer, "d", high - low)
         seen: list[tuple[relax.Var, Index, Any]] = []

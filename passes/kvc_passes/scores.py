@@ -68,8 +68,12 @@ class _Peeled:
 class ScoreReader:
     """Reads the attentions of one function."""
 
-    def __init__(self, graph: Graph, batch: Any, past: Any, sequence: Any, data: set[relax.Var]) -> None:
+    def __init__(
+        self, graph: Graph, batch: Any, past: Any, sequence: Any, data: set[relax.Var], rows: Any = None
+    ) -> None:
+        """rows: of an encoder's output, None where there is none."""
         self.graph, self.batch, self.past, self.sequence, self.data = graph, batch, past, sequence, data
+        self.rows = rows
 
     def analyzer(self) -> Analyzer:
         """Knows the bounds of batch, sequence and past."""
@@ -143,7 +147,8 @@ class ScoreReader:
         heads = static(shape[1])
         if heads is None:
             raise Unread("the number of heads is not a constant")
-        s = self.symbols(heads, self.past + self.sequence)
+        memory = self.rows is not None and same_shape([shape[3]], [self.rows])
+        s = self.symbols(heads, self.rows if memory else self.past + self.sequence)
         place = s.place
         peeled = self._masks(_Peeled(call.args[0], [s.b, place.head, place.query, place.key]))
         softcap = self._softcap(peeled)

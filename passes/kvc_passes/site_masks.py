@@ -55,6 +55,16 @@ class MaskProver:
             self._proved[key] = self._prove(scores)
         return self._proved[key]
 
+    def memory(self, scores: Scores) -> Proved:
+        """Of cross-attention: every row is seen. Raises Unprovable."""
+        elements = self._elements(scores.symbols, lambda index: 1)
+        predicate, slopes = self._read(elements, scores)
+        if scores.lengths is not None or (predicate is not True and not elements.prove(predicate)):
+            raise Unprovable(f"hides rows: it shows those for which {predicate}")
+        if any(slopes):
+            raise Unprovable("adds a bias of the row")
+        return MaskFact("memory", None, "all rows of the encoder's output", predicate="True"), None
+
     def _prove(self, scores: Scores) -> Proved:
         elements = self._elements(scores.symbols, lambda index: 1)
         self._check_lengths(elements, scores)
@@ -95,6 +105,8 @@ class MaskProver:
         leaves: dict[relax.Var, Any] = {p: partial(read_table, t) for p, t in self.tables.items()}
         if self.roles.attention_mask:  # the runtime has no padding: every token in the mask is real
             leaves[self.params[self.roles.attention_mask]] = padding
+        if self.roles.memory_mask:
+            leaves[self.params[self.roles.memory_mask]] = lambda index: 1
         if self.roles.positions:
             leaves[self.params[self.roles.positions]] = lambda index: index[-1] + self.past
         return Elements(self.graph, leaves, symbols.analyzer)

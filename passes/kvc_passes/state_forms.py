@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -29,9 +30,13 @@ class Latent:
     """A key's other elements, which are the same for all heads."""
     source: relax.Var
     """The value: a 16-bit float where that is what is projected, in whatever type."""
+    memory: bool = False
+    """Whether it is made of an encoder's output."""
 
     @property
     def form(self) -> FormName:
+        if self.memory:
+            return "encoder_output"
         return "mla_latent" if self.shared else "x_absorbed"
 
     @property
@@ -57,8 +62,10 @@ class Keys:
     """Whether cosines and sines take two elements each: targets may compute them in more than 16 bits."""
 
 
-ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent")
+ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", "encoder_output")
 KEYS: Final[tuple[FormName, ...]] = ("k_only", "k_plus_r")
+OF_TOKENS: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", *KEYS)
+"""Forms of what attention over the model's own tokens keeps, other than K and V."""
 UNJUDGED: Final = "the rounding of its weights was not measured"
 
 
@@ -72,6 +79,7 @@ class Forms:
     def __init__(self, graph: Graph, names: NodeNames = NodeNames()) -> None:  # noqa: B008  it is frozen
         self.graph, self.names = graph, names
         self.provenance = Provenance(graph)
+        self._owners: dict[relax.Var, int] = {}
 
     def markers(self) -> dict[int, relax.Call]:
         """The attentions by the index of their site."""
@@ -81,14 +89,28 @@ class Forms:
     def of(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
         """All forms of a site, the legal ones first as they are to be preferred."""
         plain = StateForm("paged_kv", site.token_bytes(), f"K and V of {site.kv_heads} heads")
-        return plain, *self._latent_forms(marker, site), *self._key_forms(marker, site)
+        if site.mask.reach.memory:
+            return plain, self._memory_form(marker, site), *_illegal(OF_TOKENS, "it reads an encoder's output")
+        others = _illegal(("encoder_output",), "it reads the model's own tokens")
+        return plain, *self._latent_forms(marker, site), *self._key_forms(marker, site), *others
+
+    def _memory_form(self, marker: relax.Call, site: AttentionSite) -> StateForm:
+        try:
+            latent = self.latent(marker, site)
+        except Illegal as reason:
+            return StateForm("encoder_output", 0, str(reason), False)
+        owner = self._owners.setdefault(latent.source, site.index)
+        if owner != site.index:
+            return StateForm("encoder_output", 0, f"layer {owner} keeps it")
+        kept = f"{latent.width} elements that K and V of all layers are projections of, once for those layers"
+        return StateForm("encoder_output", latent.width * FLOAT_BYTES[latent.dtype], kept)
 
     def _key_forms(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
         """Forms that the rounding of the real weights decides about."""
         try:
             kept = sliced_site(site, self.keys(marker, site), 0)
         except Illegal as reason:
-            return tuple(StateForm(name, 0, str(reason), False) for name in KEYS)
+            return _illegal(KEYS, str(reason))
         detail = f"{kept.head_dim} elements: K before it is turned, its cosines and sines"
         return tuple(StateForm(name, kept.token_bytes(), f"{detail}; {UNJUDGED}", False) for name in KEYS)
 
@@ -96,7 +118,7 @@ class Forms:
         try:
             latent = self.latent(marker, site)
         except Illegal as reason:
-            return tuple(StateForm(name, 0, str(reason), False) for name in ABSORBED)
+            return _illegal(("x_absorbed", "mla_latent"), str(reason))
         kept = f"{latent.width} elements that K and V are projections of"
         other: FormName = "x_absorbed" if latent.shared else "mla_latent"
         why = "keys have elements that are no projection" if latent.shared else "keys are projections alone"
@@ -161,7 +183,10 @@ class Forms:
             raise Illegal("K has a bias, which a softcap or a learned score does not cancel")
         if v.bias is not None and site.sinks is not None:
             raise Illegal("V has a bias, and with a learned score the weights do not sum to 1")
-        return Latent(k, v, of_key[0], value_pieces[0], shared, self._narrowest(k.x))
+        memory = site.mask.reach.memory
+        if memory and shared:
+            raise Illegal("K has elements that are no projection")
+        return Latent(k, v, of_key[0], value_pieces[0], shared, self._narrowest(k.x), memory)
 
     def _pieces(self, operand: relax.Expr, name: str) -> tuple[Piece, ...]:
         try:
@@ -179,6 +204,10 @@ class Forms:
         return x
 
 
+def _illegal(names: Sequence[FormName], reason: str) -> tuple[StateForm, ...]:
+    return tuple(StateForm(name, 0, reason, False) for name in names)
+
+
 def sliced_site(site: AttentionSite, keys: Keys, rest: int) -> AttentionSite:
     """The attention over keys before they are turned, and `rest` other elements."""
     sliced = Sliced(site.kv_heads, site.head_dim, rest, keys.rotation.half, keys.fine)
@@ -192,8 +221,8 @@ def sliced_site(site: AttentionSite, keys: Keys, rest: int) -> AttentionSite:
     )
 
 
-def kept_site(site: AttentionSite, latent: Latent) -> AttentionSite:
-    """The attention over the latent value: one key for all heads."""
+def kept_site(site: AttentionSite, latent: Latent, owner: int | None = None) -> AttentionSite:
+    """The attention over the latent value: one key for all heads. `owner`: the site that keeps it."""
     return replace(
         site,
         kv_heads=1,
@@ -201,4 +230,5 @@ def kept_site(site: AttentionSite, latent: Latent) -> AttentionSite:
         value_dim=latent.key.depth,
         kv_dtype=latent.dtype,
         kept=latent.form,
+        owner=owner,
     )

@@ -62,6 +62,8 @@ def import_onnx(path: Path, allow: frozenset[str] = frozenset()) -> Imported:
         renamed.get(roles.attention_mask or ""),
         renamed.get(roles.positions or ""),
         tuple(renamed[name] for name in roles.past),
+        renamed.get(roles.memory or ""),
+        renamed.get(roles.memory_mask or ""),
     )
     names = NodeNames(tuple((n.name or f"#{i}", n.op_type) for i, n in enumerate(file.graph.node)))
     limit = min(importer.limits, default=None)

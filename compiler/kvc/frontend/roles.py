@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 
 from kvc_passes.errors import UnsupportedModel
 from kvc_passes.facts import Roles
 
-BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
+BATCH, SEQUENCE, PAST, ROWS = "batch", "sequence", "past", "rows"
 LOGITS = "logits"
 _TABLES = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose")
 """Operators that make tables of other tables."""
@@ -32,7 +34,7 @@ def find_roles(graph: onnx.GraphProto, path: object) -> Roles:
             f"{path}: is not a decoder language model: no integer input [batch, sequence] indexes an "
             f"embedding table (inputs: {found})"
         )
-    mask = positions = None
+    mask = positions = memory = memory_mask = None
     past: list[str] = []
     for value in inputs:
         kind, rank = value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim)
@@ -41,15 +43,20 @@ def find_roles(graph: onnx.GraphProto, path: object) -> Roles:
         if kind in _INTEGERS and rank == 2 and "position" in value.name.lower():
             positions = value.name
         elif rank == 2 and "mask" in value.name.lower():
-            mask = value.name
+            if "encoder" in value.name.lower():
+                memory_mask = value.name
+            else:
+                mask = value.name
+        elif kind not in _INTEGERS and rank == 3 and memory is None:
+            memory = value.name
         elif kind not in _INTEGERS and rank == 4:
             past.append(value.name)
         else:
             raise UnsupportedModel(
-                f"{path}: input '{value.name}' is neither token ids, attention mask, position ids nor a past "
-                "key or value [batch, heads, past, head dim]"
+                f"{path}: input '{value.name}' is neither token ids, attention mask, position ids, a past "
+                "key or value [batch, heads, past, head dim] nor an encoder's output [batch, rows, width]"
             )
-    return Roles(tokens, mask, positions, tuple(past))
+    return Roles(tokens, mask, positions, tuple(past), memory, memory_mask)
 
 
 def _token_input(graph: onnx.GraphProto, inputs: list[onnx.ValueInfoProto]) -> str | None:
@@ -113,12 +120,25 @@ def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None
         roles.attention_mask: [BATCH, total],
     }
     wanted |= {name: [BATCH, None, PAST, None] for name in roles.past}
+    if roles.memory is not None:
+        _check_memory(dims[roles.memory], roles.memory, path)
+        wanted |= {roles.memory: [BATCH, ROWS, None], roles.memory_mask: [BATCH, ROWS]}
     for name, symbols in wanted.items():
         if name is None:
             continue
         for axis, symbol in enumerate(symbols):
             if symbol is not None and not dims[name][axis].dim_value:
                 dims[name][axis].dim_param = symbol
+
+
+def _check_memory(dims: Sequence[onnx.TensorShapeProto.Dimension], name: str, path: object) -> None:
+    if dims[1].dim_value:
+        raise UnsupportedModel(
+            f"{path}: input '{name}' has a fixed number of rows, {dims[1].dim_value}; export the decoder with "
+            "a dynamic axis for the encoder's output"
+        )
+    if not dims[2].dim_value:
+        raise UnsupportedModel(f"{path}: input '{name}' has rows of unknown width")
 
 
 def order_outputs(graph: onnx.GraphProto, roles: Roles) -> None:
