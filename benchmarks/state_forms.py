@@ -8,7 +8,10 @@ For models of real shapes with random float16 weights, every legal form is compi
     decode     median seconds of a step behind 1k to 32k tokens, in rounds that alternate with K and V
     prefill    seconds of 2048 tokens
 
-and, for what decides about keys alone, the singular values of W_K: of these models, and of the trained
+The decoder of whisper-small reads an encoder's output of 1500 rows: bytes are those of a row, decode is
+behind 64 and 440 tokens, prefill is of 4 tokens, and `encode` has the seconds until the output is kept.
+
+And, for what decides about keys alone, the singular values of W_K: of these models, and of the trained
 SmolLM2-135M (whose keys are fewer than what they are projections of, so that no exact form is made of them).
 
     python -m benchmarks.state_forms [--only gpt2-124m ...] [--quick]
@@ -31,7 +34,11 @@ import numpy as np
 from benchmarks.common import MODEL, WORK, destination, parser, run_python, show, write_results
 
 MODELS: Final = ("gpt2-124m", "opt-350m", "deepseek-slice", "llama2-slice", "phi3-slice")
+PAIRS: Final = ("whisper-small",)
+MEMORY: Final = 1500
+"""Rows of an encoder's output."""
 CONTEXTS: Final = (1024, 4096, 16384, 32000)
+PAIR_CONTEXTS: Final = (64, 440)
 ROUNDS: Final = 9
 CHECKED: Final = 200
 """Tokens of a prompt whose logits are compared, with those of 63 steps after it."""
@@ -43,6 +50,10 @@ def exported(name: str) -> Path:
     out = WORK / "forms" / f"{name}.onnx"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
+        if name in PAIRS:
+            from kvc_models.pairs import export_pair_decoder, make_pair
+
+            return export_pair_decoder(make_pair(name, "float16"), out, external_data=True)
         run_python(["-m", "kvc_models", "export", name, str(out), "--dtype", "float16"])
     return out
 
@@ -51,8 +62,17 @@ def compiled(model: Path, form: str) -> Path:
     import kvc
 
     out = model.with_name(f"{model.stem}-{form}.kvc")
-    kvc.compile(model, budget="16GB", workload=f"1x{CONTEXTS[-1] + 64}", state=form, output=out, force=True)
+    pair = model.stem in PAIRS
+    workload = f"1x448+{MEMORY}" if pair else f"1x{CONTEXTS[-1] + 64}"
+    kvc.compile(model, budget="16GB", workload=workload, state=form, output=out, force=True)
     return out
+
+
+def memory_of(facts: Any) -> np.ndarray | None:
+    """A random encoder output, for a model that reads one."""
+    if facts.memory is None:
+        return None
+    return np.random.default_rng(1).standard_normal((MEMORY, facts.memory[0])).astype(np.float32)
 
 
 class Decoder:
@@ -64,17 +84,34 @@ class Decoder:
 
         self.executor, self.segment = Executor(Artifact.open(artifact)), Segment
         self.pages = [list(range(group.pages)) for group in self.executor.plan.groups]
+        self.memory = memory_of(self.executor.facts)
+        self.rows = 0 if self.memory is None else MEMORY
+        if self.memory is not None:
+            self.encode()
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        return PAIR_CONTEXTS if self.rows else CONTEXTS
 
     def step(self, context: int) -> float:
         start = time.perf_counter()
-        self.executor.decode([self.segment([1], context - 1, self.pages)])
+        self.executor.decode([self.segment([1], context - 1, self.pages, memory=self.rows)])
         return time.perf_counter() - start
 
-    def prefill(self, tokens: int) -> float:
+    def prefill(self) -> float:
+        tokens = 4 if self.rows else PREFILL
         start, chunk = time.perf_counter(), self.executor.plan.chunk
         for first in range(0, tokens, chunk):
             count = min(chunk, tokens - first)
-            self.executor.prefill([self.segment([1] * count, first, self.pages)])
+            self.executor.prefill([self.segment([1] * count, first, self.pages, memory=self.rows)])
+        return time.perf_counter() - start
+
+    def encode(self) -> float:
+        """Keep the encoder's output."""
+        start = time.perf_counter()
+        assert self.memory is not None
+        groups = zip(self.executor.plan.groups, self.pages)
+        self.executor.encode(self.memory, next(pages for group, pages in groups if group.reach.memory))
         return time.perf_counter() - start
 
 
@@ -82,7 +119,8 @@ def timed(artifact: str, base: str, quick: bool) -> dict[str, Any]:
     """Decode steps and a prefill of two artifacts, in turns."""
     decoders = [Decoder(Path(path)) for path in (artifact, base)]
     result: dict[str, Any] = {"decode": {}}
-    for context in CONTEXTS[:2] if quick else CONTEXTS:
+    contexts = decoders[0].contexts
+    for context in contexts[:2] if quick else contexts:
         times: list[list[float]] = [[], []]
         for turn in range(3 if quick else ROUNDS + 1):
             for each, decoder in zip(times, decoders):
@@ -91,8 +129,10 @@ def timed(artifact: str, base: str, quick: bool) -> dict[str, Any]:
                     each.append(seconds)
         own, other = (statistics.median(each) for each in times)
         result["decode"][context] = {"seconds": own, "paged_kv": other, "ratio": round(own / other, 3)}
-    own, other = (min(decoder.prefill(PREFILL) for _ in range(2)) for decoder in decoders)
-    result["prefill"] = {"seconds": own, "paged_kv": other, "ratio": round(own / other, 3)}
+    parts = {"prefill": Decoder.prefill} | ({"encode": Decoder.encode} if decoders[0].rows else {})
+    for name, run in parts.items():
+        own, other = (min(run(decoder) for _ in range(2)) for decoder in decoders)
+        result[name] = {"seconds": own, "paged_kv": other, "ratio": round(own / other, 3)}
     return result
 
 
@@ -104,7 +144,7 @@ def rows(artifact: str, out: str) -> None:
 
     executor = Executor(Artifact.open(Path(artifact)))
     sequences = Sequences(executor, share=False)
-    kept = sequences.open(tokens(executor.facts.vocab))
+    kept = sequences.open(tokens(executor.facts.vocab), memory_of(executor.facts))
     found = [sequences.prefill([(kept, CHECKED)])[0].copy()]
     found += [sequences.decode([kept])[0].copy() for _ in range(63)]
     np.save(out, np.stack(found))
@@ -124,7 +164,8 @@ def reference(model: Path) -> np.ndarray:
     if not out.is_file():
         widen(model, out)
     facts = kvc.Artifact.open(model.with_name(f"{model.stem}-paged_kv.kvc"), verify=False).facts
-    return Reference(out, facts.sites[0].head_dim).logits(np.array(tokens(facts.vocab)))[CHECKED - 1 :]
+    given = np.array(tokens(facts.vocab)), memory_of(facts)
+    return Reference(out, facts.sites[0].head_dim).logits(*given)[CHECKED - 1 :]
 
 
 def spectrum(model: Path) -> list[dict[str, Any]]:
@@ -172,7 +213,9 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
 
     model = exported(name)
     facts = kvc.inspect(model)
-    legal = [form.name for form in facts.forms[0] if form.legal and form.name != "paged_kv"]
+    legal: list[str] = [form.name for form in facts.forms[0] if form.legal and form.name != "paged_kv"]
+    if name in PAIRS:
+        legal = ["encoder_output", "x_absorbed,encoder_output"]
     base = compiled(model, "paged_kv")
     exact = reference(model)
     result: dict[str, Any] = {"forms": {}, "layers": len(facts.sites)}
@@ -182,8 +225,8 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
         run_python(["-m", "benchmarks.state_forms", "--rows", str(artifact), str(out)])
         sites = kvc.Artifact.open(artifact, verify=False)
         entry: dict[str, Any] = {
-            "form": sites.plan.groups[0].form,
-            "bytes_per_token": sites.facts.kv_token_bytes(),
+            "form": "; ".join(group.form for group in sites.plan.groups),
+            "bytes_per_token": sites.facts.memory_row_bytes() or sites.facts.kv_token_bytes(),
             "weights": sites.plan.bytes.weights,
             "error": float(np.sqrt(np.mean((np.load(out) - exact) ** 2))),
         }
@@ -210,15 +253,16 @@ def _rows_of(models: dict[str, Any]) -> Iterator[list[object]]:
                 f"{entry['error'] / base['error']:.2f}",
                 *(
                     f"{decode[c]['ratio']:.2f}" if (c := str(context)) in decode else ""
-                    for context in CONTEXTS
+                    for context in (PAIR_CONTEXTS if name in PAIRS else CONTEXTS)
                 ),
+                *([""] * (2 if name in PAIRS else 0)),
                 f"{entry['prefill']['ratio']:.2f}" if "prefill" in entry else "",
             ]
 
 
 def main() -> int:
     arguments = parser(__doc__, "state_forms")
-    arguments.add_argument("--only", nargs="+", choices=MODELS, default=MODELS)
+    arguments.add_argument("--only", nargs="+", choices=(*MODELS, *PAIRS), default=(*MODELS, *PAIRS))
     options = arguments.parse_args()
     path = destination(options, "state_forms")
     models: dict[str, Any] = {}
@@ -226,7 +270,8 @@ def main() -> int:
         models = json.loads(path.read_text())["models"]
     for name in options.only:
         models[name] = measured(name, options.quick)
-        models[name]["spectra"] = spectrum(exported(name))
+        if name not in PAIRS:
+            models[name]["spectra"] = spectrum(exported(name))
         body = {"contexts": CONTEXTS, "models": json.loads(json.dumps(models))}
         if MODEL.is_file():
             body["trained"] = {"smollm2-135m": spectrum(MODEL)}

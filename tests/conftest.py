@@ -25,7 +25,7 @@ def _exporter_version() -> str:
     """Names what the exported files depend on."""
     models = Path(__file__).parents[1] / "models" / "kvc_models"
     digest = hashlib.sha256()
-    for name in ("tiny.py", "export.py", "families.py", "adapt.py", "others.py"):
+    for name in ("tiny.py", "export.py", "families.py", "adapt.py", "others.py", "pairs.py"):
         digest.update((models / name).read_bytes())
     for package in ("torch", "transformers", "onnxscript"):
         digest.update(importlib.metadata.version(package).encode())
@@ -34,7 +34,10 @@ def _exporter_version() -> str:
 
 @pytest.fixture(scope="session")
 def model_file(pytestconfig: pytest.Config) -> ModelFile:
-    """`model_file(family, with_past=False, dtype="float32")` exports a tiny model, "cnn" and "encoder", too.
+    """`model_file(family, with_past=False, dtype="float32")` exports a tiny model.
+
+    Families beside those of kvc_models.tiny: "cnn", "encoder", and decoders of encoder-decoder pairs such as
+    "tiny-whisper".
 
     An export takes 5 to 10 s and always gives the same file, so that pytest's cache keeps it between runs.
     """
@@ -54,13 +57,17 @@ def model_file(pytestconfig: pytest.Config) -> ModelFile:
     def write(out: Path, family: str, with_past: bool, dtype: str) -> None:
         if not out.exists():
             from kvc_models import export_cnn, export_encoder, export_tiny
+            from kvc_models.pairs import PAIRS, export_pair_decoder, make_pair
 
             part = out.with_suffix(f".{os.getpid()}.onnx")
             others = {"cnn": export_cnn, "encoder": export_encoder}
             if family in others:
                 others[family](part)
             else:
-                export_tiny(family, part, with_past=with_past, dtype=dtype)
+                if family in PAIRS:
+                    export_pair_decoder(make_pair(family, dtype), part)
+                else:
+                    export_tiny(family, part, with_past=with_past, dtype=dtype)
                 shutil.rmtree(out.with_suffix(".assets"), ignore_errors=True)  # of a run that was killed
                 part.with_suffix(".assets").replace(out.with_suffix(".assets"))
             part.replace(out)

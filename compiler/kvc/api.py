@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvc_passes.errors import BudgetError, InputError
+from kvc_passes.errors import BudgetError, InputError, TargetError
 from kvc_passes.facts import STATE_FORMS, FormName, ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
@@ -71,8 +71,9 @@ def compile(
             "cuda:sm_80,sm_90" for GPUs, whose memory is then what the budget counts.
         allow: permissions to change results beyond rounding, none by default: "window=4096,sinks=4",
             "kv-int8", ...: all are in permissions.KNOWN.
-        state: the form that all layers keep their state in, one of STATE_FORMS. By default keys and values
-            if the workload fits with them, else the smallest form of each layer that is as exact.
+        state: the form that all layers keep their state in, one of STATE_FORMS, or one for attention over
+            the model's own tokens and "encoder_output": "x_absorbed,encoder_output". By default keys and
+            values if the workload fits with them, else the smallest form of each layer that is as exact.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
@@ -100,6 +101,7 @@ def compile(
         for library in build_libraries(lowered, plan, writer.folder, runner):
             writer.add(library)
         writer.weights(packed_weights(model, lowered, runner))
+        writer.functions(lowered.takes)
         writer.facts(plan, model.facts)
         writer.assets(assets_of(source))
         writer.commit()
@@ -132,7 +134,7 @@ def _planned(
     runner: Runner,
 ) -> tuple[Model, Lowered, Plan]:
     """Import, prove, lower and plan a model; meanwhile measure what a process takes here."""
-    form = _form(state)
+    names = _forms(state)
     runner.report("import")
     imported = import_onnx(source, allow.names)
     Text.check(assets_of(source))
@@ -140,8 +142,11 @@ def _planned(
     with ThreadPoolExecutor(1) as pool:
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
+        if model.facts.reads_memory and "encoder_output" not in machine.forms:
+            kind = machine.description["kind"]
+            raise TargetError(f"there are no kernels for cross-attention on the target {kind} yet")
         failed: list[BudgetError] = []
-        for candidate in _candidates(model, form, machine, failed, workload, runner):
+        for candidate in _candidates(model, names, machine, failed, workload, runner):
             lowered = lower_model(candidate, machine, runner)
             try:
                 plan = make_plan(costs(candidate, lowered, runtime.result()), budget, workload)
@@ -149,23 +154,24 @@ def _planned(
                 failed.append(error)
             else:
                 return candidate, lowered, plan
-    raise _refusal(failed, model, machine, workload) if form is None else failed[0]
+    raise failed[0] if names else _refusal(failed, model, machine, workload)
 
 
 def _candidates(
     model: Model,
-    form: FormName | None,
+    names: tuple[FormName, ...],
     machine: Machine,
     failed: list[BudgetError],
     workload: tuple[Workload, ...],
     runner: Runner,
 ) -> Iterator[Model]:
     """The model in the forms that are tried, the fastest first. `failed`: why those before do not fit."""
-    if form is not None:
-        if form not in machine.forms:
-            kind = machine.description["kind"]
-            raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")
-        yield in_form(model, form, runner)
+    if names:
+        for form in names:
+            if form not in machine.forms:
+                kind = machine.description["kind"]
+                raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")
+        yield in_form(model, names, runner)
         return
     yield model
     # Judging the weights of a large layer takes minutes: not where even the best outcome would not fit.
@@ -179,7 +185,9 @@ def _candidates(
 def _least(paged: BudgetError, model: Model, machine: Machine, workload: tuple[Workload, ...]) -> int:
     """Bytes without which no form of the state will do, by what the model needs with K and V."""
     tokens = max(w.batch * w.context for w in workload)
-    return paged.needed - tokens * most_saved(model, machine.forms)
+    rows = max(w.batch * w.memory for w in workload)
+    saved = rows * most_saved(model, machine.forms, memory=True)
+    return paged.needed - tokens * most_saved(model, machine.forms) - saved
 
 
 def _refusal(
@@ -194,11 +202,19 @@ def _refusal(
     return BudgetError(f"{best}; {advice}", needed=best.needed, given=best.given)
 
 
-def _form(state: str | None) -> FormName | None:
-    found = next((name for name in STATE_FORMS if name == state), None)
-    if state is not None and found is None:
-        raise InputError(f"there is no form of state '{state}'; there are: {', '.join(STATE_FORMS)}")
-    return found
+def _forms(state: str | None) -> tuple[FormName, ...]:
+    """The forms that are asked for: one at most for each kind of attention."""
+    found = []
+    for part in state.split(",") if state is not None else ():
+        name = next((name for name in STATE_FORMS if name == part.strip()), None)
+        if name is None:
+            raise InputError(
+                f"there is no form of state '{part.strip()}'; there are: {', '.join(STATE_FORMS)}"
+            )
+        found.append(name)
+    if len({name == "encoder_output" for name in found}) != len(found):
+        raise InputError(f"--state {state}: all layers of a kind have one form; give one, and encoder_output")
+    return tuple(found)
 
 
 def inspect(

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from kvc_passes.facts import ModelFacts, Plan, facts_from_json, plan_from_json, 
 
 from .weights_file import TensorSpec, Weight, map_weights, read_layout, write_weights
 
-FORMAT: Final = 4
+FORMAT: Final = 5
 
 REQUIRED: Final = ("weights.safetensors", "plan.json", "facts.json")
 ASSETS: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -78,12 +78,16 @@ class Artifact:
         """The path of a file that belongs to the artifact, None if it has no such file."""
         return self.path / name if name in self.manifest["files"] else None
 
+    def takes(self, function: str) -> list[str]:
+        """The weights that a compiled function takes, in its order."""
+        return list(self.manifest["functions"][function])
+
     def layout(self) -> tuple[TensorSpec, ...]:
-        """The weights in the order in which the compiled functions take them."""
+        """The weights in the order in which they stand in their file."""
         return read_layout(self.path / "weights.safetensors")
 
     def weights(self) -> dict[str, NDArray[Any]]:
-        """Read-only views of the memory-mapped weights by name, in the compiled functions' order."""
+        """Read-only views of the memory-mapped weights by name, in the file's order."""
         return map_weights(self.path / "weights.safetensors")
 
 
@@ -107,6 +111,7 @@ class ArtifactWriter:
         self.force = force
         self.folder = self.path.parent / f".{self.path.name}.{os.getpid()}.partial"
         self._files: dict[str, dict[str, Any]] = {}
+        self._functions: dict[str, list[str]] = {}
         self._lock = -1
 
     def __enter__(self) -> ArtifactWriter:
@@ -156,6 +161,10 @@ class ArtifactWriter:
         self.text("plan.json", to_json(plan))
         self.text("facts.json", to_json(facts))
 
+    def functions(self, takes: Mapping[Any, list[str]]) -> None:
+        """Say which weights each compiled function takes, in its order."""
+        self._functions = dict(takes)
+
     def assets(self, beside: Path) -> None:
         """Copy the tokenizer's files that stand in the folder `beside`."""
         for name in ASSETS:
@@ -165,8 +174,8 @@ class ArtifactWriter:
     def weights(self, items: Iterable[Weight]) -> None:
         """Write weights.safetensors, holding one array at a time.
 
-        The order of `items` is the order in which the compiled functions take the weights. Raises
-        PlanningError if a producer returns another shape or dtype than announced, or a name comes twice.
+        Raises PlanningError if a producer returns another shape or dtype than announced, or a name comes
+        twice.
         """
         items = list(items)
         if len({name for name, *_ in items}) != len(items):
@@ -179,7 +188,12 @@ class ArtifactWriter:
         missing = _missing(self._files)
         if missing:
             raise PlanningError(f"the artifact lacks {', '.join(missing)}")
-        manifest = {"format": FORMAT, "kvc": kvc.__version__, "files": self._files}
+        manifest = {
+            "format": FORMAT,
+            "kvc": kvc.__version__,
+            "functions": self._functions,
+            "files": self._files,
+        }
         self.text("manifest.json", json.dumps(manifest, indent=2) + "\n")
         for file in self.folder.iterdir():
             _fsync(file)
@@ -229,6 +243,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         form, files = manifest["format"], manifest["files"]
         if form + 0 == FORMAT:
             [(e["bytes"] + 0, e["sha256"] + "") for e in files.values()]
+            [name + "" for names in manifest["functions"].values() for name in names]
             if any(Path(name).name != name for name in files) or _missing(files):
                 raise ValueError("its list of files is wrong")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

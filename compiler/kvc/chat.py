@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvc_passes.errors import InputError
 
 from .runtime import Completion, SamplingParams, Session, load
@@ -16,14 +19,19 @@ def answer(options: argparse.Namespace) -> int:
     """Answer the given prompts; one is streamed, several are served together and printed in order."""
     prompts = options.prompt or _read_prompts(options.prompts_file)
     sampling = _sampling(options)
+    memory = [_read_memory(path) for path in options.memory]
+    if memory and len(memory) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts, and --memory for {len(memory)}: give one for each prompt")
     with load(options.artifact) as session:
         chat = session.text.has_template if options.chat is None else options.chat
         if len(prompts) == 1:
-            for piece in session.stream(prompts[0], chat=chat, **sampling):
+            given = memory[0] if memory else None
+            for piece in session.stream(prompts[0], chat=chat, memory=given, **sampling):
                 print(piece, end="", flush=True)
             print()
         else:
-            for prompt, completion in zip(prompts, session.generate(prompts, chat=chat, **sampling)):
+            answers = session.generate(prompts, chat=chat, memory=memory or None, **sampling)
+            for prompt, completion in zip(prompts, answers):
                 _show(prompt, completion)
         _summary(session)
     return 0
@@ -86,6 +94,18 @@ def _read_prompts(path: Path) -> list[str]:
     if not lines:
         raise InputError(f"{path}: holds no prompts; write one a line")
     return lines
+
+
+def _read_memory(path: Path) -> NDArray[Any]:
+    """An encoder's output as numpy saves it."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no .npy file"
+        raise InputError(f"{path}: an encoder's output cannot be read: {reason}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: holds several arrays; give a .npy file with one")
+    return array
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

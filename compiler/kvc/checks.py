@@ -19,6 +19,7 @@ from .artifact import Artifact
 from .reference import Reference
 from .runtime.executor import Executor
 from .runtime.sequences import Sequences
+from .runtime.state import Kept
 from .runtime.text import Text
 
 TOLERANCE = 1e-3
@@ -96,7 +97,8 @@ class _Logits:
         self.random = np.random.default_rng(seed)
         self.sequences = Sequences(executor, share=False, shuffle=self.random)
         self.longest = min(200, self.plan.max_context)
-        self._together = min(group.pages for group in self.plan.groups) * self.plan.page_size
+        own = (group.pages for group in self.plan.groups if not group.reach.memory)
+        self._together = min(own) * self.plan.page_size
         """Tokens that can be computed at once."""
 
     def checks(self) -> Iterator[Check]:
@@ -108,24 +110,30 @@ class _Logits:
     def _check(self, name: str, detail: str, differences: Sequence[float]) -> Check:
         return Check(name, detail, float(np.max(differences)), self.tolerance)
 
-    def _sequence(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Random tokens [length] and the reference's logits [length, V]."""
+    def _sequence(self, length: int) -> tuple[Kept, np.ndarray]:
+        """A sequence of random tokens [length] and the reference's logits [length, V].
+
+        Where the model reads an encoder's output, it has a random one, of up to as many rows as are planned.
+        """
         tokens = self.random.integers(0, self.facts.vocab, length)
-        return tokens, self.reference.logits(tokens)
+        memory = None
+        if self.facts.memory is not None:
+            rows = int(self.random.integers(1, self.plan.max_memory, endpoint=True))
+            memory = self.random.standard_normal((rows, self.facts.memory[0])).astype(np.float32)
+        return self.sequences.open(tokens.tolist(), memory), self.reference.logits(tokens, memory)
 
     def _prefill(self) -> Iterator[Check]:
         most = min(self.longest, self.plan.chunk, self._together)
         lengths = sorted({n for n in (1, 5, 17, 64, self.longest) if n <= most})
         for length in lengths:
-            tokens, expected = self._sequence(length)
-            kept = self.sequences.open(tokens.tolist())
+            kept, expected = self._sequence(length)
             (got,) = self.sequences.prefill([(kept, length)])
             self.sequences.close(kept)
             yield self._check("prefill", f"{length} tokens", [_difference(got, expected[-1])])
 
     def _chunked(self) -> Check:
-        tokens, expected = self._sequence(self.longest)
-        kept = self.sequences.open(tokens.tolist())
+        kept, expected = self._sequence(self.longest)
+        tokens = kept.tokens
         differences, sizes = [], [1, 3, 16, 17, 50, 31, 64]
         while kept.length < len(tokens):
             count = min(sizes[0], self.plan.chunk, len(tokens) - kept.length, self.sequences.state.room(kept))
@@ -136,8 +144,8 @@ class _Logits:
         return self._check("chunked prefill", f"{len(tokens)} tokens, {len(differences)} chunks", differences)
 
     def _decode(self) -> Check:
-        tokens, expected = self._sequence(min(72, self.longest))
-        kept = self.sequences.open(tokens.tolist())
+        kept, expected = self._sequence(min(72, self.longest))
+        tokens = kept.tokens
         first = min(max(1, len(tokens) // 2), self.plan.chunk)
         self.sequences.prefill([(kept, first)])
         differences = []
@@ -154,8 +162,7 @@ class _Logits:
             self.longest, self._together // plan.page_size // count * plan.page_size, plan.chunk // count
         )
         lengths = [max(2, int(n)) for n in self.random.integers(max(2, room // 3), max(3, room + 1), count)]
-        sequences = [self._sequence(length) for length in lengths]
-        kept = [self.sequences.open(tokens.tolist()) for tokens, _ in sequences]
+        kept, expected = zip(*(self._sequence(length) for length in lengths))
         differences = []
         while active := [i for i in range(count) if kept[i].length < lengths[i]]:
             steps = {i: min(int(self.random.integers(1, 24)), lengths[i] - kept[i].length) for i in active}
@@ -164,7 +171,7 @@ class _Logits:
             else:
                 got = self.sequences.prefill([(kept[i], step) for i, step in steps.items()])
             for row, i in zip(got, active):
-                differences.append(_difference(row, sequences[i][1][kept[i].length - 1]))
+                differences.append(_difference(row, expected[i][kept[i].length - 1]))
         self.sequences.close(*kept)
         return self._check("ragged batches", f"{count} sequences, {len(differences)} rows", differences)
 

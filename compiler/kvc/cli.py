@@ -167,13 +167,14 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workload",
         required=True,
-        help="batch x context: 8x256, alternatives 8x256,1x2048, a common prefix 8x256/100",
+        help="batch x context: 8x256, alternatives 8x256,1x2048, a common prefix 8x256/100, rows of an "
+        "encoder's output 4x448+1500",
     )
     parser.add_argument(
         "--state",
         metavar="FORM",
-        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r "
-        "(what fits)",
+        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r; "
+        "of cross-attention: encoder_output (what fits)",
     )
     parser.add_argument(
         "--target",
@@ -190,6 +191,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     prompts.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help="one prompt a line, all served at once"
+    )
+    parser.add_argument(
+        "--memory",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.npy",
+        help="the encoder's output [rows, width] that a prompt comes with, for decoders that read one; once "
+        "for every prompt",
     )
     parser.add_argument(
         "--chat",

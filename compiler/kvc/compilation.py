@@ -40,7 +40,6 @@ from .reconstruction import WithKeyWeights, decided, solver_of
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
-_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Lowered:
-    """Both functions down to kernel calls; only the sizes that a plan decides are open."""
+    """The functions down to kernel calls; only the sizes that a plan decides are open."""
 
     functions: dict[Phase, IRModule]
     recipes: dict[str, WeightPart]
     tensors: dict[str, TensorType]
-    """What each parameter holds, as it is stored."""
+    """What each weight holds, as it is stored."""
+    takes: dict[Phase, list[str]]
+    """The weights of each function, in its order."""
     attention: AttentionKernels
     machine: Machine
 
@@ -93,25 +94,39 @@ def judged(model: Model, runner: Runner) -> Model:
     return replace(model, facts=replace(facts, forms=tuple(map(tuple, forms))))
 
 
-def in_form(model: Model, name: FormName, runner: Runner) -> Model:
-    """The model with the state of all layers in a form. Raises InputError where it is not legal for one."""
-    if name in KEYS:
+def in_form(model: Model, names: Sequence[FormName], runner: Runner) -> Model:
+    """The model with the state of all layers in a form.
+
+    names: one for attention over the model's own tokens, one for that over an encoder's output, or both;
+        layers of the other kind keep K and V. Raises InputError where a form is not legal for a layer.
+    """
+    if set(names) & set(KEYS):
         model = judged(model, runner)
+    wanted = {"encoder_output" if name == "encoder_output" else "tokens": name for name in names}
+    chosen = []
     for site, forms in zip(model.facts.sites, model.facts.forms):
+        name = wanted.get("encoder_output" if site.mask.reach.memory else "tokens", "paged_kv")
         form = next(form for form in forms if form.name == name)
         if not form.legal:
             raise InputError(
                 f"--state {name}: layer {site.index}, attention at node '{site.node}', cannot be kept so: "
                 f"{form.detail}"
             )
-    chosen = [next(form for form in forms if form.name == name) for forms in model.facts.forms]
+        chosen.append(form)
+    if "encoder_output" in names and not model.facts.reads_memory:
+        raise InputError("--state encoder_output: no layer of the model reads an encoder's output")
     return _kept(model, chosen, runner)
 
 
-def most_saved(model: Model, only: Container[FormName]) -> int:
-    """Bytes of a token that forms of `only` save at most, those whose weights were not judged among them."""
+def most_saved(model: Model, only: Container[FormName], *, memory: bool = False) -> int:
+    """Bytes of a token that forms of `only` save at most, those whose weights were not judged among them.
+
+    memory: of a row of the encoder's output instead.
+    """
     saved = 0
-    for forms in model.facts.forms:
+    for site, forms in zip(model.facts.sites, model.facts.forms):
+        if site.mask.reach.memory != memory:
+            continue
         possible = [f for f in forms if f.name in only and (f.legal or f.detail.endswith(UNJUDGED))]
         saved += forms[0].token_bytes - min(f.token_bytes for f in possible)
     return saved
@@ -148,7 +163,7 @@ def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
     merged = prepare(model.understood, products, machine.widens, runner)
     functions: dict[Phase, IRModule] = {}
     recipes: list[dict[str, WeightPart]] = []
-    for phase in _PHASES:
+    for phase in merged.phases:
         served = serve(merged, phase, attention, products, runner)
         recipes.append(served.recipes)
         functions[phase] = lower(
@@ -156,12 +171,18 @@ def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
         )
     if list(recipes[0].items()) != list(recipes[1].items()):
         raise PlanningError("prefill and decode use different weights")
-    params = {p.name: p for p in functions["decode"]["main"].params}
+    together: dict[str, WeightPart] = {}
+    for each in recipes:
+        if any(together.get(name, recipe) != recipe for name, recipe in each.items()):
+            raise PlanningError("a weight is stored in two ways")
+        together |= each
+    params = {p.name: p for mod in functions.values() for p in mod["main"].params}
     tensors = {
         name: TensorType(str(params[name].ty.dtype.dtype), tuple(int(d.value) for d in dims(params[name])))
-        for name in recipes[0]
+        for name in together
     }
-    return Lowered(functions, recipes[0], tensors, attention, machine)
+    takes = {phase: list(each) for phase, each in zip(functions, recipes)}
+    return Lowered(functions, together, tensors, takes, attention, machine)
 
 
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
@@ -187,7 +208,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
 
 
 def _bounds(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
-    return {"n": chunk if phase == "prefill" else batch, "r": batch, "b": batch}
+    return {"n": batch if phase == "decode" else chunk, "r": batch, "b": batch}
 
 
 def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) -> list[str]:

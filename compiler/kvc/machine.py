@@ -108,7 +108,7 @@ class CpuMachine:
         return CpuAttention.for_sites(self.target, sites)
 
     def schedule(self, phase: Phase) -> ScheduleKernels:
-        return ScheduleKernels(self.target, phase == "prefill")
+        return ScheduleKernels(self.target, phase != "decode")
 
     def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
         with self.target:

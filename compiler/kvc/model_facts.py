@@ -8,7 +8,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from kvc_passes.errors import UnsupportedModel
-from kvc_passes.facts import FLOAT_BYTES, ModelFacts
+from kvc_passes.facts import FLOAT_BYTES, FloatName, ModelFacts
 from kvc_passes.graph import Graph, dims, graph_of, op_name, operands, scalar, static
 from kvc_passes.markers import DEQUANTIZE
 from kvc_passes.weights import table_of, weight_of
@@ -49,7 +49,17 @@ def facts_of(imported: Imported, understood: Understood) -> ModelFacts:
         parameter_bytes=imported.file.parameter_bytes(),
         nodes=len(imported.file.graph.node),
         warnings=configuration.contradictions(understood.sites, columns),
+        memory=_memory(function, understood.memory),
     )
+
+
+def _memory(function: relax.Function, name: str | None) -> tuple[int, FloatName] | None:
+    """Elements and type of a row of the encoder's output."""
+    param = next((p for p in function.params if p.name == name), None)
+    if param is None:
+        return None
+    dtype: FloatName = str(param.ty.dtype.dtype)  # type: ignore[assignment]
+    return static(dims(param)[2]) or 0, dtype
 
 
 def _check_types(path: Path, imported: Imported, graph: Graph) -> None:

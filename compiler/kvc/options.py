@@ -14,7 +14,9 @@ _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _MOST = 1 << 63
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-_WORKLOAD = re.compile(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*(?:/\s*([0-9]+)\s*)?")
+_WORKLOAD = re.compile(
+    r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*(?:\+\s*(?P<memory>[0-9]+)\s*)?(?:/\s*(?P<prefix>[0-9]+)\s*)?"
+)
 
 
 def parse_size(text: str | int) -> int:
@@ -41,7 +43,8 @@ def parse_size(text: str | int) -> int:
 def parse_workload(text: str | Workload | Iterable[str | Workload]) -> tuple[Workload, ...]:
     """Alternatives such as "8x256,1x2048": each, batch x context in tokens, must fit on its own.
 
-    "8x256/100": of the 256 tokens, the first 100 are the same for all 8.
+    "8x256/100": of the 256 tokens, the first 100 are the same for all 8. "8x256+1500": each request comes
+    with 1500 rows of an encoder's output.
 
     Raises:
         InputError: not of this form, or a zero.
@@ -61,7 +64,8 @@ def _workload(text: str) -> Workload:
         raise InputError(
             f"'{text}' is not a workload; write BATCHxCONTEXT, for example 8x256 or 8x256,1x2048"
         )
-    workload = Workload(int(found[1]), int(found[2]), int(found[3] or 0))
+    more = {name: int(number or 0) for name, number in found.groupdict().items()}
+    workload = Workload(int(found[1]), int(found[2]), **more)
     if workload.batch == 0 or workload.context == 0:
         raise InputError(f"the workload '{text}' is empty: batch and context must be at least 1")
     if workload.prefix >= workload.context:

@@ -21,6 +21,7 @@ from kvc_passes.absorb_projections import AbsorbProjections
 from kvc_passes.base import Pass, Result, pass_name
 from kvc_passes.bound_context import BoundContext
 from kvc_passes.compute_in_float32 import ComputeInFloat32
+from kvc_passes.encode_memory import EncodeMemory
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.expand_markers import ExpandMarkers
 from kvc_passes.facts import AttentionSite, StateForm
@@ -45,7 +46,8 @@ from kvc_passes.write_logits import WriteLogits
 
 from .frontend.importer import Imported
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "encode"]
+"""A compiled function. encode: of an encoder's output, where the model reads one."""
 _LARGEST_TABLE = 1 << 20  # elements
 
 
@@ -110,6 +112,13 @@ class Understood:
     """Most tokens of a sequence for which the proofs hold, None for any number."""
     key_weights: tuple[KeyWeights, ...] = ()
     """Weights that were added, and what they are made of."""
+    memory: str | None = None
+    """The parameter that is an encoder's output."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The functions that serving needs."""
+        return ("prefill", "decode") if self.memory is None else ("prefill", "decode", "encode")
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def understand(imported: Imported, runner: Runner) -> Understood:
         mod = runner.apply(mod, ProveMemory(roles, names)).module
     mod = runner.apply(mod, FlattenTokens(roles)).module
     limits = [limit for limit in (imported.limit, bounded.facts) if limit is not None]
-    return Understood(mod, found.facts, positions.facts, min(limits, default=None))
+    return Understood(mod, found.facts, positions.facts, min(limits, default=None), memory=roles.memory)
 
 
 def _tables(imported: Imported) -> dict[str, np.ndarray]:
@@ -199,19 +208,23 @@ def serve(
 ) -> Served:
     """Rewrite the graph into the function `phase`."""
     mod, label = model.module, f"{phase}-"
+    if phase == "encode":
+        assert model.memory is not None
+        mod = runner.apply(mod, EncodeMemory(model.sites, attention, model.memory), label).module
+        packed = runner.apply(mod, PackMatmuls(products), label)
+        pools = sum(len(site.state(1, False)) for site in model.sites if site.mask.reach.memory)
+        return Served(packed.module, _recipes(packed.module, 2 + pools, packed.facts))
     if phase == "prefill":
         mod = runner.apply(mod, SelectRows(), label).module
     mod = runner.apply(mod, PageAttention(model.sites, attention, phase), label).module
     packed = runner.apply(mod, PackMatmuls(products), label)
     mod = runner.apply(packed.module, WriteLogits(products, packed.facts), label).module
     pools = sum(len(site.state(1, False)) for site in model.sites)
-    return Served(mod, _recipes(mod, pools, packed.facts))
+    first = [p.name for p in mod["main"].params].index("logits") + 1 + pools
+    return Served(mod, _recipes(mod, first, packed.facts))
 
 
-def _recipes(mod: IRModule, pools: int, packed: dict[str, WeightPart]) -> dict[str, WeightPart]:
-    """Weights in parameter order: they stand behind the logits and the pools."""
-    names = [p.name for p in mod["main"].params]
-    return {
-        name: packed.get(name, WeightPart(PackedWeight.kept(name)))
-        for name in names[names.index("logits") + 1 + pools :]
-    }
+def _recipes(mod: IRModule, first: int, packed: dict[str, WeightPart]) -> dict[str, WeightPart]:
+    """Weights in parameter order, from parameter `first` on."""
+    names = [p.name for p in mod["main"].params][first:]
+    return {name: packed.get(name, WeightPart(PackedWeight.kept(name))) for name in names}

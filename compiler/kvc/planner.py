@@ -58,6 +58,12 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
     """
     limit = costs.facts.context
     for w in workload:
+        if costs.facts.reads_memory and not w.memory:
+            raise InputError(
+                f"the model reads an encoder's output: say how many rows of it a request has, as {w}+1500"
+            )
+        if w.memory and not costs.facts.reads_memory:
+            raise InputError(f"the workload {w} has rows of an encoder's output; the model reads none")
         if limit is not None and w.context > limit:
             raise InputError(
                 f"the workload {w} asks for {w.context} tokens of context; the model has {limit} positions"
@@ -78,12 +84,12 @@ def _capacities(costs: Costs, plan: Plan) -> tuple[Workload, ...]:
     """The longest context of one request, and the most requests of each of the workload's contexts."""
 
     def context_fits(context: int) -> bool:
-        return _fits(costs, plan.budget, Workload(1, context))
+        return _fits(costs, plan.budget, Workload(1, context, memory=plan.max_memory))
 
     def batch_fits(one: Workload, batch: int) -> bool:
         return _fits(costs, plan.budget, replace(one, batch=batch))
 
-    alone = Workload(1, _most(costs.facts.context or _LONGEST, context_fits))
+    alone = Workload(1, _most(costs.facts.context or _LONGEST, context_fits), memory=plan.max_memory)
     kinds = dict.fromkeys(replace(w, batch=1) for w in plan.workload)
     most = (replace(w, batch=_most(_MOST_REQUESTS, partial(batch_fits, w))) for w in kinds)
     return (alone, *most)
@@ -141,7 +147,7 @@ class _Draft:
             return grown(more).bytes.total <= self.budget
 
         # Where every reach is bounded and the model has no limit, contexts could grow for ever.
-        most = 0 if all(reach.bounded for reach, _ in self.costs.facts.groups()) else _LONGEST
+        most = 0 if all(r.bounded or r.memory for r, _ in self.costs.facts.groups()) else _LONGEST
         if limit is not None:
             most = max(-(-limit * longest // w.context) for w in self.workload)
         return self._with_rest(grown(_most(most, fits)))
@@ -149,7 +155,9 @@ class _Draft:
     def _with_rest(self, plan: Plan) -> Plan:
         """Less than a page for every request is left: it becomes pages of the layers that keep all tokens."""
         pages = [group.pages for group in plan.groups]
-        whole = next((i for i, group in enumerate(plan.groups) if not group.reach.bounded), None)
+        whole = next(
+            (i for i, g in enumerate(plan.groups) if not g.reach.bounded and not g.reach.memory), None
+        )
         if whole is None:
             return plan
 
@@ -197,11 +205,12 @@ class _Draft:
             max_batch=batch,
             max_context=_context(groups, size, context, costs.facts.context),
             bytes=Bytes(0, 0, 0, 0, 0, 0),
+            max_memory=max(w.memory for w in self.workload),
         )
         counted = Bytes(
             weights=costs.weights,
             pools=pool_bytes(draft, costs.facts),
-            tables=table_bytes(draft),
+            tables=table_bytes(draft, costs.facts),
             arena=costs.arena(self.chunk, batch),
             outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
             runtime=costs.runtime,
@@ -220,6 +229,7 @@ def _form(sites: Sequence[AttentionSite]) -> str:
 def _context(groups: Sequence[StateGroup], size: int, context: int, limit: int | None) -> int:
     """Most tokens of one sequence that has all pages of all groups to itself."""
     limits = [] if limit is None else [limit]
+    groups = [group for group in groups if not group.reach.memory]
     for group in groups:
         endless = group.reach.bounded and group.pages >= group.reach.most_pages(size, _LONGEST, 1)
         limits += [] if endless else [group.pages * size]
@@ -231,6 +241,8 @@ def _context(groups: Sequence[StateGroup], size: int, context: int, limit: int |
 def _pages_of(reach: Reach, workload: Workload, size: int, chunk: int) -> int:
     """Pages that a workload holds at once in a group, when a call computes a chunk of a request."""
     batch, context = workload.batch, workload.context
+    if reach.memory:
+        return batch * -(-workload.memory // size)
     between = reach.most_pages(size, context, 1)
     if not reach.bounded:
         shared = workload.prefix // size
@@ -246,10 +258,12 @@ def _pages_of(reach: Reach, workload: Workload, size: int, chunk: int) -> int:
 
 def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:
     b = least.bytes
-    tokens = max(group.pages for group in least.groups) * least.page_size
+    tokens = max(group.pages for group in least.groups if not group.reach.memory) * least.page_size
+    rows = sum(group.pages for group in least.groups if group.reach.memory) * least.page_size
+    beside = f" and {rows} rows of encoders' output" if rows else ""
     parts = [
         f"weights {format_size(b.weights)}",
-        f"KV pages {format_size(b.pools)} for {tokens} tokens",
+        f"KV pages {format_size(b.pools)} for {tokens} tokens{beside}",
         f"temporaries {format_size(b.arena)} with chunks of {least.chunk} tokens",
         f"logits and tables {format_size(b.outputs + b.tables)}",
         f"the process {format_size(b.runtime)}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Final
 
 import ml_dtypes
@@ -139,18 +139,27 @@ class Solver:
             return float(np.sqrt(np.mean((values - right) ** 2)))
 
         kept = error(rounded_p @ _rounded(_float32(x, self.value), dtype))
-        ratios = {}
-        for rest in rests:
-            if rest >= len(self.key):
-                break
+
+        @cache
+        def ratio(rest: int) -> float:
             weak = self._weakest[1][:, :rest]
             rows = np.concatenate([rounded_p @ made, rounded_p @ _rounded(_float32(x, weak), dtype)], axis=1)
-            rows *= 1 + rng.uniform(-1, 1, rows.shape) * 2.0**-24  # M is float32: as if rows were rounded so
+            noise = np.random.default_rng(rest).uniform(-1, 1, rows.shape)
+            rows *= 1 + noise * 2.0**-24  # M is float32: as if rows were rounded so
             try:
-                ratios[rest] = error(self._made(rows, weak)) / kept
+                return error(self._made(rows, weak)) / kept
             except np.linalg.LinAlgError:
-                ratios[rest] = float("inf")
-            if rest and ratios[rest] <= GOAL:
+                return float("inf")
+
+        tried = [rest for rest in rests if rest < len(self.key)]
+        ratios = {0: ratio(0)}
+        for limit in (GOAL, LIMIT):  # the error falls with every direction that is kept
+            low, high = 1, len(tried)
+            while low < high:
+                middle = (low + high) // 2
+                ratios[tried[middle]] = ratio(tried[middle])
+                low, high = (low, middle) if ratios[tried[middle]] <= limit else (middle + 1, high)
+            if low < len(tried):
                 break
         return Judgement(ratios, self.condition)
 

@@ -65,13 +65,18 @@ class Reference:
         self.columns = output.shape[-1] if output.shape and isinstance(output.shape[-1], int) else None
         """Columns of the logits, None if the file does not say."""
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [length, V] for token ids [length]."""
+    def logits(self, tokens: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
+        """float32 [length, V] for token ids [length], and an encoder's output [rows, d]."""
         length = len(tokens)
         feeds = {self.roles.tokens: tokens[None].astype(self.types[self.roles.tokens])}
         if self.roles.attention_mask:
             name = self.roles.attention_mask
             feeds[name] = np.ones((1, length), self.types[name])
+        if self.roles.memory and memory is not None:
+            feeds[self.roles.memory] = memory[None].astype(self.types[self.roles.memory])
+            if self.roles.memory_mask is not None:
+                name = self.roles.memory_mask
+                feeds[name] = np.ones((1, len(memory)), self.types[name])
         if self.roles.positions:
             name = self.roles.positions
             feeds[name] = np.arange(length)[None].astype(self.types[name])

@@ -82,7 +82,8 @@ def _groups_table(plan: Plan) -> Table:
 
 def _requests(workload: Workload) -> str:
     count = f"{workload.batch:,} request{'s' * (workload.batch != 1)} of {workload.context:,} tokens"
-    return count + (f", {workload.prefix:,} of them in common" if workload.prefix else "")
+    count += f", {workload.prefix:,} of them in common" if workload.prefix else ""
+    return count + (f", and {workload.memory:,} rows of an encoder's output" if workload.memory else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -96,6 +97,8 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def _keeps(reach: Reach) -> str:
     """Which tokens a sequence keeps."""
+    if reach.memory:
+        return "all rows of the encoder's output"
     if reach.chunk is not None:
         return f"a chunk of {reach.chunk}"
     if reach.window is None:
@@ -114,6 +117,10 @@ def model_tables(facts: ModelFacts) -> list[Table]:
     _row(summary, "vocabulary", f"{facts.vocab} tokens, {facts.logits} logits")
     _row(summary, "context", context)
     _row(summary, "KV state", f"{facts.kv_token_bytes():,} bytes a token over {len(facts.sites)} layers")
+    if facts.memory is not None:
+        width, dtype = facts.memory
+        size = f"{facts.memory_row_bytes():,} bytes a row"
+        _row(summary, "encoder's output", f"rows of {width} {dtype} numbers; state {size}")
     _row(summary, "positions", f"proved from {', '.join(facts.positions) or 'nothing: the model uses none'}")
     _row(summary, "token-wise", f"proved: of {facts.nodes} ONNX nodes, only attention mixes tokens")
     sites = Table(title="attention", title_justify="left")
@@ -197,6 +204,7 @@ def _mask(site: AttentionSite) -> str:
         "chunk": f"chunks of {mask.chunk}",
         "sinks": f"first {mask.sinks}, window {mask.window}",
         "predicate": mask.predicate,
+        "memory": "an encoder's output",
     }
     return names[mask.kind] + (", learned score" if site.sinks is not None else "")
 

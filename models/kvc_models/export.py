@@ -234,7 +234,8 @@ def export_with_torchscript(traced: Traced, out: Path, *, opset: int) -> Path:
         if name.startswith(("past", "present")):
             axes[name] = {0: "batch", 2: "past" if name.startswith("past") else whole}
         else:
-            axes[name] = {0: "batch", 1: whole if name == "attention_mask" else "seq"}
+            lengths = {"attention_mask": whole, "encoder_hidden_states": "rows"}
+            axes[name] = {0: "batch", 1: lengths.get(name, "seq")}
     try:
         with replacing(out) as part, _quiet(), torch.no_grad():
             torch.onnx.export(

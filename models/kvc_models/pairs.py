@@ -1,10 +1,8 @@
-"""Encoder-decoder models, exported as a pair: an encoder, and a decoder that reads the encoder's output.
+"""Decoders of encoder-decoder models, which read the encoder's output; weights are random.
 
-    encoder     input_features f32[batch, mel, frames], or input_ids i64[batch, length]
-                -> last_hidden_state f32[batch, rows, d]
-    decoder     input_ids i64[batch, seq], encoder_hidden_states f32[batch, rows, d] -> logits f32[batch, seq, V]
+    input_ids i64[batch, seq], encoder_hidden_states f32[batch, rows, d] -> logits f32[batch, seq, V]
 
-Weights are random. In models of 16 bits, f32 is their own type.
+In models of 16 bits, f32 is their own type.
 """
 
 # mypy: disable-error-code="misc"
@@ -27,9 +25,10 @@ from kvc_models.export import (
     Traced,
     export_traced,
     export_with_torchscript,
+    save_assets,
 )
 from kvc_models.families import CONTEXT, VOCAB
-from kvc_models.tiny import SEED, WEIGHT_STD, cast
+from kvc_models.tiny import SEED, WEIGHT_STD, cast, tokenizer
 
 _WHISPER: Final[dict[str, Any]] = {
     "model_type": "whisper",
@@ -113,18 +112,8 @@ class _Decoder(torch.nn.Module):
         return logits
 
 
-class _Encoder(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.encoder = model.get_encoder()
-
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.encoder(given).last_hidden_state
-        return output
-
-
 def make_pair(name: str, dtype: str = "float32") -> Any:
-    """The transformers model `name` of PAIRS, with seeded random weights. Raises ModelError: no such model."""
+    """The model `name` of PAIRS, with seeded random weights. Raises ModelError: there is none."""
     import transformers
 
     if name not in PAIRS:
@@ -155,23 +144,16 @@ def export_pair_decoder(
     exporter: Exporter = "dynamo",
     external_data: bool = False,
 ) -> Path:
-    """Export a pair's decoder; raises as kvc_models.export.export_decoder."""
+    """Export a pair's decoder, with the small tokenizer; raises as kvc_models.export.export_decoder."""
+    save_assets(model, tokenizer(), out)
     dynamic = torch.export.Dim.DYNAMIC
     rows = EXAMPLE_SEQ + 3
     memory = torch.randn(EXAMPLE_BATCH, rows, model.config.hidden_size).to(model.dtype)
     ids = torch.arange(EXAMPLE_BATCH * EXAMPLE_SEQ).reshape(EXAMPLE_BATCH, EXAMPLE_SEQ)
     names = ["input_ids", "encoder_hidden_states"]
-    shapes = dict.fromkeys(names, {0: dynamic, 1: dynamic})
+    shapes = {name: {0: dynamic, 1: dynamic} for name in names}
     traced = Traced(_Decoder(model), (ids, memory), shapes, names, ["logits"])
     with without_complex_numbers(), known_maxima():
         if exporter == "torchscript":
             return export_with_torchscript(traced, out, opset=opset)
         return export_traced(traced, out, opset=opset, external_data=external_data)
-
-
-def export_pair_encoder(model: Any, out: Path, given: torch.Tensor, *, opset: int = DEFAULT_OPSET) -> Path:
-    """Export a pair's encoder for inputs of the shape of `given`, but for the batch."""
-    name = "input_ids" if given.dtype == torch.int64 else "input_features"
-    shapes = {"given": {0: torch.export.Dim.DYNAMIC}}
-    traced = Traced(_Encoder(model), (given,), shapes, [name], ["last_hidden_state"])
-    return export_traced(traced, out, opset=opset, external_data=False)

@@ -161,7 +161,7 @@ class AttentionSite:
     of, which then is the one key of all heads, and its value. mla_latent: that, and elements of the keys that
     all heads share; the value is the first value_dim elements. k_only: the keys of all heads, before they are
     turned, and their cosines and sines; all but those are the value. k_plus_r: that, and some directions of
-    what keys are projections of. encoder_output: of cross-attention, as x_absorbed, once for several layers."""
+    what keys are projections of. encoder_output: of cross-attention, as x_absorbed, for several layers."""
     sliced: Sliced | None = None
     """How a query meets its own part of what is kept, where that is keys; else it meets all of it."""
     owner: int | None = None
@@ -347,7 +347,8 @@ class Bytes:
     pools: int
     """KV pages."""
     tables: int
-    """The largest call's integer inputs (block tables, slots, positions, ...), and records of pages."""
+    """The largest call's inputs (block tables, slots, positions, ...), records of pages, and the encoder
+    outputs that requests came with."""
     arena: int
     """All temporaries of the larger of the compiled functions, a compile-time constant."""
     outputs: int

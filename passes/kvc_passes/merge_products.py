@@ -23,7 +23,8 @@ class MergeProducts:
     After: `y = matmul(x, concat((a, b), axis=1))`, and slices of y along its last axis.
     Needs: FlattenTokens before it, and PackMatmuls after it, which stores the concatenated weight.
         `multiple` is the number of columns that its kernels handle at once: no weight begins in the middle.
-    Refuses: nothing; weights whose columns are no multiple stay on their own.
+    Refuses: nothing; weights whose columns are no multiple stay on their own, and so do products of an
+        encoder's output, which all layers read: together they would be as large as what all layers keep.
     """
 
     multiple: int
@@ -55,9 +56,10 @@ class MergeProducts:
     def _groups(self, graph: Graph) -> dict[tuple[relax.Expr, WeightFormat], list[relax.Var]]:
         """Products by the value on their left and the format on their right, in order."""
         groups: dict[tuple[relax.Expr, WeightFormat], list[relax.Var]] = defaultdict(list)
+        own = graph.reachable_from(graph.function.params[:1])
         for var in graph.order:
             call = graph.definitions[var]
-            if op_name(call) == "matmul" and isinstance(call.args[0], relax.Var):
+            if op_name(call) == "matmul" and call.args[0] in own:
                 format = self._fits(graph, call)
                 if format is not None:
                     groups[graph.alias(call.args[0]), format].append(var)

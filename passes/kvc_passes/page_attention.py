@@ -12,7 +12,7 @@ import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .facts import AttentionSite, grouped
+from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
 from .kernel_sets import AttentionKernels
 from .markers import (
@@ -26,12 +26,11 @@ from .markers import (
     marker,
     tensors,
 )
-from .rebuild import insert_params, rebuild
+from .paged_calls import PagedCalls, dtype_of
+from .rebuild import drop_unused, insert_params, rebuild
 from .weights import HeadWeight, head_weight_of
 
-_Rebuilt = tuple[Latent, Sequence[relax.Expr], Sequence[HeadWeight | None]]
-"""What to make keys and values again of: the weights, and how they are stored."""
-_INPUT = re.compile(r"tokens|positions|tiles|rows|(slots|block_table)_\d+")
+_INPUT = re.compile(r"tokens|positions|tiles|rows|memory_last|(slots|block_table)_\d+")
 
 
 def is_input(name: str) -> bool:
@@ -51,6 +50,9 @@ class PageAttention:
         before the weights: k_i [pages_g, g, e, page] and v_i [pages_g, g, page, f] of every site i, or x_i
         [pages_g, 1, page, e] where key and value are one (k is v then).
         Pools are of the type that the graph keeps keys and values in.
+        Cross-attention appends nothing (EncodeMemory does): it has no slots, and behind the tables
+        memory_last i64 [n], the last row of the encoder's output of each token's sequence. That output, and
+        weights that only it went through, are no parameters any more.
     Needs: FlattenTokens.
     Refuses: nothing; every site's geometry was proved.
     """
@@ -62,86 +64,88 @@ class PageAttention:
     def run(self, mod: IRModule) -> Result:
         function = mod["main"]
         graph = graph_of(function)
-        (n,) = dims(function.params[0])
-
-        def int32(name: str, *shape: Any) -> relax.Var:
-            return relax.Var(name, relax.TensorType(shape, "int32"))
-
-        t, m = tirx.Var("t", "int64"), tirx.Var("m", "int64")
-        sequences = n if self.phase == "decode" else tirx.Var("b", "int64")
-        groups = grouped(self.sites)
-        slots = [int32(f"slots_{g}", n) for g in range(len(groups))]
-        tables = [int32(f"block_table_{g}", sequences, m) for g in range(len(groups))]
-        tiles = int32("tiles", t, 3)
-        integers = [*slots, *([] if self.phase == "decode" else [tiles]), *tables]
-        group_of = {site.index: g for g, (_, members) in enumerate(groups) for site in members}
-        positions = function.params[1]
-        pools = self._pools()
-        names: dict[Any, Any] = {}
+        calls = PagedCalls(self.sites, self.kernels)
+        inputs = self._inputs(function, calls)
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if op_name(value) == ATTENTION:
                 query, key, new_value, index = value.args[1:]
-                return attend(builder, self.sites[int(index.value)], query, key, new_value)
+                return self._attend(
+                    builder, calls, inputs, self.sites[int(index.value)], query, key, new_value
+                )
             if op_name(value) != LATENT:
                 return None
             attrs = attributes(value, Latent)
             query, x, *weights = tensors(value)
             site = self.sites[attrs.site]
-            if self.phase == "prefill" and self.kernels.rebuilds:
+            if self.phase == "prefill" and self.kernels.rebuilds and not site.mask.reach.memory:
                 of_file = zip(tensors(graph.definitions[var])[2:], (attrs.key, attrs.value))
                 formats = [head_weight_of(graph, weight, part) for weight, part in of_file]
-                return attend(builder, site, query, x, x, (attrs, weights, formats))
+                state = calls.append(builder, site, x, x, inputs.slots[calls.group_of[site.index]])
+                given = [query, *state, *inputs.places(calls, site), *_extras(site)]
+                return self._rebuilt(builder, calls, site, given, attrs, weights, formats)
             asked = _absorbed(builder, query, attrs.key, weights[0], site)
-            mixed = builder.emit(attend(builder, site, asked, x, x))
+            mixed = builder.emit(self._attend(builder, calls, inputs, site, asked, x, x))
             return marker(HEAD_PRODUCT, [mixed, weights[1]], attrs.value, var.ty)
 
-        def attend(
-            builder: relax.BlockBuilder,
-            site: AttentionSite,
-            query: relax.Expr,
-            key: relax.Expr,
-            new_value: relax.Expr,
-            rebuilt: _Rebuilt | None = None,
-        ) -> relax.Expr:
-            before, group = pools[site.index], group_of[site.index]
-            append = self._kernel(builder, names, "append_kv", site, _dtype(key))
-            inputs = [key, *([] if site.shared else [new_value]), slots[group], *before]
-            places = list(range(len(inputs) - len(before), len(inputs)))
-            updated = builder.emit(
-                relax.op.call_tir_inplace(append, inputs, places, [pool.ty for pool in before])
-            )
-            several = len(before) > 1  # one result is no tuple
-            state = [builder.emit(relax.TupleGetItem(updated, i)) for i in range(len(before) * several)]
-            state = state or [updated]
-            numbers = (x for x in (site.slopes, site.sinks) if x is not None)
-            extras = [relax.const(np.array(x, np.float32)) for x in numbers]
-            out = relax.TensorType((1, n, site.heads, site.value_dim), _dtype(query))
-            if rebuilt is not None:
-                return self._rebuilt(
-                    builder, names, site, [query, *state, positions, tiles, tables[group], *extras], *rebuilt
-                )
-            if self.phase == "prefill":
-                kernel = self._kernel(builder, names, "prefill_attention", site, _dtype(query))
-                return relax.op.call_tir(
-                    kernel, [query, *state, positions, tiles, tables[group], *extras], out
-                )
-            kernel = self._kernel(builder, names, "decode_attention", site, _dtype(query))
-            part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
-            operands = [query, *state, positions, tables[group], *extras]
-            both = builder.emit(relax.op.call_tir(kernel, operands, [part, out]))
-            return relax.TupleGetItem(both, 1)
-
-        params = insert_params(function, "positions", integers)
-        ordered = [pool for site in self.sites for pool in pools[site.index]]
+        params = insert_params(function, "positions", inputs.integers)
+        ordered = [pool for site in self.sites for pool in calls.pools[site.index]]
         at = max(i for i, p in enumerate(params) if is_input(p.name)) + 1
         module = rebuild(mod, [*params[:at], *ordered, *params[at:]], place)
+        if any(reach.memory for reach, _ in calls.groups):
+            module = drop_unused(module, len(params[:at]) + len(ordered))
         return Result(module, len(self.sites))
+
+    def _inputs(self, function: relax.Function, calls: PagedCalls) -> _Inputs:
+        (n,) = dims(function.params[0])
+
+        def integers(name: str, *shape: Any, dtype: str = "int32") -> relax.Var:
+            return relax.Var(name, relax.TensorType(shape, dtype))
+
+        t, m = tirx.Var("t", "int64"), tirx.Var("m", "int64")
+        sequences = n if self.phase == "decode" else tirx.Var("b", "int64")
+        of_memory = [g for g, (reach, _) in enumerate(calls.groups) if reach.memory]
+        widths = {g: tirx.Var("rows_m", "int64") for g in of_memory}
+        return _Inputs(
+            positions=function.params[1],
+            slots={g: integers(f"slots_{g}", n) for g in range(len(calls.groups)) if g not in of_memory},
+            tiles=integers("tiles", t, 3) if self.phase == "prefill" else None,
+            tables=[
+                integers(f"block_table_{g}", sequences, widths.get(g, m)) for g in range(len(calls.groups))
+            ],
+            last=integers("memory_last", n, dtype="int64") if of_memory else None,
+        )
+
+    def _attend(
+        self,
+        builder: relax.BlockBuilder,
+        calls: PagedCalls,
+        inputs: _Inputs,
+        site: AttentionSite,
+        query: relax.Expr,
+        key: relax.Expr,
+        new_value: relax.Expr,
+    ) -> relax.Expr:
+        """Attention of a site over its pages, [1, n, heads, f]."""
+        if site.mask.reach.memory:
+            state: list[relax.Expr] = list(calls.state(site))
+        else:
+            slots = inputs.slots[calls.group_of[site.index]]
+            state = calls.append(builder, site, key, new_value, slots)
+        n = dims(query)[2]
+        operands = [query, *state, *inputs.places(calls, site), *_extras(site)]
+        out = relax.TensorType((1, n, site.heads, site.value_dim), dtype_of(query))
+        kernel = calls.kernel(builder, f"{self.phase}_attention", site, dtype_of(query))
+        if self.phase == "prefill":
+            return relax.op.call_tir(kernel, operands, out)
+        part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
+        both = builder.emit(relax.op.call_tir(kernel, operands, [part, out]))
+        return relax.TupleGetItem(both, 1)
 
     def _rebuilt(
         self,
         builder: relax.BlockBuilder,
-        names: dict[Any, Any],
+        calls: PagedCalls,
         site: AttentionSite,
         inputs: list[relax.Expr],
         attrs: Latent,
@@ -151,62 +155,48 @@ class PageAttention:
         """Prefill that makes keys and values again from what is kept, block by block."""
         formats = tuple(weight.format for weight in found if weight is not None)
         parts = [dataclasses.replace(part, first=0, stride=0) for part in (attrs.key, attrs.value)]
-        key = ("rebuilt", *self._geometry(site), *parts, formats)
-        if key not in names:
-            kernel = self.kernels.rebuilt(site, attrs.key, attrs.value, *formats)
-            names[key] = builder.add_func(kernel, "prefill_rebuilt")
+        kernel = calls.named(
+            builder,
+            ("rebuilt", *calls.geometry(site), *parts, formats),
+            "prefill_rebuilt",
+            lambda: self.kernels.rebuilt(site, attrs.key, attrs.value, *formats),
+        )
         packed = [
             builder.emit(marker(HEAD_WEIGHT, [weight], part, relax.TensorType(ndim=3, dtype=format.dtype)))
             for weight, part, format in zip(weights, (attrs.key, attrs.value), formats, strict=True)
         ]
         n = dims(inputs[0])[2]
-        out = relax.TensorType((1, n, site.heads, attrs.value.width), _dtype(inputs[0]))
-        return relax.op.call_tir(names[key], [*inputs, *packed], out)
+        out = relax.TensorType((1, n, site.heads, attrs.value.width), dtype_of(inputs[0]))
+        return relax.op.call_tir(kernel, [*inputs, *packed], out)
 
-    def _pools(self) -> dict[int, list[relax.Var]]:
-        kernels = self.kernels
-        pools = {}
-        for group, (_, members) in enumerate(grouped(self.sites)):
-            pages = tirx.Var(f"pages_{group}", "int64")
-            for site in members:
-                state = site.state(kernels.page_size, kernels.keys_transposed)
-                pools[site.index] = [
-                    relax.Var(f"{name}_{site.index}", relax.TensorType((pages, *shape), dtype))
-                    for name, (dtype, shape) in state.items()
-                ]
-        return pools
 
-    def _kernel(
-        self, builder: relax.BlockBuilder, names: dict[Any, Any], kind: str, site: AttentionSite, dtype: str
-    ) -> Any:
-        """The kernel's global variable; sites of the same geometry share one."""
-        geometry = self._geometry(site)
-        form = (site.kv_dtype, site.stored, site.shared)
-        key = (kind, dtype, *form, geometry[1:4] if kind == "append_kv" else geometry)
-        if key not in names:
-            make = {
-                "append_kv": self.kernels.append,
-                "prefill_attention": self.kernels.prefill,
-                "decode_attention": self.kernels.decode,
-            }
-            names[key] = builder.add_func(make[kind](site, dtype), kind)
-        return names[key]
+@dataclass(frozen=True)
+class _Inputs:
+    """The integer inputs of a function."""
 
-    def _geometry(self, site: AttentionSite) -> tuple[Any, ...]:
-        return (
-            site.heads,
-            site.kv_heads,
-            site.head_dim,
-            site.value_dim,
-            site.scale,
-            site.softcap,
-            dataclasses.replace(site.mask, proof=""),
-            site.slopes is not None,
-            site.sinks is not None,
-            site.guarded,
-            site.sliced,
-            site.kv_dtype,
-        )
+    positions: relax.Var
+    slots: dict[int, relax.Var]
+    """By group."""
+    tiles: relax.Var | None
+    tables: list[relax.Var]
+    last: relax.Var | None
+
+    @property
+    def integers(self) -> list[relax.Var]:
+        """Those that are new, in their order."""
+        tiles, last = ([v] if v is not None else [] for v in (self.tiles, self.last))
+        return [*self.slots.values(), *tiles, *self.tables, *last]
+
+    def places(self, calls: PagedCalls, site: AttentionSite) -> list[relax.Expr]:
+        """What tells a kernel which pages a site's queries see."""
+        of = self.last if site.mask.reach.memory else self.positions
+        assert of is not None
+        tiles = [] if self.tiles is None else [self.tiles]
+        return [of, *tiles, self.tables[calls.group_of[site.index]]]
+
+
+def _extras(site: AttentionSite) -> list[relax.Expr]:
+    return [relax.const(np.array(x, np.float32)) for x in (site.slopes, site.sinks) if x is not None]
 
 
 def _absorbed(
@@ -217,7 +207,7 @@ def _absorbed(
     site: AttentionSite,
 ) -> relax.Expr:
     """q W_K^T, and the elements of the query that meet the rest of what is kept."""
-    dtype, n = _dtype(query), dims(query)[2]
+    dtype, n = dtype_of(query), dims(query)[2]
     width = int(dims(query)[3].value)
 
     def part(low: int, high: int) -> relax.Expr:
@@ -230,7 +220,3 @@ def _absorbed(
     if attrs.width == width:
         return product
     return builder.emit(relax.op.concat([product, part(attrs.width, width)], axis=3))
-
-
-def _dtype(value: relax.Expr) -> str:
-    return str(value.ty.dtype.dtype)

@@ -76,6 +76,12 @@ def drop_params(module: IRModule, names: set[str | None]) -> IRModule:
     return with_main(module, relax.Function(kept, old.body, old.ret_ty, old.is_pure, old.attrs))
 
 
+def drop_unused(module: IRModule, first: int) -> IRModule:
+    """`module` without those parameters of `main`, from number `first` on, that nothing uses."""
+    used = graph_of(module["main"]).users
+    return drop_params(module, {p.name for p in module["main"].params[first:] if not used[p]})
+
+
 def with_main(module: IRModule, function: relax.Function) -> IRModule:
     """`module` with another `main`."""
     result = IRModule(dict(module.functions_items()))

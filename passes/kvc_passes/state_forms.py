@@ -90,7 +90,8 @@ class Forms:
         """All forms of a site, the legal ones first as they are to be preferred."""
         plain = StateForm("paged_kv", site.token_bytes(), f"K and V of {site.kv_heads} heads")
         if site.mask.reach.memory:
-            return plain, self._memory_form(marker, site), *_illegal(OF_TOKENS, "it reads an encoder's output")
+            others = _illegal(OF_TOKENS, "it reads an encoder's output")
+            return plain, self._memory_form(marker, site), *others
         others = _illegal(("encoder_output",), "it reads the model's own tokens")
         return plain, *self._latent_forms(marker, site), *self._key_forms(marker, site), *others
 

@@ -29,7 +29,9 @@ from .quantized_operators import coded_initializers
 from .reader import OnnxFile
 from .roles import PAST, SEQUENCE
 
-_RESERVED = re.compile(r"[kv](_scale)?_\d+|(slots|block_table)_\d+|tokens|positions|tiles|rows|logits")
+_RESERVED = re.compile(
+    r"[kvx](_scale)?_\d+|(slots|block_table)_\d+|slots|tokens|positions|tiles|rows|logits|memory|memory_last"
+)
 """Names of the compiled functions' other parameters."""
 _SMALLEST_PARAMETER = 64  # elements; smaller float initializers become constants of the module
 

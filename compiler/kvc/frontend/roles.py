@@ -134,8 +134,8 @@ def unify_dimensions(graph: onnx.GraphProto, roles: Roles, path: object) -> None
 def _check_memory(dims: Sequence[onnx.TensorShapeProto.Dimension], name: str, path: object) -> None:
     if dims[1].dim_value:
         raise UnsupportedModel(
-            f"{path}: input '{name}' has a fixed number of rows, {dims[1].dim_value}; export the decoder with "
-            "a dynamic axis for the encoder's output"
+            f"{path}: input '{name}' has a fixed number of rows, {dims[1].dim_value}; export the decoder "
+            "with a dynamic axis for the encoder's output"
         )
     if not dims[2].dim_value:
         raise UnsupportedModel(f"{path}: input '{name}' has rows of unknown width")

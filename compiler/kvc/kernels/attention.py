@@ -53,6 +53,8 @@ class AttentionShape:
     """Whether a token's value is the first value_dim elements of its key, which is kept once."""
     sliced: Sliced | None = None
     """Of a shared shape: how a query meets its own part of a key, which is turned first."""
+    whole: bool = False
+    """Whether a query sees the keys up to its position, and those of a sequence have the same: the last."""
     page_size: int = 16
 
     @property
@@ -150,11 +152,13 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
             )
             kernel = BlockKernel(e, shape, traits, tile * group, False, 128, state, table, row, more)
             position = e.bind("position", positions[first])
+            end = position if shape.whole else position + tokens - 1
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
-                kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, position + k)
-            kernel.pad(tokens * group, position + tokens - 1)
-            page, last = kernel.mask.pages_of(position, position + tokens - 1)
-            kernel.run_head(head, tokens * group, page, last - page + 1, position, position + tokens - 1)
+                own = position if shape.whole else position + k
+                kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, own)
+            kernel.pad(tokens * group, end)
+            page, last = kernel.mask.pages_of(position, end)
+            kernel.run_head(head, tokens * group, page, last - page + 1, position, end)
             with e.loop("k", tokens) as k, e.loop("g", group) as g:
                 kernel.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
     inputs = [q, *state.values(), positions, tiles, table, *more.values()]

@@ -28,5 +28,6 @@ def attention_shape(site: AttentionSite, page_size: int) -> AttentionShape:
         stored=site.stored,
         shared=site.shared,
         sliced=site.sliced,
+        whole=mask.kind == "memory",
         page_size=page_size,
     )

@@ -34,6 +34,8 @@ class Segment:
     token of the segment sees does not matter, as long as it is a page's number."""
     wanted: bool = True
     """Whether the logits after the last token are wanted."""
+    memory: int = 0
+    """Rows of the encoder's output that the sequence has, whose pages are those of a group of their own."""
 
 
 class Memory(Protocol):
@@ -62,22 +64,34 @@ class Memory(Protocol):
         """Release what is held beside memory."""
 
 
-def input_shapes(plan: Plan) -> Shapes:
-    """Dtype and shape of the integer inputs of the largest call."""
-    tokens, groups = max(plan.chunk, plan.max_batch), range(len(plan.groups))
+def input_shapes(plan: Plan, facts: ModelFacts) -> Shapes:
+    """Dtype and shape of the inputs of the largest call."""
+    tokens, reaches = max(plan.chunk, plan.max_batch), [group.reach for group in plan.groups]
+    tables = {
+        f"table_{g}": ("int32", (plan.max_batch, plan.table_columns(reach.memory)))
+        for g, reach in enumerate(reaches)
+    }
+    memory = {
+        "memory_last": ("int64", (tokens,)),
+        "memory": ("float32", (plan.chunk, facts.memory[0] if facts.memory else 0)),
+        "memory_slots": ("int32", (plan.chunk,)),
+    }
     return {
         "tokens": ("int64", (tokens,)),
         "positions": ("int64", (tokens,)),
-        **{f"slots_{g}": ("int32", (tokens,)) for g in groups},
+        **{f"slots_{g}": ("int32", (tokens,)) for g, reach in enumerate(reaches) if not reach.memory},
         "tiles": ("int32", (plan.max_tiles, 3)),
-        **{f"table_{g}": ("int32", (plan.max_batch, plan.table_width)) for g in groups},
+        **tables,
         "rows": ("int32", (plan.max_batch,)),
+        **(memory if facts.memory else {}),
     }
 
 
-def table_bytes(plan: Plan) -> int:
-    """Bytes of the largest call's integer inputs, and of what is remembered of pages (Bytes.tables)."""
-    inputs = sum(padded(dtype, shape) for dtype, shape in input_shapes(plan).values())
+def table_bytes(plan: Plan, facts: ModelFacts) -> int:
+    """Bytes of the largest call's inputs, and of what is remembered of pages (Bytes.tables)."""
+    inputs = sum(padded(dtype, shape) for dtype, shape in input_shapes(plan, facts).values())
+    if facts.memory:  # requests keep what they came with: they may have to be computed again
+        inputs += plan.max_batch * padded("float32", (plan.max_memory, facts.memory[0]))
     on_gpu = plan.target["kind"] == "cuda"  # whose memory is what is counted
     return inputs + (0 if on_gpu else RECORD_BYTES * sum(group.pages for group in plan.groups))
 
@@ -104,7 +118,7 @@ class Executor:
         self.plan = artifact.plan
         self.facts = artifact.facts
         inputs = {
-            **input_shapes(self.plan),
+            **input_shapes(self.plan, self.facts),
             "logits": ("float32", (self.plan.max_batch, self.facts.logits)),
         }
         pools = _pools(self.plan, self.facts)
@@ -113,13 +127,25 @@ class Executor:
             if self.plan.target["kind"] == "cuda"
             else HostMemory(artifact, inputs, pools, threads)
         )
-        self._prefill, self._decode = self._memory.vm["prefill"], self._memory.vm["decode"]
+        vm = self._memory.vm
+        self._prefill, self._decode = vm["prefill"], vm["decode"]
+        self._encode = vm["encode"] if self.facts.memory else None
         arrays = self._memory.arrays
         self._tokens, self._positions = arrays["tokens"], arrays["positions"]
         self._tiles, self._rows = arrays["tiles"], arrays["rows"]
-        groups = range(len(self.plan.groups))
-        self._slot_names, self._table_names = ([f"{name}_{g}" for g in groups] for name in ("slots", "table"))
-        self._state = (*self._memory.pools, *self._memory.weights)
+        groups = list(enumerate(self.plan.groups))
+        self._slot_names = [f"slots_{g}" for g, group in groups if not group.reach.memory]
+        self._table_names = [f"table_{g}" for g, _ in groups]
+        weights = dict(zip((spec.name for spec in artifact.layout()), self._memory.weights, strict=True))
+
+        def state(function: str, pools: Sequence[Any]) -> tuple[Any, ...]:
+            return (*pools, *(weights[name] for name in artifact.takes(function)))
+
+        self._state = {name: state(name, self._memory.pools) for name in ("prefill", "decode")}
+        if self.facts.memory:
+            kept = _pools(self.plan, self.facts, memory=True)
+            of_memory = [pool for name, pool in zip(pools, self._memory.pools, strict=True) if name in kept]
+            self._state["encode"] = state("encode", of_memory)
         if warm:
             try:
                 self._run_largest()
@@ -157,9 +183,10 @@ class Executor:
             *(give(name, count) for name in ("tokens", "positions", *self._slot_names)),
             give("tiles", tiles),
             *(give(name, len(segments)) for name in self._table_names),
+            *self._last(count),
             give("rows", len(rows)),
             self._memory.place("logits", len(rows)),
-            *self._state,
+            *self._state["prefill"],
         ]
         self._memory.run(self._prefill, arguments, None)
         return self._memory.take("logits", len(wanted)) if wanted else self._memory.arrays["logits"][:0]
@@ -179,11 +206,29 @@ class Executor:
         names = ("tokens", "positions", *self._slot_names, *self._table_names)
         arguments = [
             *(self._memory.give(name, count) for name in names),
+            *self._last(count),
             self._memory.place("logits", count),
-            *self._state,
+            *self._state["decode"],
         ]
         self._memory.run(self._decode, arguments, count)
         return self._memory.take("logits", count)
+
+    def encode(self, memory: NDArray[np.float32], pages: Sequence[int]) -> None:
+        """Keep an encoder's output, float32 [rows, facts.memory[0]], in pages of the group that reads it.
+
+        Raises PlanningError if the pages do not hold it.
+        """
+        size = self.plan.page_size
+        if len(memory) > len(pages) * size:
+            raise PlanningError(f"{len(memory)} rows of an encoder's output do not fit {len(pages)} pages")
+        table, arrays = np.asarray(pages, dtype=np.int32), self._memory.arrays
+        for first in range(0, len(memory), self.plan.chunk):
+            part = memory[first : first + self.plan.chunk]
+            count, places = len(part), np.arange(first, first + len(part))
+            arrays["memory"][:count] = part
+            arrays["memory_slots"][:count] = table[places // size] * size + places % size
+            given = [self._memory.give(name, count) for name in ("memory", "memory_slots")]
+            self._memory.run(self._encode, [*given, *self._state["encode"]], None)
 
     def close(self) -> None:
         """Release the memory. The executor cannot be used afterwards."""
@@ -197,13 +242,22 @@ class Executor:
         positions = self._positions[begin:end]
         positions[:] = np.arange(segment.start, last)
         self._tokens[begin:end] = segment.tokens
-        for pages, slots, name in zip(segment.pages, self._slot_names, self._table_names, strict=True):
-            table = arrays[name][sequence]
-            if last > len(pages) * size or len(pages) > len(table) or begin == end:
-                raise PlanningError(f"{last} tokens of a sequence do not fit its {len(pages)} pages")
+        for group, pages, name in zip(self.plan.groups, segment.pages, self._table_names, strict=True):
+            table, reach = arrays[name][sequence], group.reach
+            needed = segment.memory if reach.memory else last
+            if needed > len(pages) * size or len(pages) > len(table) or begin == end or not needed:
+                what = "rows" if reach.memory else "tokens"
+                raise PlanningError(f"{needed} {what} of a sequence do not fit its {len(pages)} pages")
             table[: len(pages)] = np.asarray(pages, dtype=np.int32)
             table[len(pages) :] = 0
-            arrays[slots][begin:end] = table[positions // size] * size + positions % size
+            if reach.memory:
+                arrays["memory_last"][begin:end] = segment.memory - 1
+            else:
+                slots = name.replace("table", "slots")
+                arrays[slots][begin:end] = table[positions // size] * size + positions % size
+
+    def _last(self, count: int) -> list[Any]:
+        return [self._memory.give("memory_last", count)] if self.facts.memory else []
 
     def _check_tokens(self, count: int) -> None:
         tokens, vocab = self._tokens[:count], self.facts.vocab
@@ -214,24 +268,34 @@ class Executor:
     def _run_largest(self) -> None:
         """Run the largest prefill and one decode, so that their temporaries are allocated and touched."""
         plan = self.plan
-        least = min(group.pages for group in plan.groups)
+        least = min(group.pages for group in plan.groups if not group.reach.memory)
+        rows = plan.max_memory
+        of_memory = range(-(-rows // plan.page_size))
+        if self.facts.memory:
+            self.encode(np.zeros((rows, self.facts.memory[0]), np.float32), of_memory)
+
+        def pages(count: int) -> list[range]:
+            own = range(-(-count // plan.page_size))
+            return [of_memory if group.reach.memory else own for group in plan.groups]
+
         share = min(-(-plan.chunk // plan.max_batch), plan.max_context, least * plan.page_size)
         segments: list[Segment] = []
         left = plan.chunk
         while left and len(segments) < plan.max_batch:
             count = min(left, share)
             # Sequences may share pages here: the values mean nothing, and later tokens overwrite them.
-            segments.append(Segment([0] * count, 0, [range(-(-count // plan.page_size))] * len(plan.groups)))
+            segments.append(Segment([0] * count, 0, pages(count), memory=rows))
             left -= count
         self.prefill(segments)
-        self.decode([Segment([0], 0, [[0]] * len(plan.groups))] * plan.max_batch)
+        self.decode([Segment([0], 0, pages(1), memory=rows)] * plan.max_batch)
 
 
-def _pools(plan: Plan, facts: ModelFacts) -> Shapes:
-    """Dtypes and shapes of what the sites keep: k_0, v_0, k_1, ..."""
+def _pools(plan: Plan, facts: ModelFacts, *, memory: bool = False) -> Shapes:
+    """Dtypes and shapes of what the sites keep: k_0, v_0, k_1, ...; `memory`: of cross-attention alone."""
     pages = {site: group.pages for group in plan.groups for site in group.sites}
     return {
         f"{name}_{site.index}": (dtype, (pages[site.index], *shape))
         for site in facts.sites
+        if site.mask.reach.memory or not memory
         for name, (dtype, shape) in site.state(plan.page_size, plan.keys_transposed).items()
     }

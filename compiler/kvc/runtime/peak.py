@@ -30,7 +30,11 @@ def main() -> None:
             new = min(_GENERATED, context)
             length = max(1, context - new)
             prompts = [random.integers(0, facts.vocab, length).tolist() for _ in range(workload.batch)]
-            session.generate(prompts, max_new_tokens=context - length or 1, ignore_eos=True)
+            memory = None
+            if facts.memory is not None:
+                shape = (workload.memory, facts.memory[0])
+                memory = [random.standard_normal(shape, np.float32) for _ in prompts]
+            session.generate(prompts, memory=memory, max_new_tokens=context - length or 1, ignore_eos=True)
         # On a GPU everything is allocated when the model is loaded, and stays.
         print(used_bytes() - before if on_gpu else peak_bytes())
 

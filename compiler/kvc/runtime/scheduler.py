@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class Request:
     stopped: Callable[[int], bool]
     """Called with each chosen token; True ends the request (a stop text was completed)."""
     rng: np.random.Generator
+    memory: NDArray[np.float32] | None = None
+    """The encoder's output [rows, d] that it came with."""
     kept: Kept | None = None
     """Its pages, while it runs."""
     names: list[bytes] = field(default_factory=list)
@@ -121,17 +123,26 @@ class Scheduler:
         eos: frozenset[int] = frozenset(),
         stopped: Callable[[int], bool] = lambda _: False,
         made: Callable[[Request], None] = lambda _: None,
+        memory: NDArray[Any] | None = None,
     ) -> Request:
-        """Queue a request. Raises InputError if it is empty, too long, or has a token that does not exist.
+        """Queue a request. Raises InputError if it cannot be served.
 
-        made: called with the request before any step sees it.
+        made: called with the request before any step sees it. memory: the encoder's output [rows, d].
         """
         self.check(prompt)
+        encoded = self.checked_memory(memory)
         stop_tokens = frozenset(params.stop_tokens) | (frozenset() if params.ignore_eos else eos)
         rng = np.random.default_rng(params.seed)
         with self._lock:
             request = Request(
-                next(self._ids), [int(t) for t in prompt], len(prompt), params, stop_tokens, stopped, rng
+                next(self._ids),
+                [int(t) for t in prompt],
+                len(prompt),
+                params,
+                stop_tokens,
+                stopped,
+                rng,
+                encoded,
             )
             made(request)
             self._requests[request.id] = request
@@ -153,6 +164,30 @@ class Scheduler:
                 raise InputError(f"token ids are integers, not {token!r}")
             if not 0 <= token < vocab:
                 raise InputError(f"token id {token} does not exist: the model has 0 .. {vocab - 1}")
+
+    def checked_memory(self, memory: NDArray[Any] | None) -> NDArray[np.float32] | None:
+        """An encoder's output as the model takes it. Raises InputError if it does not."""
+        width, most = self.model.facts.memory, self.plan.max_memory
+        if width is None:
+            if memory is not None:
+                raise InputError("the model reads no encoder's output: give none")
+            return None
+        if memory is None:
+            raise InputError(f"the model reads an encoder's output: give one of [rows, {width[0]}]")
+        array = np.asarray(memory)
+        if array.ndim == 3 and len(array) == 1:
+            array = array[0]
+        if array.ndim != 2 or array.shape[1] != width[0] or array.dtype.kind not in "fV":
+            raise InputError(
+                f"the encoder's output is {array.dtype} {list(array.shape)}; the model reads floats "
+                f"[rows, {width[0]}]"
+            )
+        if not 0 < len(array) <= most:
+            raise InputError(
+                f"the encoder's output has {len(array)} rows; one request may have 1 to {most}: compile the "
+                "model for a workload with more"
+            )
+        return np.ascontiguousarray(array, np.float32)
 
     def cancel(self, id: int) -> bool:
         """End a request with the next step; False if it has ended or never was."""
@@ -203,7 +238,7 @@ class Scheduler:
         with self._lock:
             while self._waiting and len(self._running) < self.plan.max_batch:
                 request = self._waiting[0]
-                request.kept = self.state.open(request.tokens, request.names)
+                request.kept = self.state.open(request.tokens, request.names, request.memory)
                 shared = self.state.join(request.kept)
                 running = [r.kept for r in self._running if r.kept is not None]
                 if not self.state.admit(request.kept, min(request.longest, self.limit), running):

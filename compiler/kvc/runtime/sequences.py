@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvc.runtime.executor import Segment
 from kvc.runtime.state import Kept, State
+from kvc_passes.errors import PlanningError
 from kvc_passes.facts import ModelFacts, Plan
 
 
@@ -22,6 +23,7 @@ class Model(Protocol):
     def facts(self) -> ModelFacts: ...
     def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
     def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
+    def encode(self, memory: NDArray[np.float32], pages: Sequence[int]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -34,9 +36,9 @@ class Sequences:
         self.model = model
         self.state = State(model.plan, share=share, shuffle=shuffle)
 
-    def open(self, tokens: Sequence[int]) -> Kept:
-        """A sequence of these tokens, of which nothing is computed."""
-        return self.state.open(tokens)
+    def open(self, tokens: Sequence[int], memory: NDArray[np.float32] | None = None) -> Kept:
+        """A sequence of these tokens, of which nothing is computed, and its encoder output [rows, d]."""
+        return self.state.open(tokens, memory=memory)
 
     def prefill(self, parts: Sequence[tuple[Kept, int]], *, ends: bool = False) -> NDArray[np.float32]:
         """Compute the next tokens of sequences, so many of each.
@@ -45,6 +47,7 @@ class Sequences:
         call overwrites; with `ends` only of sequences that are then computed to their end. Raises
         PlanningError if there is not enough room.
         """
+        self._encode(kept for kept, _ in parts)
         segments = [
             self.state.segment(kept, count, wanted=not ends or kept.length + count == len(kept.tokens))
             for kept, count in parts
@@ -56,10 +59,20 @@ class Sequences:
 
     def decode(self, sequences: Sequence[Kept]) -> NDArray[np.float32]:
         """Compute the next token of each sequence; logits as for `prefill`."""
+        self._encode(sequences)
         logits = self.model.decode([self.state.segment(kept, 1) for kept in sequences])
         for kept in sequences:
             self.state.advance(kept, 1)
         return logits
+
+    def _encode(self, sequences: Iterable[Kept]) -> None:
+        """Keep the encoder outputs that are not in their pages yet."""
+        for kept in sequences:
+            if kept.memory is not None and not kept.encoded:
+                if not self.state.hold_memory(kept):
+                    raise PlanningError(f"{len(kept.memory)} rows do not fit the pages that are free")
+                self.model.encode(kept.memory, self.state.memory_pages(kept))
+                kept.encoded = True
 
     def close(self, *sequences: Kept) -> None:
         """Give the pages of sequences back."""

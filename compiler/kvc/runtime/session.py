@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
+from numpy.typing import NDArray
+
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import FinishReason, Request, Scheduler, Update
 from kvc.runtime.sequences import Model
@@ -156,18 +158,25 @@ class Session:
         *,
         chat: bool = False,
         on_token: OnToken | None = None,
+        memory: Sequence[NDArray[Any]] | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Completion]:
         """Answer one prompt or several together, each a text or token ids; the answers come in their order.
 
-        With `chat`, a text is what a user says to the model. Every prompt has the seed that is given, so its
+        With `chat`, a text is what a user says to the model. `memory` has the encoder's output
+        [rows, d] of each prompt, for a model that reads one. Every prompt has the seed that is given, so its
         answer does not depend on the others. Raises InputError, before anything runs, if a prompt cannot be
         served.
         """
         params = _params(sampling)
         several: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self._checked(prompt, chat) for prompt in several]
-        lives = [self._add(prompt, params) for prompt in tokens]
+        given = [None] * len(tokens) if memory is None else list(memory)
+        if len(given) != len(tokens):
+            raise InputError(f"{len(tokens)} prompts, and encoder outputs for {len(given)}")
+        for each in given:
+            self._scheduler.checked_memory(each)
+        lives = [self._add(prompt, params, each) for prompt, each in zip(tokens, given)]
         inboxes: list[list[Event]] = [[] for _ in lives]
         for live, inbox in zip(lives, inboxes, strict=True):
             live.sink = inbox.append
@@ -185,18 +194,33 @@ class Session:
             self._abandon(lives)
         return [_completion(live.request, text) for live, text in zip(lives, texts, strict=True)]
 
-    def stream(self, prompt: Prompt, *, chat: bool = False, **sampling: Unpack[Sampling]) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        memory: NDArray[Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Iterator[str]:
         """Answer one prompt piece by piece, in whole characters; closing the iterator cancels the request.
 
         Raises InputError, before anything runs, if the prompt cannot be served or there is no tokenizer.
         """
         params = _params(sampling)
         self.text  # noqa: B018  raises where there is no tokenizer
-        return self._pieces(self._checked(prompt, chat), params)
+        self._scheduler.checked_memory(memory)
+        return self._pieces(self._checked(prompt, chat), params, memory)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> int:
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        memory: NDArray[Any] | None = None,
+    ) -> int:
         """Queue a request and return its id; `step` works on it. Raises InputError if it cannot be served."""
-        return self._add(self._checked(prompt, chat), params or SamplingParams()).request.id
+        return self._add(self._checked(prompt, chat), params or SamplingParams(), memory).request.id
 
     def step(self) -> list[Event]:
         """Compute the next tokens of the requests that are queued; what became of those of add_request."""
@@ -224,7 +248,7 @@ class Session:
         self._scheduler.check(tokens)
         return tokens
 
-    def _add(self, tokens: list[int], params: SamplingParams) -> _Live:
+    def _add(self, tokens: list[int], params: SamplingParams, memory: NDArray[Any] | None = None) -> _Live:
         if params.stop and not self._text:
             raise InputError(
                 "stop texts need a tokenizer, which this artifact does not have: give stop_tokens"
@@ -237,14 +261,16 @@ class Session:
             live.request = request
             self._lives[request.id] = live
 
-        self._scheduler.add(tokens, params, eos=eos, stopped=live.push, made=made)
+        self._scheduler.add(tokens, params, eos=eos, stopped=live.push, made=made, memory=memory)
         return live
 
     def _to_outbox(self, event: Event) -> None:
         self._outbox.append(event)
 
-    def _pieces(self, tokens: list[int], params: SamplingParams) -> Iterator[str]:
-        live = self._add(tokens, params)
+    def _pieces(
+        self, tokens: list[int], params: SamplingParams, memory: NDArray[Any] | None
+    ) -> Iterator[str]:
+        live = self._add(tokens, params, memory)
         inbox: list[Event] = []
         live.sink = inbox.append
         try:

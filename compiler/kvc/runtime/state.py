@@ -7,11 +7,12 @@ can see go back to the group's pool. Sequences that begin with the same tokens s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvc.runtime.executor import Segment
 from kvc.runtime.pages import PagePool, Pages
@@ -33,6 +34,10 @@ class Kept:
     """Pages that it was promised when it was admitted and has not taken, where all tokens are kept."""
     names: list[bytes] = field(default_factory=list)
     """For full pages of tokens: what tells their tokens and all before them from others."""
+    memory: NDArray[np.float32] | None = None
+    """The encoder's output [rows, d], where the model reads one."""
+    encoded: bool = False
+    """Whether that is in its pages."""
 
 
 class State:
@@ -50,10 +55,38 @@ class State:
         self.pools = [PagePool(group.pages) for group in plan.groups]
         self._order = None if shuffle is None else [shuffle.permutation(g.pages) for g in plan.groups]
 
-    def open(self, tokens: Sequence[int], names: list[bytes] | None = None) -> Kept:
+    def open(
+        self,
+        tokens: Sequence[int],
+        names: list[bytes] | None = None,
+        memory: NDArray[np.float32] | None = None,
+    ) -> Kept:
         """A sequence of which nothing is computed. `names`: those of its pages, from an earlier `Kept`."""
         sinks = (-(-group.reach.sinks // self.plan.page_size) for group in self.plan.groups)
-        return Kept(tokens, [Pages(count) for count in sinks], names=[] if names is None else names)
+        pages = [Pages(count) for count in sinks]
+        return Kept(tokens, pages, names=[] if names is None else names, memory=memory)
+
+    def _of_tokens(self, kept: Kept) -> Iterator[tuple[PagePool, StateGroup, Pages]]:
+        """Pool, group and the sequence's pages, of every group that keeps tokens."""
+        for pool, group, pages in zip(self.pools, self.plan.groups, kept.pages):
+            if not group.reach.memory:
+                yield pool, group, pages
+
+    def hold_memory(self, kept: Kept) -> bool:
+        """Have pages for a sequence's encoder output; False, and no change, where too few are free."""
+        if kept.memory is None:
+            return True
+        for pool, group, pages in zip(self.pools, self.plan.groups, kept.pages):
+            missing = -(-len(kept.memory) // self.plan.page_size) - len(pages)
+            if group.reach.memory and missing > 0 and not pool.append(pages, missing):
+                return False
+        return True
+
+    def memory_pages(self, kept: Kept) -> Sequence[int]:
+        """The pages of a sequence's encoder output."""
+        index = next(i for i, group in enumerate(self.plan.groups) if group.reach.memory)
+        pages: Sequence[int] = self._ids(kept)[index]
+        return pages
 
     def join(self, kept: Kept) -> int:
         """Go on with the full pages that are known to hold the state of the sequence's next tokens.
@@ -66,7 +99,7 @@ class State:
         end = self._longest_known(kept, place)
         if end == place:
             return 0
-        for pool, group, pages in zip(self.pools, self.plan.groups, kept.pages):
+        for pool, group, pages in self._of_tokens(kept):
             first = self._first_needed(group, end)
             needed = [kept.names[at] if at < pages.sinks or at >= first else None for at in range(place, end)]
             pool.adopt(pages, place, needed)
@@ -83,7 +116,7 @@ class State:
         size, chunk = self.plan.page_size, self.plan.chunk
         length, place = min(len(kept.tokens), final), kept.length // size
         coming = max((self._common(kept, other) - place for other in running), default=0)
-        for pool, group, pages in zip(self.pools, self.plan.groups, kept.pages):
+        for pool, group, pages in self._of_tokens(kept):
             # One token more, or the sequence would run out of pages as soon as it decodes.
             most = group.reach.most_pages(size, min(length + 1, final), chunk)
             free = pool.free
@@ -91,16 +124,19 @@ class State:
                 most, free = most - max(coming, 0), free - sum(other.owed for other in running)
             if min(most, pool.count) - len(pages.held) > free:
                 return False
+        if not self.hold_memory(kept):
+            return False
         kept.owed = max(0, -(-length // size) - place - max(coming, 0))
         return True
 
     def extend(self, kept: Kept, count: int, final: int) -> bool:
         """Have pages for `count` tokens more; False, and no change, where too few are free."""
         size = self.plan.page_size
-        missing = [-(-(kept.length + count) // size) - len(pages) for pages in kept.pages]
-        if any(pages > pool.free for pages, pool in zip(missing, self.pools)):
+        groups = list(self._of_tokens(kept))
+        missing = [-(-(kept.length + count) // size) - len(pages) for _, _, pages in groups]
+        if any(more > pool.free for more, (pool, _, _) in zip(missing, groups)):
             return False
-        for pool, group, pages, more in zip(self.pools, self.plan.groups, kept.pages, missing):
+        for (pool, group, pages), more in zip(groups, missing):
             if more > 0:
                 most = group.reach.most_pages(size, final, self.plan.chunk)
                 # What it was promised is taken at once, and stands together.
@@ -112,7 +148,7 @@ class State:
 
     def room(self, kept: Kept) -> int:
         """Tokens by which a sequence can go on with the pages that are free."""
-        ends = [len(pages) + pool.free for pages, pool in zip(kept.pages, self.pools)]
+        ends = [len(pages) + pool.free for pool, _, pages in self._of_tokens(kept)]
         return min(ends) * self.plan.page_size - kept.length
 
     def segment(self, kept: Kept, count: int, *, wanted: bool = True) -> Segment:
@@ -123,17 +159,22 @@ class State:
         end = kept.length + count
         if not self.extend(kept, count, end):
             raise PlanningError(f"{count} tokens more do not fit the pages that are free")
+        rows = 0 if kept.memory is None else len(kept.memory)
+        return Segment(kept.tokens[kept.length : end], kept.length, self._ids(kept), wanted, rows)
+
+    def _ids(self, kept: Kept) -> list[Any]:
+        """The numbers of a sequence's pages, as kernels know them, of every group."""
         ids: list[Any] = [pages.ids for pages in kept.pages]
-        if self._order is not None:
-            ids = [order[np.frombuffer(each, np.int32)] for order, each in zip(self._order, ids)]
-        return Segment(kept.tokens[kept.length : end], kept.length, ids, wanted)
+        if self._order is None:
+            return ids
+        return [order[np.frombuffer(each, np.int32)] for order, each in zip(self._order, ids)]
 
     def advance(self, kept: Kept, count: int) -> None:
         """A call has computed the next tokens: remember full pages, and drop what no later token sees."""
         size = self.plan.page_size
         names = self.filled(kept, count)
         before, kept.length = kept.length // size, kept.length + count
-        for pool, group, pages in zip(self.pools, self.plan.groups, kept.pages):
+        for pool, group, pages in self._of_tokens(kept):
             for place, name in enumerate(names, before):
                 pool.name(pages.ids[place], name)
             pool.drop(pages, group.reach.oldest(kept.length) // size)
@@ -159,6 +200,9 @@ class State:
         for index, group in enumerate(self.plan.groups):
             seen = 0
             for kept in sequences:
+                if group.reach.memory:
+                    seen += 0 if kept.memory is None else len(kept.memory)
+                    continue
                 first = min(group.reach.oldest(kept.length), kept.length)
                 seen += kept.length - first + min(group.reach.sinks, first)
             held = {page for kept in sequences for page in kept.pages[index].held}
@@ -174,7 +218,7 @@ class State:
         """What tells a full page's tokens, and all before them, from others."""
         size = self.plan.page_size
         while len(kept.names) <= place:
-            at, before = len(kept.names), kept.names[-1] if kept.names else b""
+            at, before = len(kept.names), kept.names[-1] if kept.names else _seed(kept)
             tokens = np.array(kept.tokens[at * size : (at + 1) * size], np.int32)
             kept.names.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())
         return kept.names[place]
@@ -197,7 +241,7 @@ class State:
         """Most full pages, `place` at least, of which every group holds or knows those that it would need."""
         last = (len(kept.tokens) - 1) // self.plan.page_size
         fitting = set(range(place + 1, last + 1))
-        for pool, group, pages in zip(self.pools, self.plan.groups, kept.pages):
+        for pool, group, pages in self._of_tokens(kept):
             leading = run = place
             for end in range(place + 1, last + 1):
                 run = run + 1 if pool.known(self.name(kept, end - 1)) else 0
@@ -207,3 +251,10 @@ class State:
             if not fitting:
                 break
         return max(fitting, default=place)
+
+
+def _seed(kept: Kept) -> bytes:
+    """What tells the encoder's output of a sequence from others: states of tokens depend on it."""
+    if kept.memory is None:
+        return b""
+    return hashlib.blake2b(kept.memory.tobytes(), digest_size=16).digest()
