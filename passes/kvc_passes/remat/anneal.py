@@ -1,0 +1,80 @@
+"""Simulated annealing over sequences of computations; compiled by numba."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from .moves import Journal, draw, drop, recompute, shift, undo
+from .state import BUDGET, COST, LENGTH, OVER, Graph, State
+
+
+@njit(nogil=True, cache=True)
+def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool) -> bool:
+    """One move. Exchanges (drop here, repeat there) matter where the budget is tight."""
+    kind = draw(random, 20)
+    if kind < 7:
+        return recompute(g, s, j, random)
+    if kind < 11:
+        return drop(g, s, j, random, fixed)
+    if kind < 13:
+        changed = drop(g, s, j, random, fixed)
+        return recompute(g, s, j, random) or changed
+    if kind < 14:
+        changed = drop(g, s, j, random, fixed)
+        return drop(g, s, j, random, fixed) or changed
+    return shift(g, s, j, random, fixed, fixed or kind < 17)
+
+
+@njit(nogil=True, cache=True)
+def _save(s: State, best: np.ndarray) -> int:
+    for t in range(s.totals[LENGTH]):
+        best[t] = s.op[s.at[t]]
+    return s.totals[LENGTH]
+
+
+@njit(nogil=True, cache=True)
+def anneal(
+    g: Graph,
+    s: State,
+    j: Journal,
+    random: np.ndarray,
+    weight: np.ndarray,
+    hot: float,
+    cold: float,
+    moves: int,
+    fixed: bool,
+    best: np.ndarray,
+    best_cost: int,
+) -> tuple[int, int]:
+    """Cool from `hot` to `cold` (units of cost) over `moves` proposals.
+
+    What is minimized is the cost plus `weight[0]` per byte and step over the budget; the weight falls while the
+    sequence fits and rises while it does not, so the search stays near the border. Returns (length, cost) of the
+    cheapest sequence within the budget below `best_cost`, which is written into `best`; length 0 if none was found.
+    """
+    length = 0
+    least, most = weight[1], weight[2]
+    cooling = math.log(cold / hot)
+    temperature = hot
+    for i in range(moves):
+        if i & 63 == 0:
+            temperature = hot * math.exp(cooling * i / moves)
+        old_cost, old_over = s.totals[COST], s.totals[OVER]
+        j.size[0] = 0
+        if not _propose(g, s, j, random, fixed):
+            continue
+        worse = float(s.totals[COST] - old_cost) + weight[0] * float(s.totals[OVER] - old_over)
+        fits = s.totals[OVER] == 0
+        if fits and s.totals[COST] < best_cost:
+            best_cost = s.totals[COST]
+            length = _save(s, best)
+        if worse > 0 and math.exp(-worse / temperature) * 1048576 <= draw(random, 1048576):
+            undo(g, s, j)
+        if fits:
+            weight[0] = max(weight[0] * 0.9999, least)
+        elif old_over > 0:
+            weight[0] = min(weight[0] * 1.0002, most)
+    return length, best_cost

@@ -1,0 +1,225 @@
+"""The moves of the local search. Each changes the state and writes into a journal how to take it back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from .state import (
+    LENGTH,
+    OVER,
+    SPARE,
+    TWINS,
+    Graph,
+    State,
+    end_of,
+    first_read,
+    insert,
+    last_read,
+    move,
+    next_slot,
+    remove,
+    serving,
+)
+
+INSERTED, REMOVED, MOVED = range(3)
+_MOST = 24  # entries of one journal: a move does not start what could need more
+_CHAIN = 8  # computations that one move repeats together
+
+
+class Journal(NamedTuple):
+    """What one move did: `kind`, computation, operation and slot of each step; `size[0]` steps."""
+
+    kind: np.ndarray
+    x: np.ndarray
+    op: np.ndarray
+    slot: np.ndarray
+    size: np.ndarray
+
+
+def empty_journal() -> Journal:
+    return Journal(*(np.zeros(_MOST + 2 * _CHAIN, np.int32) for _ in range(4)), np.zeros(1, np.int32))
+
+
+@njit(nogil=True, cache=True)
+def draw(random: np.ndarray, bound: int) -> int:
+    """A number below the bound from a xorshift generator, whose state is `random[0]`."""
+    r = random[0]
+    r ^= r << np.uint64(13)
+    r ^= r >> np.uint64(7)
+    r ^= r << np.uint64(17)
+    random[0] = r
+    return np.int64(r >> np.uint64(11)) % bound
+
+
+@njit(nogil=True, cache=True)
+def _note(j: Journal, kind: int, x: int, op: int, slot: int) -> None:
+    k = j.size[0]
+    j.kind[k], j.x[k], j.op[k], j.slot[k] = kind, x, op, slot
+    j.size[0] = k + 1
+
+
+@njit(nogil=True, cache=True)
+def undo(g: Graph, s: State, j: Journal) -> None:
+    """Take back what the journal says."""
+    while j.size[0] > 0:
+        k = j.size[0] - 1
+        j.size[0] = k
+        if j.kind[k] == INSERTED:
+            remove(g, s, j.x[k])
+        elif j.kind[k] == REMOVED:
+            insert(g, s, j.op[k], j.slot[k])  # gets the same number: the spare ones are a stack
+        else:
+            move(g, s, j.x[k], j.slot[k])
+
+
+@njit(nogil=True, cache=True)
+def _held(g: Graph, s: State, x: int, fixed: bool) -> bool:
+    """Whether the computation has to stay: it runs once, or first ones keep their order."""
+    return g.once[s.op[x]] == 1 or (fixed and s.before[x] < 0)
+
+
+@njit(nogil=True, cache=True)
+def _place(g: Graph, s: State, j: Journal, op: int, slot: int) -> int:
+    x = insert(g, s, op, slot)
+    _note(j, INSERTED, x, op, slot)
+    return x
+
+
+@njit(nogil=True, cache=True)
+def _crowded_slot(s: State, random: np.ndarray) -> int:
+    """A slot over the budget, any slot if there is none."""
+    length = s.totals[LENGTH]
+    t = draw(random, length)
+    if s.totals[OVER] > 0:
+        while s.profile[t] <= s.totals[5]:
+            t = t + 1 if t + 1 < length else 0
+    return t
+
+
+@njit(nogil=True, cache=True)
+def _idle_at(g: Graph, s: State, t: int, random: np.ndarray) -> int:
+    """A computation whose output lies unread across slot t, rather a large and cheap one; -1 if none was found."""
+    best, found, wanted = -1, 0, 1 + draw(random, 4)
+    for _ in range(40):
+        if t == 0 or found == wanted:
+            break
+        x = s.at[draw(random, t)]
+        op = s.op[x]
+        if g.once[op] == 1 or g.sizes[op] == 0:
+            continue
+        limit = next_slot(s, x)
+        read = first_read(g, s, op, t - 1, limit)
+        if limit <= t or read == limit or read == t:
+            continue
+        found += 1
+        if best < 0 or g.sizes[op] * (g.costs[s.op[best]] + 1.0) > g.sizes[s.op[best]] * (g.costs[op] + 1.0):
+            best = x
+    return best
+
+
+@njit(nogil=True, cache=True)
+def recompute(g: Graph, s: State, j: Journal, random: np.ndarray) -> bool:
+    """Drop a value where memory is short and compute it again before its next read, perhaps with its inputs."""
+    t = _crowded_slot(s, random)
+    x = _idle_at(g, s, t, random)
+    if x < 0 or s.totals[SPARE] <= _CHAIN + 2:
+        return False
+    slot = first_read(g, s, s.op[x], t, next_slot(s, x))
+    if draw(random, 3) == 0:
+        slot = t + 1 + draw(random, slot - t)
+    start = j.size[0]
+    y = _place(g, s, j, s.op[x], slot)
+    if draw(random, 2) == 0:
+        _with_inputs(g, s, j, random, t, y, start)
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, y: int, start: int) -> None:
+    """Compute inputs again too that would otherwise have to live across t for y alone, and inputs of those."""
+    k = start
+    while k < j.size[0] and j.size[0] - start < _CHAIN:
+        y = j.x[k]
+        k += 1
+        op = s.op[y]
+        for i in range(g.input_at[op], g.input_at[op + 1]):
+            value = g.inputs[i]
+            if g.once[value] == 1 or g.sizes[value] == 0 or draw(random, 4) == 0:
+                continue
+            z = serving(s, value, s.slot[y])
+            if s.slot[z] < t and last_read(g, s, value, s.slot[z], s.slot[y]) < t:
+                _place(g, s, j, value, s.slot[y])
+                if j.size[0] - start >= _CHAIN:
+                    break
+
+
+@njit(nogil=True, cache=True)
+def drop(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool) -> bool:
+    """Take a repeated computation away, and those that only it needed."""
+    if s.totals[TWINS] == 0:
+        return False
+    x = s.twins[draw(random, s.totals[TWINS])]
+    if fixed and s.before[x] < 0:
+        x = s.after[x]
+    return _drop(g, s, j, x, fixed)
+
+
+@njit(nogil=True, cache=True)
+def _drop(g: Graph, s: State, j: Journal, x: int, fixed: bool) -> bool:
+    if s.before[x] < 0 and end_of(g, s, x) > s.slot[x]:
+        return False
+    op, slot = s.op[x], s.slot[x]
+    remove(g, s, x)
+    _note(j, REMOVED, x, op, slot)
+    for i in range(g.input_at[op], g.input_at[op + 1]):
+        y = serving(s, g.inputs[i], slot)
+        unread = s.count[g.inputs[i]] > 1 and end_of(g, s, y) == s.slot[y]
+        if unread and not _held(g, s, y, fixed) and j.size[0] < _MOST:
+            _drop(g, s, j, y, fixed)
+            slot = min(slot, s.totals[LENGTH])  # the sequence is shorter now
+    return True
+
+
+@njit(nogil=True, cache=True)
+def shift(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, twin: bool) -> bool:
+    """Move a repeated computation, or any, to another slot between its inputs and its reads."""
+    if twin and s.totals[TWINS] == 0:
+        return False
+    x = s.twins[draw(random, s.totals[TWINS])] if twin else s.at[draw(random, s.totals[LENGTH] - 1)]
+    if fixed and s.before[x] < 0:
+        if not twin:
+            return False
+        x = s.after[x]
+    op, here = s.op[x], s.slot[x]
+    low, high = _window(g, s, x, fixed)
+    if draw(random, 5) > 0:
+        low, high = max(low, here - 25), min(high, here + 25)
+    if high <= low:
+        return False
+    to = low + draw(random, high - low)
+    if to >= here:
+        to += 1
+    move(g, s, x, to)
+    _note(j, MOVED, x, op, here)
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _window(g: Graph, s: State, x: int, fixed: bool) -> tuple[int, int]:
+    """The slots, first to last, at which x may stand when all else keeps its order."""
+    op, here = s.op[x], s.slot[x]
+    low, high = 0, s.totals[LENGTH] - 2
+    for i in range(g.input_at[op], g.input_at[op + 1]):
+        low = max(low, s.slot[s.first[g.inputs[i]]] + 1)
+    if s.before[x] < 0:
+        high = min(high, first_read(g, s, op, here, next_slot(s, x)) - 1)
+    if fixed:
+        low = max(low, s.slot[s.first[op]] + 1)
+    if g.once[op] == 1:
+        if g.previous_once[op] >= 0:
+            low = max(low, s.slot[s.first[g.previous_once[op]]] + 1)
+        high = min(high, s.slot[s.first[g.next_once[op]]] - 1)
+    return low, high
