@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .moves import Journal, draw, drop, recompute, shift, undo
-from .state import BUDGET, COST, LENGTH, OVER, Graph, State
+from .state import COST, LENGTH, OVER, Graph, State
 
 
 @njit(nogil=True, cache=True)
@@ -42,26 +42,28 @@ def anneal(
     j: Journal,
     random: np.ndarray,
     weight: np.ndarray,
-    hot: float,
-    cold: float,
-    moves: int,
+    heat: np.ndarray,
+    done: int,
+    until: int,
     fixed: bool,
     best: np.ndarray,
     best_cost: int,
+    enough: int,
 ) -> tuple[int, int]:
-    """Cool from `hot` to `cold` (units of cost) over `moves` proposals.
+    """Proposals done..until of a run that cools from `heat[0]` to `heat[1]` (units of cost) over `heat[2]` of them.
 
     What is minimized is the cost plus `weight[0]` per byte and step over the budget; the weight falls while the
     sequence fits and rises while it does not, so the search stays near the border. Returns (length, cost) of the
     cheapest sequence within the budget below `best_cost`, which is written into `best`; length 0 if none was found.
+    Stops at the cost `enough`.
     """
     length = 0
     least, most = weight[1], weight[2]
-    cooling = math.log(cold / hot)
-    temperature = hot
-    for i in range(moves):
-        if i & 63 == 0:
-            temperature = hot * math.exp(cooling * i / moves)
+    cooling = math.log(heat[1] / heat[0]) / heat[2]
+    temperature = heat[0]
+    for i in range(done, until):
+        if i & 63 == 0 or i == done:
+            temperature = heat[0] * math.exp(cooling * i)
         old_cost, old_over = s.totals[COST], s.totals[OVER]
         j.size[0] = 0
         if not _propose(g, s, j, random, fixed):
@@ -71,6 +73,8 @@ def anneal(
         if fits and s.totals[COST] < best_cost:
             best_cost = s.totals[COST]
             length = _save(s, best)
+            if best_cost <= enough:
+                break
         if worse > 0 and math.exp(-worse / temperature) * 1048576 <= draw(random, 1048576):
             undo(g, s, j)
         if fits:

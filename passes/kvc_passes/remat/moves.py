@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from .state import (
+    BUDGET,
     LENGTH,
     OVER,
     SPARE,
@@ -94,7 +95,7 @@ def _crowded_slot(s: State, random: np.ndarray) -> int:
     length = s.totals[LENGTH]
     t = draw(random, length)
     if s.totals[OVER] > 0:
-        while s.profile[t] <= s.totals[5]:
+        while s.profile[t] <= s.totals[BUDGET]:
             t = t + 1 if t + 1 < length else 0
     return t
 
