@@ -14,7 +14,7 @@ from .views import Core, with_views, without_views
 
 _CLOSE: Final = 1000  # peaks that differ by less than one part in this many are taken as equal
 _SHARE: Final = 20  # each budget is tried with this part of the usual moves
-_ANY: Final = int(np.iinfo(np.int64).max)
+_ANY: Final = int(np.iinfo(np.int64).max) - 1  # every cost that a schedule can have
 
 
 def least_conceivable(core: Core) -> int:

@@ -140,7 +140,7 @@ def recompute(g: Graph, s: State, j: Journal, random: np.ndarray) -> bool:
 
 @njit(nogil=True, cache=True)
 def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, y: int, start: int) -> None:
-    """Compute inputs again too that would otherwise have to live across t for y alone, and inputs of those."""
+    """Compute inputs again too that would otherwise have to live (across t) for y alone, and inputs of those."""
     k = start
     while k < j.size[0] and j.size[0] - start < _CHAIN:
         y = j.x[k]
@@ -148,10 +148,11 @@ def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, y: 
         op = s.op[y]
         for i in range(g.input_at[op], g.input_at[op + 1]):
             value = g.inputs[i]
-            if g.once[value] == 1 or g.sizes[value] == 0 or draw(random, 4) == 0:
+            if g.once[value] == 1 or g.sizes[value] == 0:
                 continue
             z = serving(s, value, s.slot[y])
-            if s.slot[z] < t and last_read(g, s, value, s.slot[z], s.slot[y]) < t:
+            needed = max(s.slot[z], last_read(g, s, value, s.slot[z], s.slot[y]))
+            if needed < t and draw(random, 4) > 0 or needed < s.slot[y] - 1 and draw(random, 4) == 0:
                 _place(g, s, j, value, s.slot[y])
                 if j.size[0] - start >= _CHAIN:
                     break

@@ -22,7 +22,8 @@ class Problem:
         kept: operations whose last output lives to the end (the function's outputs).
         once: operations that run exactly once, in the order given (impure or in-place ones), in increasing order.
         alias: the input whose storage the output shares, -1 for storage of its own; () is -1 everywhere.
-            A view costs nothing and may be repeated; its storage lives as long as it is read through any view.
+            A view reads nothing else, costs nothing and may be repeated; its storage lives as long as it is read
+            through any view.
             In `once` it is an in-place update: it overwrites the storage, so every other operation that reads
             what the storage held before has to be in `once` and to come before it.
 
@@ -61,8 +62,8 @@ class Problem:
                 continue
             if base not in self.inputs[op] or self.sizes[op]:
                 raise InputError(f"operation {op} has to read what it is a view of, and to have no bytes of its own")
-            if op not in once and self.costs[op]:
-                raise InputError(f"operation {op} is a view, so it costs nothing")
+            if op not in once and (self.costs[op] or self.scratch[op] or len(self.inputs[op]) > 1):
+                raise InputError(f"operation {op} is a view, so it costs nothing and reads nothing else")
             if op in once:
                 self._check_update(op, once)
 

@@ -17,7 +17,7 @@ from .views import Core
 
 CHAINS: Final = 2  # as many cores are always there; the schedule depends on it, so it is no option
 _ROUNDS: Final = (0.15, 0.3, 0.55)  # parts of the moves; after each the chains go on from the best schedule
-_HOT, _COLD = 1e-2, 1e-6  # temperatures, in parts of the cost of everything
+_HOT, _COLD = 1e-2, 1e-6  # temperatures, in parts of the cost of everything; at first one operation's at least
 _CHUNK: Final = 20_000  # moves between two looks at the clock
 
 
@@ -46,7 +46,7 @@ class _Chain:
         scale = cost / max(1, self.budget)
         first = cost / max(1.0, float(state.totals[OVER])) if state.totals[OVER] else scale
         weight = np.array([0.5 * first, 1e-9 * scale, 1e3 * scale])
-        heat = np.array([_HOT * cost, _COLD * cost, moves])
+        heat = np.array([max(_HOT, 1 / len(graph.costs)) * cost, _COLD * cost, moves])
         best = np.zeros(len(state.at), np.int32)
         found: list[int] = []
         if state.totals[OVER] == 0 and state.totals[COST] < best_cost:

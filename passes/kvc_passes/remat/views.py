@@ -59,11 +59,8 @@ def without_views(problem: Problem) -> Core:
 def with_views(problem: Problem, core: Core, order: list[int]) -> tuple[int, ...]:
     """A schedule of the whole problem from one of its core: each view where it is read, or where its base appears."""
     made = [-1] * len(problem.sizes)  # the step that computed the value last
-    read = {i for inputs in problem.inputs for i in inputs} | set(problem.kept)
-    idle: dict[int, list[int]] = {}  # views that nothing reads, by what they are a view of
     views = set(range(len(problem.sizes))) - set(core.names)
-    for op in views - read:
-        idle.setdefault(problem.alias[op], []).append(op)
+    idle = _idle_views(problem, views)
     result: list[int] = []
 
     def emit(op: int) -> None:
@@ -87,3 +84,15 @@ def with_views(problem: Problem, core: Core, order: list[int]) -> tuple[int, ...
         if op in problem.kept or made[op] < 0:
             refresh(op)
     return tuple(result)
+
+
+def _idle_views(problem: Problem, views: set[int]) -> dict[int, list[int]]:
+    """Views that nothing reads but such views, by what they are a view of."""
+    read = set(problem.kept)
+    idle: dict[int, list[int]] = {}
+    for op in reversed(range(len(problem.sizes))):
+        if op in views and op not in read:
+            idle.setdefault(problem.alias[op], []).append(op)
+        else:
+            read.update(problem.inputs[op])
+    return idle
