@@ -43,9 +43,8 @@ class _Chain:
         graph, state = self.graph, self.state
         load(graph, state, start, self.budget)
         cost = max(1.0, float(graph.costs.sum()))
-        scale = cost / max(1, self.budget)
-        first = cost / max(1.0, float(state.totals[OVER])) if state.totals[OVER] else scale
-        weight = np.array([0.5 * first, 1e-9 * scale, 1e3 * scale])
+        per_byte = cost / max(1.0, float(graph.sizes.sum()))
+        weight = np.array([2 * per_byte, 1e-4 * per_byte, 1e5 * per_byte])
         heat = np.array([max(_HOT, 1 / len(graph.costs)) * cost, _COLD * cost, moves])
         best = np.zeros(len(state.at), np.int32)
         found: list[int] = []
