@@ -1,10 +1,11 @@
 """Rematerialization: the solvers on random layered graphs and on published instances, beside published numbers.
 
-Each problem is solved for 0.9 and 0.8 of the peak of its given order, once with that order and once with a free one,
-and the fixed order gets a certificate (OR-tools). An independent checker runs every schedule.
+Each problem is solved for 0.9 and 0.8 of the peak of its given order, once with that order and once with a
+free one, and the fixed order gets a certificate (OR-tools). An independent checker runs every schedule.
 
     R1-R4   random layered graphs of our own generator, with the sizes of G1-G4
-    G1-G4   the graphs of that kind that were published with MOCCASIN; CM1, CM2 two training graphs of Checkmate.
+    G1-G4   the graphs of that kind that were published with MOCCASIN; CM1, CM2 two training graphs of
+    Checkmate.
             They are not part of this project: --instances names the folder `data` of a checkout of
             github.com/haoming-codes/moccasin
 
@@ -60,7 +61,9 @@ def problems(only: list[str], folder: Path | None) -> dict[str, Problem]:
         if folder is not None and (not only or name in only):
             found[name] = read_graph(folder / file)
         elif name in only:
-            raise SystemExit(f"{name} is a published instance: --instances has to name the folder that it lies in")
+            raise SystemExit(
+                f"{name} is a published instance: --instances has to name the folder that it lies in"
+            )
     return found
 
 
@@ -115,7 +118,9 @@ def main() -> int:
     for name, problem in problems(options.only, options.instances).items():
         for part in BUDGETS:
             key = f"{name} {part}"
-            rows[key] = measure(problem, part, 2_000 if options.quick else None, 2 if options.quick else options.proof)
+            rows[key] = measure(
+                problem, part, 2_000 if options.quick else None, 2 if options.quick else options.proof
+            )
             if key in PUBLISHED:
                 rows[key]["published"] = dict(zip(("checkmate", "moccasin"), PUBLISHED[key], strict=True))
             print(f"{key}: {json.dumps(rows[key])}", file=sys.stderr)
@@ -161,7 +166,9 @@ def _options() -> Any:
     options = parser(__doc__, "remat")
     options.add_argument("--instances", type=Path, help="the folder with the published instances")
     options.add_argument("--only", nargs="+", default=[], help=f"of {', '.join([*GENERATED, *FILES])}")
-    options.add_argument("--proof", type=float, default=300, help="seconds for a certificate (%(default)s); 0 for none")
+    options.add_argument(
+        "--proof", type=float, default=300, help="seconds for a certificate (%(default)s); 0 for none"
+    )
     return options.parse_args()
 
 

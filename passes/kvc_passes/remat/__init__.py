@@ -1,8 +1,8 @@
 """Rematerialization: the order of operations and what to compute again, under a budget of bytes.
 
-`solve` takes a `Problem` and a budget and returns a `Solution`. See solve.py; the problem is in problem.py, the local
-search in search.py and the compiled parts below it, the proof of a bound in certificate.py, the check that shares
-nothing with them in checker.py.
+`solve` takes a `Problem` and a budget and returns a `Solution`. See solve.py; the problem is in problem.py,
+the local search in search.py and the compiled parts below it, the proof of a bound in certificate.py, the
+check that shares nothing with them in checker.py.
 """
 
 from .memory import given_order, peak, resident

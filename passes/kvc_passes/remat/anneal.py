@@ -52,10 +52,10 @@ def anneal(
 ) -> tuple[int, int]:
     """Proposals done..until of a run that cools from `heat[0]` to `heat[1]` (units of cost) over `heat[2]` of them.
 
-    What is minimized is the cost plus `weight[0]` per byte and step over the budget; the weight falls while the
-    sequence fits and rises while it does not, so the search stays near the border. Returns (length, cost) of the
-    cheapest sequence within the budget below `best_cost`, which is written into `best`; length 0 if none was found.
-    Stops at the cost `enough`.
+    What is minimized is the cost plus `weight[0]` per byte and step over the budget; the weight falls while
+    the sequence fits and rises while it does not, so the search stays near the border. Returns (length, cost)
+    of the cheapest sequence within the budget below `best_cost`, which is written into `best`; length 0 if
+    none was found. Stops at the cost `enough`.
     """
     length = 0
     least, most = weight[1], weight[2]

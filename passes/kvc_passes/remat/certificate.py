@@ -1,14 +1,16 @@
 """A proved lower bound on the cost of every schedule that keeps the order of first computations.
 
-The bound is the optimum of a relaxation, solved with CP-SAT (OR-tools). Time is cut at some first computations, the
-cuts: a value is retained over a cut or not, and what is not retained has to be computed again between the cuts
-around its next read. Memory is checked at the cuts, and while something is computed between two cuts: there, against
-what is retained over both. Values may be computed any number of times and in any order between cuts, so the bound
-holds for every schedule; where memory between cuts decides, it is too low.
+The bound is the optimum of a relaxation, solved with CP-SAT (OR-tools). Time is cut at some first
+computations, the cuts: a value is retained over a cut or not, and what is not retained has to be computed
+again between the cuts around its next read. Memory is checked at the cuts, and while something is computed
+between two cuts: there, against what is retained over both. Values may be computed any number of times and in
+any order between cuts, so the bound holds for every schedule; where memory between cuts decides, it is too
+low.
 
 This is the formulation of Checkmate (Jain et al., MLSys 2020) with fewer stages and retention as in MOCCASIN
-(Bartan et al., ICML 2023). That the search found a schedule with some extra cost makes it small: an operation that
-costs more than that is never repeated, and only cuts where the given order needs too much memory force anything.
+(Bartan et al., ICML 2023). That the search found a schedule with some extra cost makes it small: an operation
+that costs more than that is never repeated, and only cuts where the given order needs too much memory force
+anything.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Certificate:
 def certify(core: Core, loads: list[int], budget: int, best: int, seconds: float) -> Certificate:
     """A lower bound on the cost, at most `best`, the cost of a schedule that is known.
 
-    `loads` are the bytes resident at each step of the given order. More cuts are tried while seconds are left and
-    the bound is below `best`. Raises InputError where OR-tools is not installed.
+    `loads` are the bytes resident at each step of the given order. More cuts are tried while seconds are left
+    and the bound is below `best`. Raises InputError where OR-tools is not installed.
     """
     start = time.perf_counter()
     base = sum(core.costs)
@@ -55,7 +57,8 @@ def certify(core: Core, loads: list[int], budget: int, best: int, seconds: float
 @dataclass
 class _Relaxation:
     """The model for some cuts. Literals of value i at cut k: `carried` retained over cuts k-1 and k without a
-    computation between them, `again` computed between them and retained over k, `briefly` computed between them
+    computation between them, `again` computed between them and retained over k, `briefly` computed between
+    them
     only. A value first computed between the cuts may be retained over k or not (`carried` too)."""
 
     core: Core
@@ -101,7 +104,9 @@ class _Relaxation:
         self.model.minimize(cost)
         solver = cp.CpSolver()
         solver.parameters.max_time_in_seconds = seconds
-        solver.parameters.num_workers = 1  # the other strategies prove nothing here, with one the proof is repeatable
+        solver.parameters.num_workers = (
+            1  # the other strategies prove nothing here, with one the proof is repeatable
+        )
         solver.parameters.optimize_with_lb_tree_search = True
         solver.parameters.linearization_level = 2
         status = solver.solve(self.model)

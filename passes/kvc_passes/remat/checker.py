@@ -19,7 +19,9 @@ class InvalidSchedule(Exception):
     """A schedule breaks a rule of the problem; the message says which and where."""
 
 
-def check(problem: Problem, order: tuple[int, ...], budget: int, fixed_order: bool = False) -> tuple[int, int]:
+def check(
+    problem: Problem, order: tuple[int, ...], budget: int, fixed_order: bool = False
+) -> tuple[int, int]:
     """Run the schedule against an allocator of `budget` bytes; returns its (peak bytes, cost).
 
     A buffer is freed at the first step at which none of the values in it is ever read again before its
@@ -35,7 +37,9 @@ def check(problem: Problem, order: tuple[int, ...], budget: int, fixed_order: bo
             if source not in current:
                 raise InvalidSchedule(f"step {step}: {op} reads {source} before it is computed")
             if current[source] not in buffers:
-                raise InvalidSchedule(f"step {step}: {op} reads {source}, whose storage was overwritten or freed")
+                raise InvalidSchedule(
+                    f"step {step}: {op} reads {source}, whose storage was overwritten or freed"
+                )
         value = (op, step)
         base = problem.alias[op]
         buffer = buffers[current[base]] if base >= 0 else _Buffer(problem.sizes[op])

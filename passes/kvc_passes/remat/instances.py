@@ -22,11 +22,12 @@ def layered_graph(
 ) -> Problem:
     """A random layered graph of `count` operations, as in Gagrani et al. (arXiv 2207.05899, appendix A).
 
-    Layers have 2 * width * sqrt(count) operations on average and vary uniformly by the part `variability` of that.
-    Between neighboring layers each operation has an edge, and `density` of the other possible edges are there. Of
-    all edges about the part `skips` goes from a random operation to one in a later layer that is not the next. A
-    source stands before the first layer and a target behind the last. The order is a random topological one. What
-    the description leaves open: bytes are a mixture of two normal distributions, costs uniform in 1..1000.
+    Layers have 2 * width * sqrt(count) operations on average and vary uniformly by the part `variability` of
+    that. Between neighboring layers each operation has an edge, and `density` of the other possible edges are
+    there. Of all edges about the part `skips` goes from a random operation to one in a later layer that is
+    not the next. A source stands before the first layer and a target behind the last. The order is a random
+    topological one. What the description leaves open: bytes are a mixture of two normal distributions, costs
+    uniform in 1..1000.
     """
     random = np.random.default_rng(seed)
     layers = _layers(count, 2 * width * count**0.5, variability, random)
@@ -93,15 +94,18 @@ def _in_random_order(
 def read_graph(path: Path) -> Problem:
     """A graph in networkx's node-link JSON, as published with MOCCASIN (Bartan et al., ICML 2023).
 
-    Bytes are `cost_ram` or `out_cost`, costs `cost_cpu` or `duration`. The order is the graph's `order`; without one
-    that of the numbers. Raises InputError where the file is not of that form.
+    Bytes are `cost_ram` or `out_cost`, costs `cost_cpu` or `duration`. The order is the graph's `order`;
+    without one that of the numbers. Raises InputError where the file is not of that form.
     """
     try:
         body = json.loads(path.read_text())
         source, target = ("source", "target") if "source" in (body["links"] or [{}])[0] else ("0", "1")
         nodes = {node.get("id", node.get("name")): node for node in body["nodes"]}
         numbers = {
-            name: (int(node.get("cost_ram", node.get("out_cost"))), int(node.get("cost_cpu", node.get("duration"))))
+            name: (
+                int(node.get("cost_ram", node.get("out_cost"))),
+                int(node.get("cost_cpu", node.get("duration"))),
+            )
             for name, node in nodes.items()
         }
         order = body["graph"].get("order") or sorted(nodes)

@@ -30,8 +30,8 @@ def lowest_peak(
 ) -> Schedule:
     """The schedule of the lowest peak that the search reaches, whatever it costs; `peak` tells its bytes.
 
-    Bisects between the given order and what no schedule can do without. What lies lower is not proved impossible,
-    unless it is below `least_conceivable`.
+    Bisects between the given order and what no schedule can do without. What lies lower is not proved
+    impossible, unless it is below `least_conceivable`.
     """
     core = without_views(problem)
     order = list(range(len(core.sizes)))

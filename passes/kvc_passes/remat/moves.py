@@ -41,7 +41,7 @@ class Journal(NamedTuple):
 
 
 def empty_journal() -> Journal:
-    return Journal(*(np.zeros(_MOST + 2 * _CHAIN, np.int32) for _ in range(4)), np.zeros(1, np.int32))
+    return Journal(*(np.zeros(_MOST + 2 * _CHAIN, np.int64) for _ in range(4)), np.zeros(1, np.int64))
 
 
 @njit(nogil=True, cache=True)

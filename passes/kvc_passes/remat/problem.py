@@ -11,8 +11,8 @@ from ..errors import InputError
 class Problem:
     """Operations 0..n-1 in an order in which they can run; each has one output. Parameters are no operations.
 
-    An output lives from its computation to its last read before it is computed again. While an operation runs,
-    its inputs, its output and its scratch memory are all resident.
+    An output lives from its computation to its last read before it is computed again. While an operation
+    runs, its inputs, its output and its scratch memory are all resident.
 
     Attributes:
         sizes: bytes of each output; 0 where the output is a view.
@@ -20,12 +20,12 @@ class Problem:
         inputs: the operations whose outputs it reads, each of them smaller than its own number.
         scratch: bytes needed only while it runs; () is none anywhere.
         kept: operations whose last output lives to the end (the function's outputs).
-        once: operations that run exactly once, in the order given (impure or in-place ones), in increasing order.
-        alias: the input whose storage the output shares, -1 for storage of its own; () is -1 everywhere.
-            A view reads nothing else, costs nothing and may be repeated; its storage lives as long as it is read
-            through any view.
-            In `once` it is an in-place update: it overwrites the storage, so every other operation that reads
-            what the storage held before has to be in `once` and to come before it.
+        once: operations that run exactly once, in the order given (impure or in-place ones), in increasing
+        order. alias: the input whose storage the output shares, -1 for storage of its own; () is -1
+        everywhere.
+            A view reads nothing else, costs nothing and may be repeated; its storage lives as long as it is
+            read through any view. In `once` it is an in-place update: it overwrites the storage, so every
+            other operation that reads what the storage held before has to be in `once` and to come before it.
 
     Raises InputError where the numbers contradict each other.
     """
@@ -61,7 +61,9 @@ class Problem:
             if base < 0:
                 continue
             if base not in self.inputs[op] or self.sizes[op]:
-                raise InputError(f"operation {op} has to read what it is a view of, and to have no bytes of its own")
+                raise InputError(
+                    f"operation {op} has to read what it is a view of, and to have no bytes of its own"
+                )
             if op not in once and (self.costs[op] or self.scratch[op] or len(self.inputs[op]) > 1):
                 raise InputError(f"operation {op} is a view, so it costs nothing and reads nothing else")
             if op in once:
@@ -72,7 +74,9 @@ class Problem:
         old = {update}
         while (base := self.alias[min(old)]) >= 0:
             old.add(base)
-            if base in once:  # an earlier update of the same storage: what was there before it is gone already
+            if (
+                base in once
+            ):  # an earlier update of the same storage: what was there before it is gone already
                 break
         old.remove(update)
         for op in range(min(old) + 1, len(self.sizes)):

@@ -17,7 +17,10 @@ from .views import Core
 
 CHAINS: Final = 2  # as many cores are always there; the schedule depends on it, so it is no option
 _ROUNDS: Final = (0.15, 0.3, 0.55)  # parts of the moves; after each the chains go on from the best schedule
-_HOT, _COLD = 1e-2, 1e-6  # temperatures, in parts of the cost of everything; at first one operation's at least
+_HOT, _COLD = (
+    1e-2,
+    1e-6,
+)  # temperatures, in parts of the cost of everything; at first one operation's at least
 _CHUNK: Final = 20_000  # moves between two looks at the clock
 
 
@@ -46,7 +49,7 @@ class _Chain:
         per_byte = cost / max(1.0, float(graph.sizes.sum()))
         weight = np.array([2 * per_byte, 1e-4 * per_byte, 1e5 * per_byte])
         heat = np.array([max(_HOT, 1 / len(graph.costs)) * cost, _COLD * cost, moves])
-        best = np.zeros(len(state.at), np.int32)
+        best = np.zeros(len(state.at), np.int64)
         found: list[int] = []
         if state.totals[OVER] == 0 and state.totals[COST] < best_cost:
             found, best_cost = start.tolist(), int(state.totals[COST])
@@ -76,21 +79,23 @@ def search(
 ) -> list[int] | None:
     """The cheapest sequence within the budget that the search finds from `start`; None if it finds none.
 
-    `moves` per chain; the result depends on nothing but the arguments unless the deadline (`time.perf_counter`)
-    cuts it short. It stops at a cost of `enough` (by default that of computing everything once).
+    `moves` per chain; the result depends on nothing but the arguments unless the deadline
+    (`time.perf_counter`) cuts it short. It stops at a cost of `enough` (by default that of computing
+    everything once).
     """
     graph = graph_of(core)
     enough = sum(core.costs) if enough is None else enough
     capacity = 4 * len(core.sizes) + len(start) + 64
     seeds = np.random.SeedSequence(seed).generate_state(CHAINS, np.uint64)
     chains = [
-        _Chain(graph, budget, fixed_order, np.array([s | np.uint64(1)]), empty_state(graph, capacity)) for s in seeds
+        _Chain(graph, budget, fixed_order, np.array([s | np.uint64(1)]), empty_state(graph, capacity))
+        for s in seeds
     ]
     best: list[int] = []
     best_cost = np.iinfo(np.int64).max
     with ThreadPoolExecutor(CHAINS) as pool:
         for part in _ROUNDS:
-            first = np.array(best or start, np.int32)
+            first = np.array(best or start, np.int64)
             share = max(1, round(part * moves))
             runs = [pool.submit(c.run, first, share, best_cost, enough, deadline) for c in chains]
             for found in (run.result() for run in runs):

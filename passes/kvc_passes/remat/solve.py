@@ -21,9 +21,8 @@ class Solution:
         peak: bytes resident at most.
         cost: of the schedule, in the problem's unit.
         base: of computing everything once.
-        bound: what was proved that every schedule (with a fixed order: every one of that order) costs at least.
-        seconds: what the search took.
-        proof_seconds: what the certificate took.
+        bound: what was proved that every schedule (with a fixed order: every one of that order) costs at
+        least. seconds: what the search took. proof_seconds: what the certificate took.
     """
 
     schedule: Schedule
@@ -58,13 +57,13 @@ def solve(
 ) -> Solution:
     """A schedule whose peak is at most `budget` bytes, with as little extra cost as the search finds.
 
-    With `fixed_order` the first computations stay in the problem's order (views apart: they cost nothing). `moves`
-    per chain are by default chosen by size; while `seconds` do not cut them short, the same problem, budget and
-    seed give the same schedule. `certify` proves a bound with OR-tools, for fixed orders and where the given order
-    fits; with a free order the bound is the cost of computing everything once.
+    With `fixed_order` the first computations stay in the problem's order (views apart: they cost nothing).
+    `moves` per chain are by default chosen by size; while `seconds` do not cut them short, the same problem,
+    budget and seed give the same schedule. `certify` proves a bound with OR-tools, for fixed orders and where
+    the given order fits; with a free order the bound is the cost of computing everything once.
 
-    Raises BudgetError with the lowest peak that was reached in `needed` where the budget cannot be met, InputError
-    where a certificate is asked for and OR-tools is not installed.
+    Raises BudgetError with the lowest peak that was reached in `needed` where the budget cannot be met,
+    InputError where a certificate is asked for and OR-tools is not installed.
     """
     start = time.perf_counter()
     core = without_views(problem)
@@ -87,16 +86,17 @@ def _within(
     order = list(range(len(core.sizes)))
     if peak(problem, given_order(problem)) <= budget:
         return order
-    from .lowest import least_conceivable, lowest_peak  # numba takes half a second to import: only where needed
+    from .lowest import (
+        least_conceivable,
+        lowest_peak,
+    )  # numba takes half a second to import: only where needed
     from .search import search, usual_moves
 
     moves = moves or usual_moves(core)
     deadline = time.perf_counter() + seconds
 
     def improve(start: list[int]) -> list[int] | None:
-        return search(
-            core, budget, start, moves=moves, fixed_order=fixed_order, seed=seed, deadline=deadline
-        )
+        return search(core, budget, start, moves=moves, fixed_order=fixed_order, seed=seed, deadline=deadline)
 
     if budget >= least_conceivable(core) and (found := improve(order)):
         return found

@@ -1,8 +1,9 @@
 """The state of the local search: a sequence of computations with its memory profile, changed one step at a time.
 
-Compiled by numba: plain loops over arrays. A computation has a number (`x` here) that it keeps while it moves; the
-first one of operation `op` has the number `op`. Opening a slot, attaching and detaching a computation take time
-linear in the length of the sequence with a small factor (the profile is contiguous), not in the number of edges.
+Compiled by numba: plain loops over arrays. A computation has a number (`x` here) that it keeps while it
+moves; the first one of operation `op` has the number `op`. Opening a slot, attaching and detaching a
+computation take time linear in the length of the sequence with a small factor (the profile is contiguous),
+not in the number of edges.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Graph(NamedTuple):
 class State(NamedTuple):
     """A sequence.
 
-    `at` slot -> computation, `op`, `slot`, `before`, `after` of a computation (before, after: of the same operation,
-    -1 for none), `first`, `last`, `count` of an operation, `profile` resident bytes at a slot, `spare` unused
-    numbers, `twins` computations of operations that stand more than once, `twin_at` their place in it or -1.
+    `at` slot -> computation, `op`, `slot`, `before`, `after` of a computation (before, after: of the same
+    operation, -1 for none), `first`, `last`, `count` of an operation, `profile` resident bytes at a slot,
+    `spare` unused numbers, `twins` computations of operations that stand more than once, `twin_at` their
+    place in it or -1.
     """
 
     at: np.ndarray
@@ -62,9 +64,9 @@ def graph_of(core: Core) -> Graph:
     for op, inputs in enumerate(core.inputs):
         for i in inputs:
             readers[i].append(op)
-    once = np.zeros(count, np.int32)
+    once = np.zeros(count, np.int64)
     once[list(core.once)] = 1
-    previous, following = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+    previous, following = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
     for a, b in zip(core.once, core.once[1:]):
         following[a], previous[b] = b, a
     return Graph(
@@ -82,22 +84,22 @@ def graph_of(core: Core) -> Graph:
 def _rows(rows: object) -> tuple[np.ndarray, np.ndarray]:
     lengths = [len(row) for row in rows]  # type: ignore[attr-defined]
     flat = [i for row in rows for i in row]  # type: ignore[attr-defined]
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), np.array(flat, np.int32)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.array(flat, np.int64)
 
 
 def empty_state(graph: Graph, capacity: int) -> State:
     """Arrays for up to `capacity` computations; `load` fills them."""
     ops = len(graph.sizes)
-    small = [np.zeros(capacity, np.int32) for _ in range(5)]
+    small = [np.zeros(capacity, np.int64) for _ in range(5)]
     return State(
         *small,
-        np.zeros(ops, np.int32),
-        np.zeros(ops, np.int32),
-        np.zeros(ops, np.int32),
+        np.zeros(ops, np.int64),
+        np.zeros(ops, np.int64),
+        np.zeros(ops, np.int64),
         np.zeros(capacity, np.int64),
-        np.zeros(capacity, np.int32),
-        np.zeros(capacity, np.int32),
-        np.zeros(capacity, np.int32),
+        np.zeros(capacity, np.int64),
+        np.zeros(capacity, np.int64),
+        np.zeros(capacity, np.int64),
         np.zeros(6, np.int64),
     )
 

@@ -1,7 +1,8 @@
 """Views and in-place updates taken out of a problem, and put back into its schedules.
 
-A view costs nothing and adds no bytes, so reading it is reading its storage: the search never sees it. An in-place
-update becomes an operation with an output of its own that gives back the bytes of what it overwrites while it runs.
+A view costs nothing and adds no bytes, so reading it is reading its storage: the search never sees it. An
+in-place update becomes an operation with an output of its own that gives back the bytes of what it overwrites
+while it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from .problem import Problem
 class Core:
     """A problem without views, as the search needs it. The last operation returns the outputs: it reads them.
 
-    `scratch` is below zero where an update overwrites one of its inputs. `names` are the operations in the whole
-    problem; the one that returns has none.
+    `scratch` is below zero where an update overwrites one of its inputs. `names` are the operations in the
+    whole problem; the one that returns has none.
     """
 
     sizes: tuple[int, ...]

@@ -37,10 +37,17 @@ VIEW = Problem((8, 0, 1, 1), (1, 0, 1, 1), ((), (0,), (0,), (1, 2)), alias=(-1, 
         (ONCE, (0, 1, 1, 2), False, "repeated or out of order"),
         (Problem((1, 1), (1, 1), ((), ()), once=(0, 1)), (1, 0), False, "repeated or out of order"),
         (Problem((1, 1), (1, 1), ((), ())), (1, 0), True, "not in the given order"),
-        (Problem((4, 0, 0), (1, 1, 0), ((), (0,), (0,)), alias=(-1, 0, 0), once=(1,)), (0, 1, 2), False, "overwritten"),
+        (
+            Problem((4, 0, 0), (1, 1, 0), ((), (0,), (0,)), alias=(-1, 0, 0), once=(1,)),
+            (0, 1, 2),
+            False,
+            "overwritten",
+        ),
     ],
 )
-def test_what_breaks_a_rule_is_found(problem: Problem, order: tuple[int, ...], fixed: bool, message: str) -> None:
+def test_what_breaks_a_rule_is_found(
+    problem: Problem, order: tuple[int, ...], fixed: bool, message: str
+) -> None:
     with pytest.raises(InvalidSchedule, match=message):
         check(problem, order, 100, fixed)
 

@@ -28,7 +28,10 @@ def chain(**changes: Any) -> Problem:
         ({"kept": (3,)}, "name operations"),
         ({"alias": (-1, 0, -1)}, "no bytes of its own"),
         ({"alias": (-1, 0, -1), "sizes": (8, 0, 2)}, "costs nothing"),
-        ({"alias": (-1, -1, 0), "sizes": (8, 4, 0), "costs": (5, 3, 0), "inputs": ((), (), (0, 1))}, "nothing else"),
+        (
+            {"alias": (-1, -1, 0), "sizes": (8, 4, 0), "costs": (5, 3, 0), "inputs": ((), (), (0, 1))},
+            "nothing else",
+        ),
         ({"alias": (-1, -1, 0), "sizes": (8, 4, 0)}, "read what it is a view of"),
     ],
 )
@@ -112,7 +115,10 @@ def test_reading_what_was_not_computed_is_an_error() -> None:
 def test_a_schedule_of_the_core_gets_its_views_back() -> None:
     """1 and 2 are views of 0 and of each other, 4 is one that nobody reads; 0 is computed twice."""
     problem = Problem(
-        (8, 0, 0, 1, 0, 1), (1, 0, 0, 1, 0, 1), ((), (0,), (1,), (2,), (0,), (2, 3)), alias=(-1, 0, 1, -1, 0, -1)
+        (8, 0, 0, 1, 0, 1),
+        (1, 0, 0, 1, 0, 1),
+        ((), (0,), (1,), (2,), (0,), (2, 3)),
+        alias=(-1, 0, 1, -1, 0, -1),
     )
     core = without_views(problem)
     assert core.sizes == (8, 1, 1, 0)

@@ -75,7 +75,12 @@ def test_nothing_is_repeated_where_everything_fits() -> None:
     problem = layered_graph(40, 0.3)
     solution = solve(problem, peak(problem, given_order(problem)))
     assert solution.schedule == given_order(problem)
-    assert (solution.cost, solution.bound, solution.overhead, solution.gap) == (problem.cost, problem.cost, 0, 0)
+    assert (solution.cost, solution.bound, solution.overhead, solution.gap) == (
+        problem.cost,
+        problem.cost,
+        0,
+        0,
+    )
 
 
 def test_what_runs_once_is_not_repeated() -> None:

@@ -16,7 +16,9 @@ from kvc_passes.remat.views import Core, without_views
 
 def loads(core: Core, order: list[int]) -> list[int]:
     plain = Problem(core.sizes, core.costs, core.inputs)
-    return [b + core.scratch[op] for b, op in zip(resident(plain, Schedule(tuple(order))), order, strict=True)]
+    return [
+        b + core.scratch[op] for b, op in zip(resident(plain, Schedule(tuple(order))), order, strict=True)
+    ]
 
 
 def sequence(state: State) -> list[int]:
@@ -37,11 +39,20 @@ def assert_true(core: Core, state: State) -> None:
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("which", ["layered", *range(10)])
 def test_the_profile_stays_true(which: str | int, fixed: bool) -> None:
-    problem = layered_graph(60, 0.3) if which == "layered" else random_problem(np.random.default_rng(int(which)), 12)
+    problem = (
+        layered_graph(60, 0.3)
+        if which == "layered"
+        else random_problem(np.random.default_rng(int(which)), 12)
+    )
     core = without_views(problem)
     graph = graph_of(core)
     state, journal = empty_state(graph, 4 * len(core.sizes) + 64), empty_journal()
-    load(graph, state, np.arange(len(core.sizes), dtype=np.int32), int(0.8 * peak(problem, given_order(problem))))
+    load(
+        graph,
+        state,
+        np.arange(len(core.sizes), dtype=np.int32),
+        int(0.8 * peak(problem, given_order(problem))),
+    )
     assert_true(core, state)
     random = np.array([7], np.uint64)
     weight, heat = np.array([0.5, 1e-6, 1e6]), np.array([50.0, 5.0, 3000.0])
