@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .moves import Journal, draw, drop, recompute, shift, undo
-from .state import COST, LENGTH, OVER, Graph, State
+from .state import AT, COST, LENGTH, OP, OVER, Graph, State
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool) -> bool:
     """One move. Exchanges (drop here, repeat there) matter where the budget is tight."""
     kind = draw(random, 20)
@@ -28,14 +28,14 @@ def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool) ->
     return shift(g, s, j, random, fixed, fixed or kind < 17)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _save(s: State, best: np.ndarray) -> int:
     for t in range(s.totals[LENGTH]):
-        best[t] = s.op[s.at[t]]
+        best[t] = s.table[OP, s.table[AT, t]]
     return s.totals[LENGTH]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def anneal(
     g: Graph,
     s: State,

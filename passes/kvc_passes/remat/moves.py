@@ -5,23 +5,37 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from .change import insert, move, remove
+from .compiled import compiled
 from .state import (
+    AFTER,
+    AT,
+    BEFORE,
     BUDGET,
+    COUNT,
+    EXPENSE,
+    FIRST,
+    INPUTS_FROM,
+    INPUTS_TO,
     LENGTH,
+    NEXT_ONCE,
+    ONCE,
+    OP,
     OVER,
+    PREVIOUS_ONCE,
+    PROFILE,
+    SIZE,
+    SLOT,
     SPARE,
+    TWIN,
     TWINS,
     Graph,
     State,
     end_of,
     first_read,
-    insert,
     last_read,
-    move,
     next_slot,
-    remove,
     serving,
 )
 
@@ -44,7 +58,7 @@ def empty_journal() -> Journal:
     return Journal(*(np.zeros(_MOST + 2 * _CHAIN, np.int64) for _ in range(4)), np.zeros(1, np.int64))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def draw(random: np.ndarray, bound: int) -> int:
     """A number below the bound from a xorshift generator, whose state is `random[0]`."""
     r = random[0]
@@ -55,14 +69,14 @@ def draw(random: np.ndarray, bound: int) -> int:
     return np.int64(r >> np.uint64(11)) % bound
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _note(j: Journal, kind: int, x: int, op: int, slot: int) -> None:
     k = j.size[0]
     j.kind[k], j.x[k], j.op[k], j.slot[k] = kind, x, op, slot
     j.size[0] = k + 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def undo(g: Graph, s: State, j: Journal) -> None:
     """Take back what the journal says."""
     while j.size[0] > 0:
@@ -76,126 +90,126 @@ def undo(g: Graph, s: State, j: Journal) -> None:
             move(g, s, j.x[k], j.slot[k])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _held(g: Graph, s: State, x: int, fixed: bool) -> bool:
     """Whether the computation has to stay: it runs once, or first ones keep their order."""
-    return g.once[s.op[x]] == 1 or (fixed and s.before[x] < 0)
+    return g.ops[ONCE, s.table[OP, x]] == 1 or (fixed and s.table[BEFORE, x] < 0)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _place(g: Graph, s: State, j: Journal, op: int, slot: int) -> int:
     x = insert(g, s, op, slot)
     _note(j, INSERTED, x, op, slot)
     return x
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _crowded_slot(s: State, random: np.ndarray) -> int:
     """A slot over the budget, any slot if there is none."""
     length = s.totals[LENGTH]
     t = draw(random, length)
     if s.totals[OVER] > 0:
-        while s.profile[t] <= s.totals[BUDGET]:
+        while s.table[PROFILE, t] <= s.totals[BUDGET]:
             t = t + 1 if t + 1 < length else 0
     return t
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _idle_at(g: Graph, s: State, t: int, random: np.ndarray) -> int:
     """A computation whose output lies unread across slot t, rather a large and cheap one; -1 if none was found."""
     best, found, wanted = -1, 0, 1 + draw(random, 4)
     for _ in range(40):
         if t == 0 or found == wanted:
             break
-        x = s.at[draw(random, t)]
-        op = s.op[x]
-        if g.once[op] == 1 or g.sizes[op] == 0:
+        x = s.table[AT, draw(random, t)]
+        op = s.table[OP, x]
+        if g.ops[ONCE, op] == 1 or g.ops[SIZE, op] == 0:
             continue
         limit = next_slot(s, x)
         read = first_read(g, s, op, t - 1, limit)
-        if limit <= t or read == limit or read == t:
+        if limit <= t or read in (limit, t):
             continue
         found += 1
-        if best < 0 or g.sizes[op] * (g.costs[s.op[best]] + 1.0) > g.sizes[s.op[best]] * (g.costs[op] + 1.0):
+        if best < 0 or g.ops[SIZE, op] * (g.ops[EXPENSE, s.table[OP, best]] + 1.0) > g.ops[SIZE, s.table[OP, best]] * (g.ops[EXPENSE, op] + 1.0):
             best = x
     return best
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def recompute(g: Graph, s: State, j: Journal, random: np.ndarray) -> bool:
     """Drop a value where memory is short and compute it again before its next read, perhaps with its inputs."""
     t = _crowded_slot(s, random)
     x = _idle_at(g, s, t, random)
     if x < 0 or s.totals[SPARE] <= _CHAIN + 2:
         return False
-    slot = first_read(g, s, s.op[x], t, next_slot(s, x))
+    slot = first_read(g, s, s.table[OP, x], t, next_slot(s, x))
     if draw(random, 3) == 0:
         slot = t + 1 + draw(random, slot - t)
     start = j.size[0]
-    y = _place(g, s, j, s.op[x], slot)
+    y = _place(g, s, j, s.table[OP, x], slot)
     if draw(random, 2) == 0:
         _with_inputs(g, s, j, random, t, y, start)
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, y: int, start: int) -> None:
     """Compute inputs again too that would otherwise have to live (across t) for y alone, and inputs of those."""
     k = start
     while k < j.size[0] and j.size[0] - start < _CHAIN:
         y = j.x[k]
         k += 1
-        op = s.op[y]
-        for i in range(g.input_at[op], g.input_at[op + 1]):
-            value = g.inputs[i]
-            if g.once[value] == 1 or g.sizes[value] == 0:
+        op = s.table[OP, y]
+        for i in range(g.ops[INPUTS_FROM, op], g.ops[INPUTS_TO, op]):
+            value = g.edges[i]
+            if g.ops[ONCE, value] == 1 or g.ops[SIZE, value] == 0:
                 continue
-            z = serving(s, value, s.slot[y])
-            needed = max(s.slot[z], last_read(g, s, value, s.slot[z], s.slot[y]))
-            if needed < t and draw(random, 4) > 0 or needed < s.slot[y] - 1 and draw(random, 4) == 0:
-                _place(g, s, j, value, s.slot[y])
+            z = serving(s, value, s.table[SLOT, y])
+            needed = max(s.table[SLOT, z], last_read(g, s, value, s.table[SLOT, z], s.table[SLOT, y]))
+            if needed < t and draw(random, 4) > 0 or needed < s.table[SLOT, y] - 1 and draw(random, 4) == 0:
+                _place(g, s, j, value, s.table[SLOT, y])
                 if j.size[0] - start >= _CHAIN:
                     break
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def drop(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool) -> bool:
     """Take a repeated computation away, and those that only it needed."""
     if s.totals[TWINS] == 0:
         return False
-    x = s.twins[draw(random, s.totals[TWINS])]
-    if fixed and s.before[x] < 0:
-        x = s.after[x]
+    x = s.table[TWIN, draw(random, s.totals[TWINS])]
+    if fixed and s.table[BEFORE, x] < 0:
+        x = s.table[AFTER, x]
     return _drop(g, s, j, x, fixed)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _drop(g: Graph, s: State, j: Journal, x: int, fixed: bool) -> bool:
-    if s.before[x] < 0 and end_of(g, s, x) > s.slot[x]:
+    if s.table[BEFORE, x] < 0 and end_of(g, s, x) > s.table[SLOT, x]:
         return False
-    op, slot = s.op[x], s.slot[x]
+    op, slot = s.table[OP, x], s.table[SLOT, x]
     remove(g, s, x)
     _note(j, REMOVED, x, op, slot)
-    for i in range(g.input_at[op], g.input_at[op + 1]):
-        y = serving(s, g.inputs[i], slot)
-        unread = s.count[g.inputs[i]] > 1 and end_of(g, s, y) == s.slot[y]
+    for i in range(g.ops[INPUTS_FROM, op], g.ops[INPUTS_TO, op]):
+        y = serving(s, g.edges[i], slot)
+        unread = s.ops[COUNT, g.edges[i]] > 1 and end_of(g, s, y) == s.table[SLOT, y]
         if unread and not _held(g, s, y, fixed) and j.size[0] < _MOST:
             _drop(g, s, j, y, fixed)
             slot = min(slot, s.totals[LENGTH])  # the sequence is shorter now
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def shift(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, twin: bool) -> bool:
     """Move a repeated computation, or any, to another slot between its inputs and its reads."""
     if twin and s.totals[TWINS] == 0:
         return False
-    x = s.twins[draw(random, s.totals[TWINS])] if twin else s.at[draw(random, s.totals[LENGTH] - 1)]
-    if fixed and s.before[x] < 0:
+    x = s.table[TWIN, draw(random, s.totals[TWINS])] if twin else s.table[AT, draw(random, s.totals[LENGTH] - 1)]
+    if fixed and s.table[BEFORE, x] < 0:
         if not twin:
             return False
-        x = s.after[x]
-    op, here = s.op[x], s.slot[x]
+        x = s.table[AFTER, x]
+    op, here = s.table[OP, x], s.table[SLOT, x]
     low, high = _window(g, s, x, fixed)
     if draw(random, 5) > 0:
         low, high = max(low, here - 25), min(high, here + 25)
@@ -209,19 +223,19 @@ def shift(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, twin:
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _window(g: Graph, s: State, x: int, fixed: bool) -> tuple[int, int]:
     """The slots, first to last, at which x may stand when all else keeps its order."""
-    op, here = s.op[x], s.slot[x]
+    op, here = s.table[OP, x], s.table[SLOT, x]
     low, high = 0, s.totals[LENGTH] - 2
-    for i in range(g.input_at[op], g.input_at[op + 1]):
-        low = max(low, s.slot[s.first[g.inputs[i]]] + 1)
-    if s.before[x] < 0:
+    for i in range(g.ops[INPUTS_FROM, op], g.ops[INPUTS_TO, op]):
+        low = max(low, s.table[SLOT, s.ops[FIRST, g.edges[i]]] + 1)
+    if s.table[BEFORE, x] < 0:
         high = min(high, first_read(g, s, op, here, next_slot(s, x)) - 1)
     if fixed:
-        low = max(low, s.slot[s.first[op]] + 1)
-    if g.once[op] == 1:
-        if g.previous_once[op] >= 0:
-            low = max(low, s.slot[s.first[g.previous_once[op]]] + 1)
-        high = min(high, s.slot[s.first[g.next_once[op]]] - 1)
+        low = max(low, s.table[SLOT, s.ops[FIRST, op]] + 1)
+    if g.ops[ONCE, op] == 1:
+        if g.ops[PREVIOUS_ONCE, op] >= 0:
+            low = max(low, s.table[SLOT, s.ops[FIRST, g.ops[PREVIOUS_ONCE, op]]] + 1)
+        high = min(high, s.table[SLOT, s.ops[FIRST, g.ops[NEXT_ONCE, op]]] - 1)
     return low, high

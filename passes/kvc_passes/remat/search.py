@@ -11,8 +11,9 @@ from typing import Final
 import numpy as np
 
 from .anneal import anneal
+from .change import load
 from .moves import Journal, empty_journal
-from .state import COST, OVER, Graph, State, empty_state, graph_of, load
+from .state import COST, EXPENSE, OVER, SIZE, Graph, State, empty_state, graph_of
 from .views import Core
 
 CHAINS: Final = 2  # as many cores are always there; the schedule depends on it, so it is no option
@@ -45,11 +46,11 @@ class _Chain:
         """Anneal from a sequence; the best one within the budget that costs less than `best_cost`, or []."""
         graph, state = self.graph, self.state
         load(graph, state, start, self.budget)
-        cost = max(1.0, float(graph.costs.sum()))
-        per_byte = cost / max(1.0, float(graph.sizes.sum()))
+        cost = max(1.0, float(graph.ops[EXPENSE].sum()))
+        per_byte = cost / max(1.0, float(graph.ops[SIZE].sum()))
         weight = np.array([2 * per_byte, 1e-4 * per_byte, 1e5 * per_byte])
-        heat = np.array([max(_HOT, 1 / len(graph.costs)) * cost, _COLD * cost, moves])
-        best = np.zeros(len(state.at), np.int64)
+        heat = np.array([max(_HOT, 1 / graph.ops.shape[1]) * cost, _COLD * cost, moves])
+        best = np.zeros(state.table.shape[1], np.int64)
         found: list[int] = []
         if state.totals[OVER] == 0 and state.totals[COST] < best_cost:
             found, best_cost = start.tolist(), int(state.totals[COST])
