@@ -12,16 +12,16 @@ from .state import AT, COST, LENGTH, OP, OVER, Graph, State
 
 
 @compiled
-def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool) -> bool:
+def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, most: float) -> bool:
     """One move. Exchanges (drop here, repeat there) matter where the budget is tight."""
     kind = draw(random, 20)
     if kind < 7:
-        return recompute(g, s, j, random)
+        return recompute(g, s, j, random, most)
     if kind < 11:
         return drop(g, s, j, random, fixed)
     if kind < 13:
         changed = drop(g, s, j, random, fixed)
-        return recompute(g, s, j, random) or changed
+        return recompute(g, s, j, random, most) or changed
     if kind < 14:
         changed = drop(g, s, j, random, fixed)
         return drop(g, s, j, random, fixed) or changed
@@ -64,18 +64,20 @@ def anneal(
     for i in range(done, until):
         if i & 63 == 0 or i == done:
             temperature = heat[0] * math.exp(cooling * i)
-        old_cost, old_over = s.totals[COST], s.totals[OVER]
+        old_over = s.totals[OVER]
+        # The usual chance exp(-worse / temperature), drawn beforehand: what would cost more is not even tried.
+        chance = (draw(random, 1 << 30) + 1) / (1 << 30)
+        most = s.totals[COST] + weight[0] * old_over - temperature * math.log(chance)
         j.size[0] = 0
-        if not _propose(g, s, j, random, fixed):
+        if not _propose(g, s, j, random, fixed, most):
             continue
-        worse = float(s.totals[COST] - old_cost) + weight[0] * float(s.totals[OVER] - old_over)
         fits = s.totals[OVER] == 0
         if fits and s.totals[COST] < best_cost:
             best_cost = s.totals[COST]
             length = _save(s, best)
             if best_cost <= enough:
                 break
-        if worse > 0 and math.exp(-worse / temperature) * 1048576 <= draw(random, 1048576):
+        if s.totals[COST] + weight[0] * s.totals[OVER] > most:
             undo(g, s, j)
         if fits:
             weight[0] = max(weight[0] * 0.9999, least)

@@ -13,6 +13,7 @@ from .state import (
     AT,
     BEFORE,
     BUDGET,
+    COST,
     COUNT,
     EXPENSE,
     FIRST,
@@ -115,48 +116,63 @@ def _crowded_slot(s: State, random: np.ndarray) -> int:
 
 
 @compiled
-def _idle_at(g: Graph, s: State, t: int, random: np.ndarray) -> int:
-    """A computation whose output lies unread across slot t, rather a large and cheap one; -1 if none was found."""
+def _idle_at(g: Graph, s: State, t: int, random: np.ndarray, most: float) -> int:
+    """A computation whose output lies unread across slot t, rather a large and cheap one; -1 if none was found.
+
+    `most` is what the whole sequence may cost with it.
+    """
     best, found, wanted = -1, 0, 1 + draw(random, 4)
     for _ in range(40):
         if t == 0 or found == wanted:
             break
         x = s.table[AT, draw(random, t)]
         op = s.table[OP, x]
-        if g.ops[ONCE, op] == 1 or g.ops[SIZE, op] == 0:
+        if g.ops[ONCE, op] == 1 or g.ops[SIZE, op] == 0 or s.totals[COST] + g.ops[EXPENSE, op] > most:
             continue
         limit = next_slot(s, x)
         read = first_read(g, s, op, t - 1, limit)
         if limit <= t or read in (limit, t):
             continue
         found += 1
-        if best < 0 or g.ops[SIZE, op] * (g.ops[EXPENSE, s.table[OP, best]] + 1.0) > g.ops[SIZE, s.table[OP, best]] * (g.ops[EXPENSE, op] + 1.0):
+        if best < 0 or _saving(g, op) > _saving(g, s.table[OP, best]):
             best = x
     return best
 
 
 @compiled
-def recompute(g: Graph, s: State, j: Journal, random: np.ndarray) -> bool:
-    """Drop a value where memory is short and compute it again before its next read, perhaps with its inputs."""
+def _saving(g: Graph, op: int) -> float:
+    """Bytes for a unit of cost."""
+    return float(g.ops[SIZE, op] / (g.ops[EXPENSE, op] + 1.0))
+
+
+@compiled
+def recompute(g: Graph, s: State, j: Journal, random: np.ndarray, most: float) -> bool:
+    """Drop a value where memory is short and compute it again before its next read, perhaps with its inputs.
+
+    `most` is what the whole sequence may cost afterwards.
+    """
     t = _crowded_slot(s, random)
-    x = _idle_at(g, s, t, random)
+    x = _idle_at(g, s, t, random, most)
     if x < 0 or s.totals[SPARE] <= _CHAIN + 2:
         return False
     slot = first_read(g, s, s.table[OP, x], t, next_slot(s, x))
     if draw(random, 3) == 0:
         slot = t + 1 + draw(random, slot - t)
     start = j.size[0]
-    y = _place(g, s, j, s.table[OP, x], slot)
+    _place(g, s, j, s.table[OP, x], slot)
     if draw(random, 2) == 0:
-        _with_inputs(g, s, j, random, t, y, start)
+        _with_inputs(g, s, j, random, t, start, most)
     return True
 
 
 @compiled
-def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, y: int, start: int) -> None:
-    """Compute inputs again too that would otherwise have to live (across t) for y alone, and inputs of those."""
+def _with_inputs(
+    g: Graph, s: State, j: Journal, random: np.ndarray, t: int, start: int, most: float
+) -> None:
+    """Compute inputs again too that would otherwise have to live (across t) for it alone, and their inputs."""
     k = start
-    while k < j.size[0] and j.size[0] - start < _CHAIN:
+    end = start + 2 + draw(random, _CHAIN - 1)
+    while k < j.size[0]:
         y = j.x[k]
         k += 1
         op = s.table[OP, y]
@@ -164,12 +180,14 @@ def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, y: 
             value = g.edges[i]
             if g.ops[ONCE, value] == 1 or g.ops[SIZE, value] == 0:
                 continue
+            if s.totals[COST] + g.ops[EXPENSE, value] > most or j.size[0] == end:
+                continue
             z = serving(s, value, s.table[SLOT, y])
-            needed = max(s.table[SLOT, z], last_read(g, s, value, s.table[SLOT, z], s.table[SLOT, y]))
-            if needed < t and draw(random, 4) > 0 or needed < s.table[SLOT, y] - 1 and draw(random, 4) == 0:
+            here = s.table[SLOT, z]
+            needed = max(here, last_read(g, s, value, here, s.table[SLOT, y]))
+            chance = 6 if needed < t else 1 if needed < s.table[SLOT, y] - 1 else 0
+            if draw(random, 8) < chance:
                 _place(g, s, j, value, s.table[SLOT, y])
-                if j.size[0] - start >= _CHAIN:
-                    break
 
 
 @compiled
