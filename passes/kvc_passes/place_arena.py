@@ -41,8 +41,11 @@ class Arena:
     temporaries: tuple[Temporary, ...]
 
     @classmethod
-    def of(cls, mod: IRModule) -> Arena:
-        """The temporaries of `main`; values that alias one keep it alive."""
+    def of(cls, mod: IRModule, *, leave: bool = False) -> Arena:
+        """The temporaries of `main`; values that alias one keep it alive.
+
+        leave: those that the function returns are none: they stay allocations of their own.
+        """
         graph = graph_of(mod["main"])
         roots: dict[relax.Var, set[relax.Var]] = {}
         first: dict[relax.Var, int] = {}
@@ -57,8 +60,12 @@ class Arena:
                 last[root] = step
             if not isinstance(value, relax.Call) or op_name(value) == "reshape":
                 roots[var] = set(used)
-        for root in roots.get(graph.function.body.body, ()):
-            raise PlanningError(f"the temporary {root.name} leaves the function")
+        result = graph.function.body.body
+        returned = {r for o in operands(graph.definitions.get(result, result)) for r in roots.get(o, ())}
+        for root in returned | roots.get(result, set()):
+            if not leave:
+                raise PlanningError(f"the temporary {root.name} leaves the function")
+            first.pop(root)
         return cls(tuple(Temporary(v, graph.definitions[v], first[v], last[v]) for v in first))
 
     def size(self, bounds: Mapping[str, int]) -> int:
@@ -93,17 +100,19 @@ class PlaceArena:
     Refuses: an arena larger than `bytes`, which would break the plan (PlanningError).
 
     Placement is best fit by decreasing size over lifetimes, as in "Efficient Memory Management for Deep
-    Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed.
+    Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed. With `leave`,
+    temporaries that the function returns stay allocations of their own.
     """
 
     bounds: Mapping[str, int]
     bytes: int | None = None
+    leave: bool = False
 
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: bytes of the arena."""
         function = mod["main"]
         graph = graph_of(function)
-        offsets, needed = Arena.of(mod).place(self.bounds)
+        offsets, needed = Arena.of(mod, leave=self.leave).place(self.bounds)
         total = needed if self.bytes is None else self.bytes
         if needed > total:
             raise PlanningError(f"temporaries take {needed} bytes, {total} were planned")

@@ -26,8 +26,16 @@ def lower(
     label = f"{phase}-"
     for step in fuse:
         mod = runner.apply(mod, step, label).module
+    mod = fused(mod, target, runner, label)
     with target:
-        mod = runner.apply_tvm(
+        mod = runner.apply(mod, schedule, label).module
+    return allocated(mod, runner, label)
+
+
+def fused(mod: IRModule, target: Target, runner: Runner, label: str = "") -> IRModule:
+    """Operators as calls of kernels, neighbours in one."""
+    with target:
+        return runner.apply_tvm(
             mod,
             f"{label}fuse",
             transform.module_pass(lambda mod, context: legalize_ops(mod), opt_level=0),
@@ -36,24 +44,32 @@ def lower(
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
-        )
-        mod = runner.apply(mod, schedule, label).module
-        return runner.apply_tvm(
-            mod,
-            f"{label}allocate",
             relax.transform.RewriteDataflowReshape(),
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
         )
+
+
+def allocated(mod: IRModule, runner: Runner, label: str = "") -> IRModule:
+    """Temporaries as tensors that `builtin.alloc_tensor` makes."""
+    return runner.apply_tvm(
+        mod,
+        f"{label}allocate",
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+    )
 
 
 def finish(mod: IRModule, phase: Phase, bounds: dict[str, int], arena: int, runner: Runner) -> IRModule:
     """Place all temporaries in one arena of `arena` bytes and lower to the virtual machine's builtins."""
     mod = runner.apply(mod, PlaceArena(bounds, arena), f"{phase}-").module
+    return to_vm(mod, runner, f"{phase}-")
+
+
+def to_vm(mod: IRModule, runner: Runner, label: str = "") -> IRModule:
+    """Lower to the virtual machine's builtins."""
     return runner.apply_tvm(
         mod,
-        f"{phase}-to-vm",
+        f"{label}to-vm",
         relax.transform.LowerAllocTensor(),
         relax.transform.KillAfterLastUse(),
         relax.transform.LowerRuntimeBuiltin(),

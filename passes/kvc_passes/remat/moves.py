@@ -166,9 +166,7 @@ def recompute(g: Graph, s: State, j: Journal, random: np.ndarray, most: float) -
 
 
 @compiled
-def _with_inputs(
-    g: Graph, s: State, j: Journal, random: np.ndarray, t: int, start: int, most: float
-) -> None:
+def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, start: int, most: float) -> None:
     """Compute inputs again too that would otherwise have to live (across t) for it alone, and their inputs."""
     k = start
     end = start + 2 + draw(random, _CHAIN - 1)
@@ -222,7 +220,11 @@ def shift(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, twin:
     """Move a repeated computation, or any, to another slot between its inputs and its reads."""
     if twin and s.totals[TWINS] == 0:
         return False
-    x = s.table[TWIN, draw(random, s.totals[TWINS])] if twin else s.table[AT, draw(random, s.totals[LENGTH] - 1)]
+    x = (
+        s.table[TWIN, draw(random, s.totals[TWINS])]
+        if twin
+        else s.table[AT, draw(random, s.totals[LENGTH] - 1)]
+    )
     if fixed and s.table[BEFORE, x] < 0:
         if not twin:
             return False

@@ -17,7 +17,9 @@ from .views import Core
 
 # Rows of Graph.ops. Inputs are `edges[INPUTS_FROM : INPUTS_TO]`, readers likewise; ONCE is 1 where it runs once, with
 # the operations of `once` before and behind it, -1 for none.
-SIZE, EXPENSE, SCRATCH, ONCE, PREVIOUS_ONCE, NEXT_ONCE, INPUTS_FROM, INPUTS_TO, READERS_FROM, READERS_TO = range(10)
+SIZE, EXPENSE, SCRATCH, ONCE, PREVIOUS_ONCE, NEXT_ONCE, INPUTS_FROM, INPUTS_TO, READERS_FROM, READERS_TO = (
+    range(10)
+)
 # Rows of State.table by slot: computation and resident bytes.
 AT, PROFILE = range(2)
 # By computation: operation, slot, the same operation's computations before and after (-1 for none), place in TWIN.
@@ -70,7 +72,9 @@ def graph_of(core: Core) -> Graph:
 def empty_state(graph: Graph, capacity: int) -> State:
     """Tables for up to `capacity` computations; `load` in change.py fills them."""
     operations = graph.ops.shape[1]
-    return State(np.zeros((9, capacity), np.int64), np.zeros((3, operations), np.int64), np.zeros(6, np.int64))
+    return State(
+        np.zeros((9, capacity), np.int64), np.zeros((3, operations), np.int64), np.zeros(6, np.int64)
+    )
 
 
 @compiled
