@@ -24,6 +24,15 @@ SIZES: Final[dict[str, dict[str, int]]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
     },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
     "1b": {
         "vocab_size": 128256,
         "hidden_size": 2048,
@@ -34,7 +43,7 @@ SIZES: Final[dict[str, dict[str, int]]] = {
         "max_position_embeddings": 4096,
     },
 }
-"""Llama 2 7B and Llama 3.2 1B (its head not tied to the embedding)."""
+"""Llama 2 7B, Llama 3 8B (with the positions of Llama 3.1) and Llama 3.2 1B (its head not tied to the embedding)."""
 
 ALIGNMENT: Final = 4096
 INSIDE: Final = 1 << 16
