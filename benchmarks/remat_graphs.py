@@ -35,6 +35,7 @@ def _forward(module: Any, *given: Any) -> tuple[Any, Arrays]:
     """A network's forward pass through ONNX, its weights as constants."""
     import onnx
     import torch
+
     from kvc.frontend.importer import import_graph
 
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -68,8 +69,8 @@ def _training(module: Any, given: Any, wanted: Any) -> tuple[Any, Arrays]:
 
 
 def unet(quick: bool) -> tuple[Any, Arrays]:
-    from benchmarks import networks
     import torch
+    from benchmarks import networks
 
     torch.manual_seed(0)
     side = 64 if quick else 256
@@ -78,7 +79,6 @@ def unet(quick: bool) -> tuple[Any, Arrays]:
 
 def resnet50(quick: bool) -> tuple[Any, Arrays]:
     import torch
-
     from benchmarks import networks
 
     torch.manual_seed(0)
@@ -88,7 +88,6 @@ def resnet50(quick: bool) -> tuple[Any, Arrays]:
 
 def bert(quick: bool) -> tuple[Any, Arrays]:
     import torch
-
     from benchmarks import networks
 
     torch.manual_seed(0)
@@ -97,7 +96,6 @@ def bert(quick: bool) -> tuple[Any, Arrays]:
 
 def train_resnet(quick: bool) -> tuple[Any, Arrays]:
     import torch
-
     from benchmarks import networks
 
     torch.manual_seed(0)
@@ -107,7 +105,6 @@ def train_resnet(quick: bool) -> tuple[Any, Arrays]:
 
 def train_transformer(quick: bool) -> tuple[Any, Arrays]:
     import torch
-
     from benchmarks import networks
 
     torch.manual_seed(0)
@@ -134,8 +131,9 @@ def _flat(result: Any) -> Arrays:
 def measured(library: str, arguments: str) -> None:
     """In a fresh process: the memory that a call takes, then its seconds, and its results."""
     import tvm
-    from kvc.runtime.peak import peak_bytes
     from tvm import relax
+
+    from kvc.runtime.peak import peak_bytes
 
     vm = relax.VirtualMachine(tvm.runtime.load_module(library), tvm.cpu())
     given = [tvm.runtime.tensor(array) for array in np.load(arguments).values()]

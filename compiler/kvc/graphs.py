@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import tvm
 from tvm import IRModule, relax
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.place_arena import ALIGNMENT, Arena, PlaceArena, element_bytes, evaluate
+from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
 from kvc_passes.remat.solve import Solution
 from kvc_passes.rematerialize import Rematerialize
 
@@ -18,7 +18,9 @@ from .codegen.lower import allocated, fused, to_vm
 from .machine import CpuMachine
 from .pipeline import Runner
 
-_ATTEMPTS = 6
+_ATTEMPTS: Final = 6
+_PAGE: Final = 4096
+"""TVM's allocator rounds up to whole pages."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class CompiledGraph:
     @property
     def peak(self) -> int:
         """Bytes that a call takes, beside its arguments and constants."""
-        return self.arena + self.outputs
+        return _whole(self.arena) + self.outputs
 
 
 def compile_graph(
@@ -72,14 +74,13 @@ def compile_graph(
         PlanningError: a symbol without a bound, a call that is no kernel.
     """
     runner, bounds = runner or Runner(), dict(bounds or {})
-    outputs = sum(_bytes(t, bounds) for t in _tensors(mod["main"].ret_ty))
+    outputs = sum(_whole(_bytes(t, bounds)) for t in _tensors(mod["main"].ret_ty))
     base = fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner)
     natural = _arena(base, bounds, runner)
     chosen, solution = base, None
-    if budget is not None and natural + outputs > budget:
-        chosen, solution = _within(
-            base, budget - outputs, outputs, bounds, runner, fixed_order, certify, seconds
-        )
+    if budget is not None and _whole(natural) + outputs > budget:
+        room = (budget - outputs) // _PAGE * _PAGE
+        chosen, solution = _within(base, room, outputs, bounds, runner, fixed_order, certify, seconds)
     with machine.target:
         scheduled = runner.apply(chosen, machine.schedule("prefill")).module
     placed = runner.apply(allocated(scheduled, runner), PlaceArena(bounds, leave=True))
@@ -102,17 +103,17 @@ def _within(
     certify: bool,
     seconds: float,
 ) -> tuple[IRModule, Solution]:
-    """The module with an arena of at most `budget` bytes: what is alive fits less where its places leave gaps."""
+    """The module with an arena of at most `budget` bytes: where places leave gaps, less may be alive."""
     target, arena = budget, 0
     for _ in range(_ATTEMPTS):
         step = Rematerialize(target, bounds, fixed_order=fixed_order, certify=certify, seconds=seconds)
         try:
             done = runner.apply(mod, step)
         except BudgetError as error:
-            needed = error.needed + max(arena - target, 0) + outputs
+            needed = _whole(error.needed + max(arena - target, 0)) + outputs
             raise BudgetError(
-                f"the operations take {needed} bytes or more, {outputs} of them results, whatever is computed "
-                f"again; {budget + outputs} were given",
+                f"the operations take {needed} bytes or more, {outputs} of them results, whatever is "
+                f"computed again; {budget + outputs} were given",
                 needed=needed,
                 given=budget + outputs,
             ) from None
@@ -122,7 +123,7 @@ def _within(
         target -= arena - budget
     raise BudgetError(
         f"what is alive fits {budget} bytes, but its places in memory take {arena}",
-        needed=arena + outputs,
+        needed=_whole(arena) + outputs,
         given=budget + outputs,
     )
 
@@ -139,4 +140,8 @@ def _bytes(tensor: Any, bounds: Mapping[str, int]) -> int:
     count = 1
     for dim in tensor.shape.values:
         count *= evaluate(dim, bounds)
-    return -(-count * element_bytes(str(tensor.dtype.dtype)) // ALIGNMENT) * ALIGNMENT
+    return count * element_bytes(str(tensor.dtype.dtype))
+
+
+def _whole(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE

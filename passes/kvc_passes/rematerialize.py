@@ -143,7 +143,7 @@ class Operations:
         return [v for operand in given for v in self._flat(operand)]
 
     def _base(self, var: relax.Var) -> relax.Var | None:
-        """The binding whose storage a binding's value lies in; None for storage of its own, or a parameter's."""
+        """The binding whose storage a value lies in; None for storage of its own, or a parameter's."""
         value = self.graph.definitions[var]
         if isinstance(value, relax.Var):
             return value
@@ -246,7 +246,7 @@ class Operations:
             return 0.0
         try:
             return float(estimate_tir_flops(IRModule({"main": function})))
-        except Exception:  # noqa: BLE001  its own kernels' intrinsics and symbols are beyond it
+        except Exception:
             return 0.0
 
 

@@ -93,7 +93,7 @@ def test_a_step_of_training_fits_a_part_of_it(part: float) -> None:
     base, expected = plain()
     budget = int(base.peak * part)
     compiled = compile_graph(mod, MACHINE, budget=budget)
-    assert compiled.peak == compiled.arena + base.outputs <= budget
+    assert compiled.arena + base.outputs <= compiled.peak <= budget
     assert compiled.solution is not None
     assert 0 <= compiled.solution.overhead < 0.5
     for got, wanted in zip(run(compiled, arguments), expected, strict=True):
