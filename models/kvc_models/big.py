@@ -43,7 +43,7 @@ SIZES: Final[dict[str, dict[str, int]]] = {
         "max_position_embeddings": 4096,
     },
 }
-"""Llama 2 7B, Llama 3 8B (with the positions of 3.1) and Llama 3.2 1B (its head not tied to the embedding)."""
+"""Llama 2 7B, Llama 3 8B (with the positions of 3.1), Llama 3.2 1B (its head not tied to the embedding)."""
 
 ALIGNMENT: Final = 4096
 INSIDE: Final = 1 << 16
