@@ -79,8 +79,12 @@ class Artifact:
         return self.path / name if name in self.manifest["files"] else None
 
     def takes(self, function: str) -> list[str]:
-        """The weights that a compiled function takes, in its order."""
-        return list(self.manifest["functions"][function])
+        """The weights that a compiled function takes, in its order; of one that is not listed all of them."""
+        there = [spec.name for spec in self.layout()]
+        names: list[str] = self.manifest["functions"].get(function, there)
+        if not set(names) <= set(there):
+            raise _damaged(self.path, f"manifest.json says that {function} takes weights that are not there")
+        return names
 
     def layout(self) -> tuple[TensorSpec, ...]:
         """The weights in the order in which they stand in their file."""

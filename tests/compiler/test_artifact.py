@@ -289,12 +289,31 @@ def test_another_format(artifact: Path, step: int, advice: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 3}', '{"format": "3", "files": {}}', '{"format": 4, "files": {"../x": {}}}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 3}',
+        '{"format": "3", "files": {}}',
+        '{"format": 5, "functions": {}, "files": {"../x": {}}}',
+        '{"format": 5, "functions": {"prefill": [1]}, "files": {}}',
+    ],
 )
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json cannot be read"):
         Artifact.open(artifact)
+
+
+def test_a_function_takes_all_weights_or_those_that_are_listed(artifact: Path) -> None:
+    opened = Artifact.open(artifact)
+    names = [spec.name for spec in opened.layout()]
+    assert opened.takes("prefill") == names
+    opened.manifest["functions"]["encode"] = names[:1]
+    assert opened.takes("encode") == names[:1]
+    opened.manifest["functions"]["encode"] = ["other"]
+    with pytest.raises(InputError, match="encode takes weights that are not there"):
+        opened.takes("encode")
 
 
 def test_manifest_cannot_name_files_elsewhere(artifact: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_promise_is_the_sum_of_its_lines() -> None:
     assert group.page_bytes == 2 * 2 * (16 + 16) * 4 * 16
     assert b.pools == group.pages * group.page_bytes
     widths = {"int64": 8, "int32": 4}
-    shapes = input_shapes(plan)
+    shapes = input_shapes(plan, costs().facts)
     counted = 0
     for dtype, shape in shapes.values():
         size = widths[dtype]

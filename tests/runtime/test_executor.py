@@ -79,7 +79,7 @@ def test_memory_lasts_and_is_taken_at_load(tiny: str) -> None:
         again = x.decode([Segment([1], 0, [[0]])] * 3)
         assert view.ctypes.data == again.ctypes.data and again.nbytes <= logits_bytes(plan, facts)
         assert pool_bytes(plan, facts) == 2 * 128  # 6 pages of 4 floats, on 64-byte boundaries
-        assert table_bytes(plan) == 64 + 64 + 64 + 128 + 64 + 64 + 256 * 6
+        assert table_bytes(plan, facts) == 64 + 64 + 64 + 128 + 64 + 64 + 256 * 6
         maps = open("/proc/self/smaps").read().split("weights.safetensors")[1]
         private = next(line for line in maps.splitlines() if line.startswith("Private_Dirty"))
         assert private.split()[1] == "0", private  # the weights were mapped, not copied
