@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from kvc_models import sized, smollm2, tiny
+from kvc_models import pairs, sized, smollm2, tiny
 from kvc_models.export import DEFAULT_OPSET, ModelError, export_decoder, save_assets
 
 Load = Callable[[Path | None], tuple[Any, Any]]
@@ -17,12 +17,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """One model: what it is, and how to get it and its tokenizer, given a folder for downloads."""
+    """One model: what it is, and how to get it and its tokenizer, given a folder for downloads.
+
+    Of encoder-decoder models the decoder is exported, see `kvc_models.pairs`.
+    """
 
     name: str
     about: str
     load: Load
     external_data: bool
+    pair: bool = False
 
 
 def _load_smollm2(cache: Path | None) -> tuple[Any, Any]:
@@ -32,6 +36,10 @@ def _load_smollm2(cache: Path | None) -> tuple[Any, Any]:
 
 def _load_sized(name: str, _cache: Path | None) -> tuple[Any, Any]:
     return sized.make_sized(name), tiny.tokenizer()
+
+
+def _load_pair(name: str, _cache: Path | None) -> tuple[Any, Any]:
+    return pairs.make_pair(name), tiny.tokenizer()
 
 
 def _load_tiny(family: str, _cache: Path | None) -> tuple[Any, Any]:
@@ -47,6 +55,17 @@ ENTRIES: Final = (
     *(
         Entry(f"tiny-{family}", f"{family}, random weights, for tests", partial(_load_tiny, family), False)
         for family in tiny.FAMILIES
+    ),
+    *(
+        Entry(
+            name,
+            f"the decoder of {name.removeprefix('tiny-')}, random weights" + ", for tests" * tiny_one,
+            partial(_load_pair, name),
+            not tiny_one,
+            pair=True,
+        )
+        for name in pairs.PAIRS
+        for tiny_one in [name.startswith("tiny-")]
     ),
 )
 
@@ -92,5 +111,9 @@ def export_named(
     model, tokenizer = entry.load(cache or smollm2.default_cache(out.parent / "cache"))
     say("exporting, " + ("with" if with_past else "without") + f" past, opset {opset}")
     model = tiny.cast(model, dtype)
+    if entry.pair:
+        if with_past:
+            raise ModelError(f"{name} is exported without a past: the encoder's output is read instead")
+        return pairs.export_pair_decoder(model, out, opset=opset, external_data=entry.external_data)
     save_assets(model, tokenizer, out)
     return export_decoder(model, out, with_past=with_past, opset=opset, external_data=entry.external_data)
