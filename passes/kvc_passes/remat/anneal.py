@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from .change import insert, remove
 from .compiled import compiled
 from .moves import Journal, draw, drop, recompute, shift, undo
-from .state import AT, COST, LENGTH, OP, OVER, Graph, State
+from .state import AT, BEFORE, COST, LENGTH, OP, OVER, SLOT, TWIN, TWINS, Graph, State
 
 
 @compiled
@@ -29,7 +30,27 @@ def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, mo
 
 
 @compiled
-def _save(s: State, best: np.ndarray) -> int:
+def tidy(g: Graph, s: State, best: np.ndarray) -> int:
+    """Take away repetitions that the budget does not need; those that cost nothing stay unnoticed otherwise.
+
+    For a sequence within the budget, which it writes into `best`; returns its length.
+    """
+    for i in range(s.totals[TWINS] - 1, -1, -1):
+        if i >= s.totals[TWINS]:
+            continue
+        x = s.table[TWIN, i]
+        op, slot = s.table[OP, x], s.table[SLOT, x]
+        if s.table[BEFORE, x] < 0:
+            continue
+        remove(g, s, x)
+        if s.totals[OVER] > 0:
+            insert(g, s, op, slot)
+    return save(s, best)
+
+
+@compiled
+def save(s: State, best: np.ndarray) -> int:
+    """Write the operations into `best`; their number."""
     for t in range(s.totals[LENGTH]):
         best[t] = s.table[OP, s.table[AT, t]]
     return s.totals[LENGTH]
@@ -74,7 +95,7 @@ def anneal(
         fits = s.totals[OVER] == 0
         if fits and s.totals[COST] < best_cost:
             best_cost = s.totals[COST]
-            length = _save(s, best)
+            length = save(s, best)
             if best_cost <= enough:
                 break
         if s.totals[COST] + weight[0] * s.totals[OVER] > most:

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from .anneal import anneal
+from .anneal import anneal, tidy
 from .change import load
 from .moves import empty_journal
 from .state import COST, EXPENSE, OVER, SIZE, Graph, empty_state, graph_of
@@ -88,5 +88,9 @@ def _anneal(
         if length:
             found = best[:length].tolist()
         done, now = until, time.perf_counter()
-        moves = min(moves, done + int(done * max(0.0, deadline - now) / (now - begin)) if deadline < _NONE else moves)
+        if deadline < _NONE:
+            moves = min(moves, done + int(done * max(0.0, deadline - now) / (now - begin)))
+    if found:
+        load(graph, state, np.array(found, np.int64), budget)
+        found = best[: tidy(graph, state, best)].tolist()
     return found

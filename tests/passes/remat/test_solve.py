@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_problems import least_cost, least_peak, problems, random_problem
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.remat import Problem, given_order, peak, solve
+from kvc_passes.remat import Problem, Schedule, given_order, peak, solve
 from kvc_passes.remat.checker import check
 from kvc_passes.remat.instances import layered_graph
 from kvc_passes.remat.lowest import least_conceivable, lowest_peak
@@ -112,3 +112,15 @@ def test_a_free_order_is_never_dearer_here() -> None:
     assert free.cost < fixed.cost
     for solution, order in ((fixed, True), (free, False)):
         assert check(problem, solution.schedule.order, budget, order) == (solution.peak, solution.cost)
+
+
+def test_what_costs_nothing_is_not_repeated_for_nothing() -> None:
+    """Every repetition is there because the budget needs it, even where all are free."""
+    problem = layered_graph(60, 0.3, seed=1)
+    problem = Problem(problem.sizes, (0,) * 60, problem.inputs)
+    budget = int(0.8 * peak(problem, given_order(problem)))
+    order = solve(problem, budget, fixed_order=True, moves=20_000).schedule.order
+    repeated = [step for step, op in enumerate(order) if op in order[:step]]
+    assert repeated
+    for step in repeated:
+        assert peak(problem, Schedule(order[:step] + order[step + 1 :])) > budget
