@@ -53,7 +53,7 @@ def save(s: State, best: np.ndarray) -> int:
     """Write the operations into `best`; their number."""
     for t in range(s.totals[LENGTH]):
         best[t] = s.table[OP, s.table[AT, t]]
-    return s.totals[LENGTH]
+    return int(s.totals[LENGTH])
 
 
 @compiled
@@ -71,7 +71,7 @@ def anneal(
     best_cost: int,
     enough: int,
 ) -> tuple[int, int]:
-    """Proposals done..until of a run that cools from `heat[0]` to `heat[1]` (units of cost) over `heat[2]` of them.
+    """Proposals done..until of a run that cools from `heat[0]` to `heat[1]` (in cost) over `heat[2]` of them.
 
     What is minimized is the cost plus `weight[0]` per byte and step over the budget; the weight falls while
     the sequence fits and rises while it does not, so the search stays near the border. Returns (length, cost)
@@ -86,7 +86,7 @@ def anneal(
         if i & 63 == 0 or i == done:
             temperature = heat[0] * math.exp(cooling * i)
         old_over = s.totals[OVER]
-        # The usual chance exp(-worse / temperature), drawn beforehand: what would cost more is not even tried.
+        # The usual chance exp(-worse / temperature), drawn beforehand: what costs more is not even tried.
         chance = (draw(random, 1 << 30) + 1) / (1 << 30)
         most = s.totals[COST] + weight[0] * old_over - temperature * math.log(chance)
         j.size[0] = 0

@@ -114,7 +114,7 @@ class _Relaxation:
             return self.extra
         if status == cp.MODEL_INVALID:
             raise AssertionError("the model of the certificate is invalid")
-        return max(0, math.ceil(solver.best_objective_bound - 1e-6)) * self.unit
+        return max(0, math.ceil(float(solver.best_objective_bound) - 1e-6)) * self.unit
 
     def _variables(self) -> None:
         """Literals for the cuts at which a value can be of use."""
@@ -131,7 +131,7 @@ class _Relaxation:
                         self.again[op, cut] = self.model.new_bool_var("")
 
     def _available(self, op: int, cut: int) -> list[Any] | None:
-        """Literals of which one holds where the value can be read before the cut; None where it always can."""
+        """Literals, one of which holds where the value can be read before the cut; None if it always can."""
         if self.block[op] == cut:
             return None
         tables = ((self.carried, cut - 1), (self.again, cut - 1), (self.again, cut), (self.briefly, cut))
@@ -185,7 +185,7 @@ class _Relaxation:
                     self._while_running(op, cut, load, [table[op, cut]])
 
     def _while_running(self, op: int, cut: int, load: Any, condition: list[Any]) -> None:
-        """An operation runs before the cut: its output and those inputs that are not in `load` come on top."""
+        """An operation runs before the cut: its output and inputs that are not in `load` come on top."""
         sizes, grain = self.core.sizes, self.grain
         needed = sizes[op] + self.core.scratch[op]
         counted = 0

@@ -40,8 +40,9 @@ def search(
 ) -> list[int] | None:
     """The cheapest sequence within the budget that the search finds from `start`; None if it finds none.
 
-    `moves` per chain; the result depends on nothing but the arguments unless the deadline (`time.perf_counter`)
-    makes the chains cool faster. A chain stops at a cost of `enough` (by default that of computing everything once).
+    `moves` per chain; the result depends on nothing but the arguments unless the deadline (by
+    `time.perf_counter`) makes the chains cool faster. A chain stops at a cost of `enough`, by default that of
+    computing everything once.
     """
     graph = graph_of(core)
     enough = sum(core.costs) if enough is None else enough
@@ -51,6 +52,8 @@ def search(
     def chain(number: int) -> list[int]:
         return _anneal(graph, budget, first, moves, fixed_order, seeds[number], deadline, enough)
 
+    # Compiles what the threads run: they would do so at the same time, and numba can then wait for itself.
+    _anneal(graph, budget, first, 0, fixed_order, seeds[0], deadline, enough)
     with ThreadPoolExecutor(CHAINS) as pool:
         found = [order for order in pool.map(chain, range(CHAINS)) if order]
     return min(found, key=lambda order: sum(core.costs[op] for op in order), default=None)
@@ -74,13 +77,14 @@ def _anneal(
     weight = np.array([2 * per_byte, 1e-4 * per_byte, 1e5 * per_byte])
     random = np.array([seed | np.uint64(1)])
     best = np.zeros(state.table.shape[1], np.int64)
-    found, best_cost = [], _NONE
+    found: list[int] = []
+    best_cost = _NONE
     if state.totals[OVER] == 0:
         found, best_cost = start.tolist(), int(state.totals[COST])
     done, begin = 0, time.perf_counter()
-    while done < moves and best_cost > enough:
-        until = min(done + _CHUNK, moves)
-        heat = np.array([_HOT * expense, _COLD * expense, moves])
+    while True:
+        until = min(done + _CHUNK, moves) if best_cost > enough else done
+        heat = np.array([_HOT * expense, _COLD * expense, max(1, moves)])
         length, best_cost = anneal(
             *(graph, state, empty_journal(), random, weight, heat),
             *(done, until, fixed, best, best_cost, enough),
@@ -90,7 +94,8 @@ def _anneal(
         done, now = until, time.perf_counter()
         if deadline < _NONE:
             moves = min(moves, done + int(done * max(0.0, deadline - now) / (now - begin)))
-    if found:
-        load(graph, state, np.array(found, np.int64), budget)
-        found = best[: tidy(graph, state, best)].tolist()
-    return found
+        if done >= moves or best_cost <= enough:
+            break
+    load(graph, state, np.array(found or start.tolist(), np.int64), budget)
+    length = tidy(graph, state, best)
+    return best[:length].tolist() if found else []
