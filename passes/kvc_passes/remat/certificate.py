@@ -81,6 +81,9 @@ class _Relaxation:
         for op in range(len(core.sizes)):
             self.block[op] = cut
             cut += cut < len(self.cuts) and op == self.cuts[cut]
+        self.live: list[list[int]] = [
+            [] for _ in range(len(self.cuts) + 1)
+        ]  # what may be retained over a cut
         self.readers: list[list[int]] = [[] for _ in core.sizes]
         for op, inputs in enumerate(core.inputs):
             for i in inputs:
@@ -88,6 +91,7 @@ class _Relaxation:
 
     def bound(self, seconds: float) -> int:
         """The least extra cost, or what was proved of it; `extra` if nothing below it is possible."""
+        deadline = time.perf_counter() + seconds
         cp = _cp_model()
         self.model = cp.CpModel()
         self._variables()
@@ -103,7 +107,7 @@ class _Relaxation:
         self.model.add(cost <= limit)
         self.model.minimize(cost)
         solver = cp.CpSolver()
-        solver.parameters.max_time_in_seconds = seconds
+        solver.parameters.max_time_in_seconds = max(1.0, deadline - time.perf_counter())
         solver.parameters.num_workers = (
             1  # the other strategies prove nothing here, with one the proof is repeatable
         )
@@ -124,6 +128,7 @@ class _Relaxation:
                 last[op] = max(last[op], last[reader] if self.repeatable[reader] else self.block[reader])
             for cut in range(self.block[op], min(last[op] + 1, len(self.cuts))):
                 self.carried[op, cut] = self.model.new_bool_var("")
+                self.live[cut].append(op)
             if self.repeatable[op]:
                 for cut in range(self.block[op] + 1, last[op] + 1):
                     self.briefly[op, cut] = self.model.new_bool_var("")
@@ -158,22 +163,16 @@ class _Relaxation:
     def _memory(self, cut: int) -> None:
         """Resident bytes at the cut, and while something is computed between it and the cut before."""
         core, model, grain = self.core, self.model, self.grain
-        through = sum(
-            (core.sizes[op] // grain) * literal
-            for (op, at), literal in self.carried.items()
-            if at == cut and self.block[op] < cut
-        )
+        size = [bytes_ // grain for bytes_ in core.sizes]
+        through = sum(size[op] * self.carried[op, cut] for op in self.live[cut] if self.block[op] < cut)
         budget = self.budget // grain
         if cut < len(self.cuts):
             at_cut = self.cuts[cut]
             for op in (at_cut, *core.inputs[at_cut]):
                 model.add_bool_or([t[op, cut] for t in (self.carried, self.again) if (op, cut) in t])
-            retained = through + sum(
-                (core.sizes[op] // grain) * literal
-                for table in (self.carried, self.again)
-                for (op, at), literal in table.items()
-                if at == cut and (table is self.again or self.block[op] == cut)
-            )
+            new = sum(size[op] * self.carried[op, cut] for op in self.live[cut] if self.block[op] == cut)
+            made = sum(size[op] * self.again[op, cut] for op in self.live[cut] if (op, cut) in self.again)
+            retained = through + new + made
             model.add(retained + core.scratch[at_cut] // grain <= budget)
         load = model.new_int_var(0, max(budget, 0), "")
         model.add(load >= through)

@@ -98,14 +98,16 @@ def _within(
     def improve(start: list[int]) -> list[int] | None:
         return search(core, budget, start, moves=moves, fixed_order=fixed_order, seed=seed, deadline=deadline)
 
-    if budget >= least_conceivable(core) and (found := improve(order)):
+    floor = least_conceivable(core)
+    if budget >= floor and (found := improve(order)):
         return found
     lowest = lowest_peak(problem, fixed_order=fixed_order, seed=seed)
     needed = peak(problem, lowest)
     if needed > budget:
+        where = "the given order" if fixed_order else "any order"
         raise BudgetError(
-            f"the operations do not fit {budget} bytes in any order, whatever is computed again: "
-            f"the lowest peak reached is {needed} bytes",
+            f"{budget} bytes are too few for the operations in {where}, whatever is computed again: "
+            f"the lowest peak reached is {needed} bytes (less than {floor} is impossible)",
             needed=needed,
             given=budget,
         )

@@ -69,6 +69,14 @@ def test_the_lowest_peak_of_a_larger_graph_works_too() -> None:
     assert raised.value.needed < peak(problem, given_order(problem))
 
 
+def test_what_cannot_be_done_in_time_is_done_worse() -> None:
+    problem = layered_graph(200, 0.36)
+    budget = int(0.9 * peak(problem, given_order(problem)))
+    solution = solve(problem, budget, fixed_order=True, moves=10**9, seconds=1)
+    assert check(problem, solution.schedule.order, budget, True) == (solution.peak, solution.cost)
+    assert problem.cost < solution.cost < 1.2 * problem.cost
+
+
 def test_nothing_is_repeated_where_everything_fits() -> None:
     problem = layered_graph(40, 0.3)
     solution = solve(problem, peak(problem, given_order(problem)))
