@@ -56,10 +56,12 @@ def certify(core: Core, loads: list[int], budget: int, best: int, seconds: float
 
 @dataclass
 class _Relaxation:
-    """The model for some cuts. Literals of value i at cut k: `carried` retained over cuts k-1 and k without a
-    computation between them, `again` computed between them and retained over k, `briefly` computed between
-    them
-    only. A value first computed between the cuts may be retained over k or not (`carried` too)."""
+    """The model for some cuts. Literals of value i at cut k:
+
+    `carried` retained over cuts k-1 and k without a computation between them, or over k where it is first
+    computed between them; `again` computed again between them and retained over k; `briefly` computed again
+    between them and not retained over k.
+    """
 
     core: Core
     cuts: list[int]
@@ -81,9 +83,8 @@ class _Relaxation:
         for op in range(len(core.sizes)):
             self.block[op] = cut
             cut += cut < len(self.cuts) and op == self.cuts[cut]
-        self.live: list[list[int]] = [
-            [] for _ in range(len(self.cuts) + 1)
-        ]  # what may be retained over a cut
+        # What may be retained over a cut.
+        self.live: list[list[int]] = [[] for _ in range(len(self.cuts) + 1)]
         self.readers: list[list[int]] = [[] for _ in core.sizes]
         for op, inputs in enumerate(core.inputs):
             for i in inputs:
@@ -108,17 +109,15 @@ class _Relaxation:
         self.model.minimize(cost)
         solver = cp.CpSolver()
         solver.parameters.max_time_in_seconds = max(1.0, deadline - time.perf_counter())
-        solver.parameters.num_workers = (
-            1  # the other strategies prove nothing here, with one the proof is repeatable
-        )
+        solver.parameters.num_workers = 1  # only this strategy proves anything here
         solver.parameters.optimize_with_lb_tree_search = True
         solver.parameters.linearization_level = 2
-        status = solver.solve(self.model)
+        status, proved = solver.solve(self.model), float(solver.best_objective_bound)
         if status == cp.INFEASIBLE:
             return self.extra
         if status == cp.MODEL_INVALID:
             raise AssertionError("the model of the certificate is invalid")
-        return max(0, math.ceil(float(solver.best_objective_bound) - 1e-6)) * self.unit
+        return max(0, math.ceil(proved - 1e-6)) * self.unit if math.isfinite(proved) else 0
 
     def _variables(self) -> None:
         """Literals for the cuts at which a value can be of use."""

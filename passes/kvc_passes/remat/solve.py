@@ -86,10 +86,8 @@ def _within(
     order = list(range(len(core.sizes)))
     if peak(problem, given_order(problem)) <= budget:
         return order
-    from .lowest import (
-        least_conceivable,
-        lowest_peak,
-    )  # numba takes half a second to import: only where needed
+    # Only here: numba takes half a second to import.
+    from .lowest import least_conceivable, lowest_peak
     from .search import search, usual_moves
 
     moves = moves or usual_moves(core)

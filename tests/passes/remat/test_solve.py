@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_problems import least_cost, least_peak, problems, random_problem
 
-from kvc_passes.errors import BudgetError
+from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.remat import Problem, Schedule, given_order, peak, solve
 from kvc_passes.remat.checker import check
 from kvc_passes.remat.instances import layered_graph
@@ -100,6 +102,14 @@ def test_what_runs_once_is_not_repeated() -> None:
     once = solve(Problem(**fields, once=(0,)), 18, fixed_order=True)
     assert once.schedule.order.count(0) == 1
     assert once.schedule.order.count(1) == 2
+
+
+def test_a_certificate_needs_or_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    problem = Problem((8, 1, 9, 1, 1), (3, 1, 1, 1, 1), ((), (0,), (1,), (2,), (0, 3)))
+    assert solve(problem, 12, fixed_order=True).cost == 10
+    with pytest.raises(InputError, match=r"pip install 'kvc\[certify\]'"):
+        solve(problem, 12, fixed_order=True, certify=True)
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
