@@ -1,4 +1,4 @@
-"""Rematerialization: the solvers on random layered graphs and on published instances, beside published numbers.
+"""The solvers of rematerialization on random layered graphs and on published instances.
 
 Each problem is solved for 0.9 and 0.8 of the peak of its given order, once with that order and once with a
 free one, and the fixed order gets a certificate (OR-tools). An independent checker runs every schedule.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.common import destination, parser, show, versions, write_results
+
 from kvc_passes.remat import Problem, Solution, given_order, peak, solve
 from kvc_passes.remat.checker import check
 from kvc_passes.remat.instances import layered_graph, read_graph
@@ -37,8 +38,8 @@ FILES: Final = {
     "CM1": "fcn_8_vgg (MLSys)_32_(416, 608, 3)_train_nx.json",
     "CM2": "ResNet50 (MLSys)_256_(224, 224, 3)_train_nx.json",
 }
-# Overhead in % and seconds with the given order, from Bartan et al., "MOCCASIN: Efficient Tensor Rematerialization
-# for Neural Networks", ICML 2023: first Checkmate's MILP, then MOCCASIN. "-" found nothing in time.
+# Overhead in % and seconds with the given order, from Bartan et al., "MOCCASIN: Efficient Tensor
+# Rematerialization for Neural Networks", ICML 2023: first Checkmate's MILP, then MOCCASIN. "-" found nothing.
 PUBLISHED: Final = {
     "G2 0.9": (".9 / 685", ".9 / 55"),
     "G2 0.8": ("-", "4.9 / 640"),
@@ -126,7 +127,7 @@ def main() -> int:
             print(f"{key}: {json.dumps(rows[key])}", file=sys.stderr)
     body = {key: value for key, value in body.items() if key not in _HEAD}
     body["solver"] = {
-        "budget": "a part of the peak of the given order; overheads in % of the cost of computing everything once",
+        "budget": "a part of the given order's peak; overheads in % of the cost of computing everything once",
         "published": "Bartan et al., MOCCASIN, ICML 2023, same order: overhead % / seconds",
         "first_call_seconds": round(loading, 2),
         "versions": versions(("numba", "ortools", "numpy")),

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from .change import insert, remove
 from .compiled import compiled
 from .moves import Journal, draw, drop, recompute, shift, undo
-from .state import AT, COST, LENGTH, OP, OVER, Graph, State
+from .state import AT, BEFORE, COST, LENGTH, OP, OVER, SLOT, TWIN, TWINS, Graph, State
 
 
 @compiled
@@ -29,10 +30,30 @@ def _propose(g: Graph, s: State, j: Journal, random: np.ndarray, fixed: bool, mo
 
 
 @compiled
-def _save(s: State, best: np.ndarray) -> int:
+def tidy(g: Graph, s: State, best: np.ndarray) -> int:
+    """Take away repetitions that the budget does not need; those that cost nothing stay unnoticed otherwise.
+
+    For a sequence within the budget, which it writes into `best`; returns its length.
+    """
+    for i in range(s.totals[TWINS] - 1, -1, -1):
+        if i >= s.totals[TWINS]:
+            continue
+        x = s.table[TWIN, i]
+        op, slot = s.table[OP, x], s.table[SLOT, x]
+        if s.table[BEFORE, x] < 0:
+            continue
+        remove(g, s, x)
+        if s.totals[OVER] > 0:
+            insert(g, s, op, slot)
+    return save(s, best)
+
+
+@compiled
+def save(s: State, best: np.ndarray) -> int:
+    """Write the operations into `best`; their number."""
     for t in range(s.totals[LENGTH]):
         best[t] = s.table[OP, s.table[AT, t]]
-    return s.totals[LENGTH]
+    return int(s.totals[LENGTH])
 
 
 @compiled
@@ -50,7 +71,7 @@ def anneal(
     best_cost: int,
     enough: int,
 ) -> tuple[int, int]:
-    """Proposals done..until of a run that cools from `heat[0]` to `heat[1]` (units of cost) over `heat[2]` of them.
+    """Proposals done..until of a run that cools from `heat[0]` to `heat[1]` (in cost) over `heat[2]` of them.
 
     What is minimized is the cost plus `weight[0]` per byte and step over the budget; the weight falls while
     the sequence fits and rises while it does not, so the search stays near the border. Returns (length, cost)
@@ -65,7 +86,7 @@ def anneal(
         if i & 63 == 0 or i == done:
             temperature = heat[0] * math.exp(cooling * i)
         old_over = s.totals[OVER]
-        # The usual chance exp(-worse / temperature), drawn beforehand: what would cost more is not even tried.
+        # The usual chance exp(-worse / temperature), drawn beforehand: what costs more is not even tried.
         chance = (draw(random, 1 << 30) + 1) / (1 << 30)
         most = s.totals[COST] + weight[0] * old_over - temperature * math.log(chance)
         j.size[0] = 0
@@ -74,7 +95,7 @@ def anneal(
         fits = s.totals[OVER] == 0
         if fits and s.totals[COST] < best_cost:
             best_cost = s.totals[COST]
-            length = _save(s, best)
+            length = save(s, best)
             if best_cost <= enough:
                 break
         if s.totals[COST] + weight[0] * s.totals[OVER] > most:

@@ -56,10 +56,12 @@ def certify(core: Core, loads: list[int], budget: int, best: int, seconds: float
 
 @dataclass
 class _Relaxation:
-    """The model for some cuts. Literals of value i at cut k: `carried` retained over cuts k-1 and k without a
-    computation between them, `again` computed between them and retained over k, `briefly` computed between
-    them
-    only. A value first computed between the cuts may be retained over k or not (`carried` too)."""
+    """The model for some cuts. Literals of value i at cut k:
+
+    `carried` retained over cuts k-1 and k without a computation between them, or over k where it is first
+    computed between them; `again` computed again between them and retained over k; `briefly` computed again
+    between them and not retained over k.
+    """
 
     core: Core
     cuts: list[int]
@@ -81,6 +83,8 @@ class _Relaxation:
         for op in range(len(core.sizes)):
             self.block[op] = cut
             cut += cut < len(self.cuts) and op == self.cuts[cut]
+        # What may be retained over a cut.
+        self.live: list[list[int]] = [[] for _ in range(len(self.cuts) + 1)]
         self.readers: list[list[int]] = [[] for _ in core.sizes]
         for op, inputs in enumerate(core.inputs):
             for i in inputs:
@@ -88,6 +92,7 @@ class _Relaxation:
 
     def bound(self, seconds: float) -> int:
         """The least extra cost, or what was proved of it; `extra` if nothing below it is possible."""
+        deadline = time.perf_counter() + seconds
         cp = _cp_model()
         self.model = cp.CpModel()
         self._variables()
@@ -103,18 +108,16 @@ class _Relaxation:
         self.model.add(cost <= limit)
         self.model.minimize(cost)
         solver = cp.CpSolver()
-        solver.parameters.max_time_in_seconds = seconds
-        solver.parameters.num_workers = (
-            1  # the other strategies prove nothing here, with one the proof is repeatable
-        )
+        solver.parameters.max_time_in_seconds = max(1.0, deadline - time.perf_counter())
+        solver.parameters.num_workers = 1  # only this strategy proves anything here
         solver.parameters.optimize_with_lb_tree_search = True
         solver.parameters.linearization_level = 2
-        status = solver.solve(self.model)
+        status, proved = solver.solve(self.model), float(solver.best_objective_bound)
         if status == cp.INFEASIBLE:
             return self.extra
         if status == cp.MODEL_INVALID:
             raise AssertionError("the model of the certificate is invalid")
-        return max(0, math.ceil(solver.best_objective_bound - 1e-6)) * self.unit
+        return max(0, math.ceil(proved - 1e-6)) * self.unit if math.isfinite(proved) else 0
 
     def _variables(self) -> None:
         """Literals for the cuts at which a value can be of use."""
@@ -124,6 +127,7 @@ class _Relaxation:
                 last[op] = max(last[op], last[reader] if self.repeatable[reader] else self.block[reader])
             for cut in range(self.block[op], min(last[op] + 1, len(self.cuts))):
                 self.carried[op, cut] = self.model.new_bool_var("")
+                self.live[cut].append(op)
             if self.repeatable[op]:
                 for cut in range(self.block[op] + 1, last[op] + 1):
                     self.briefly[op, cut] = self.model.new_bool_var("")
@@ -131,7 +135,7 @@ class _Relaxation:
                         self.again[op, cut] = self.model.new_bool_var("")
 
     def _available(self, op: int, cut: int) -> list[Any] | None:
-        """Literals of which one holds where the value can be read before the cut; None where it always can."""
+        """Literals, one of which holds where the value can be read before the cut; None if it always can."""
         if self.block[op] == cut:
             return None
         tables = ((self.carried, cut - 1), (self.again, cut - 1), (self.again, cut), (self.briefly, cut))
@@ -158,22 +162,16 @@ class _Relaxation:
     def _memory(self, cut: int) -> None:
         """Resident bytes at the cut, and while something is computed between it and the cut before."""
         core, model, grain = self.core, self.model, self.grain
-        through = sum(
-            (core.sizes[op] // grain) * literal
-            for (op, at), literal in self.carried.items()
-            if at == cut and self.block[op] < cut
-        )
+        size = [bytes_ // grain for bytes_ in core.sizes]
+        through = sum(size[op] * self.carried[op, cut] for op in self.live[cut] if self.block[op] < cut)
         budget = self.budget // grain
         if cut < len(self.cuts):
             at_cut = self.cuts[cut]
             for op in (at_cut, *core.inputs[at_cut]):
                 model.add_bool_or([t[op, cut] for t in (self.carried, self.again) if (op, cut) in t])
-            retained = through + sum(
-                (core.sizes[op] // grain) * literal
-                for table in (self.carried, self.again)
-                for (op, at), literal in table.items()
-                if at == cut and (table is self.again or self.block[op] == cut)
-            )
+            new = sum(size[op] * self.carried[op, cut] for op in self.live[cut] if self.block[op] == cut)
+            made = sum(size[op] * self.again[op, cut] for op in self.live[cut] if (op, cut) in self.again)
+            retained = through + new + made
             model.add(retained + core.scratch[at_cut] // grain <= budget)
         load = model.new_int_var(0, max(budget, 0), "")
         model.add(load >= through)
@@ -185,7 +183,7 @@ class _Relaxation:
                     self._while_running(op, cut, load, [table[op, cut]])
 
     def _while_running(self, op: int, cut: int, load: Any, condition: list[Any]) -> None:
-        """An operation runs before the cut: its output and those inputs that are not in `load` come on top."""
+        """An operation runs before the cut: its output and inputs that are not in `load` come on top."""
         sizes, grain = self.core.sizes, self.grain
         needed = sizes[op] + self.core.scratch[op]
         counted = 0

@@ -1,7 +1,7 @@
 """Changes of a sequence: a computation comes, goes or moves, and the profile follows.
 
-Each takes time linear in the length of the sequence with a small factor (a profile is one row) and in the number of
-edges of the operation and its inputs, not in the number of all edges.
+Each takes time linear in the length of the sequence with a small factor (a profile is one row) and in the
+number of edges of the operation and its inputs, not in the number of all edges.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _slide(g: Graph, s: State, x: int, to: int) -> None:
 
 @compiled
 def _attach(g: Graph, s: State, x: int) -> None:
-    """Let x, which has a slot, compute: reads after it get its output, and its inputs have to live to its slot."""
+    """Let x, which has a slot, compute: later reads get its output, and its inputs live to its slot."""
     op, slot = s.table[OP, x], s.table[SLOT, x]
     for k in range(g.ops[INPUTS_FROM, op], g.ops[INPUTS_TO, op]):
         y = serving(s, g.edges[k], slot)
@@ -174,7 +174,7 @@ def _twin(s: State, x: int, add: bool) -> None:
 
 @compiled
 def insert(g: Graph, s: State, op: int, slot: int) -> int:
-    """Compute op again before what stands at the slot; returns the computation. Its inputs have to be there."""
+    """Compute op again before what stands at the slot, behind its inputs; returns the computation."""
     s.totals[SPARE] -= 1
     x = s.table[UNUSED, s.totals[SPARE]]
     s.table[OP, x] = op
@@ -186,7 +186,7 @@ def insert(g: Graph, s: State, op: int, slot: int) -> int:
         _twin(s, x, True)
         if s.ops[COUNT, op] == 2:
             _twin(s, s.table[BEFORE, x] if s.table[BEFORE, x] >= 0 else s.table[AFTER, x], True)
-    return x
+    return int(x)
 
 
 @compiled

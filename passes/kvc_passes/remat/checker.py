@@ -1,4 +1,4 @@
-"""A check of a schedule that shares nothing with the solvers: a slow simulation of an allocator, step by step."""
+"""A check of schedules that shares nothing with the solvers: a slow simulation of an allocator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .problem import Problem
 
 @dataclass
 class _Buffer:
-    """Storage of one computed output; `tokens` are the values, by name and number, that lie in it."""
+    """Storage of one computed output; `values` (operation, step) lie in it."""
 
     size: int
     values: set[tuple[int, int]] = field(default_factory=set)
@@ -76,7 +76,7 @@ def _check_counts(problem: Problem, order: tuple[int, ...], fixed_order: bool) -
 def _free_dead(
     problem: Problem, order: tuple[int, ...], step: int, buffers: dict[tuple[int, int], _Buffer]
 ) -> None:
-    """Forget values that nothing reads any more, unless a value that is still read lies in the same storage."""
+    """Forget values that nothing reads any more, unless one that is still read lies in the same storage."""
     for value in list(buffers):
         buffer = buffers[value]
         if not any(_needed(problem, order, step, v) for v in buffer.values):

@@ -46,17 +46,14 @@ _CHAIN = 8  # computations that one move repeats together
 
 
 class Journal(NamedTuple):
-    """What one move did: `kind`, computation, operation and slot of each step; `size[0]` steps."""
+    """What one move did: `size[0]` steps, each with its kind, computation, operation and slot."""
 
-    kind: np.ndarray
-    x: np.ndarray
-    op: np.ndarray
-    slot: np.ndarray
+    steps: np.ndarray
     size: np.ndarray
 
 
 def empty_journal() -> Journal:
-    return Journal(*(np.zeros(_MOST + 2 * _CHAIN, np.int64) for _ in range(4)), np.zeros(1, np.int64))
+    return Journal(np.zeros((_MOST + 2 * _CHAIN, 4), np.int64), np.zeros(1, np.int64))
 
 
 @compiled
@@ -67,13 +64,13 @@ def draw(random: np.ndarray, bound: int) -> int:
     r ^= r >> np.uint64(7)
     r ^= r << np.uint64(17)
     random[0] = r
-    return np.int64(r >> np.uint64(11)) % bound
+    return int(np.int64(r >> np.uint64(11)) % bound)
 
 
 @compiled
 def _note(j: Journal, kind: int, x: int, op: int, slot: int) -> None:
     k = j.size[0]
-    j.kind[k], j.x[k], j.op[k], j.slot[k] = kind, x, op, slot
+    j.steps[k, 0], j.steps[k, 1], j.steps[k, 2], j.steps[k, 3] = kind, x, op, slot
     j.size[0] = k + 1
 
 
@@ -83,12 +80,13 @@ def undo(g: Graph, s: State, j: Journal) -> None:
     while j.size[0] > 0:
         k = j.size[0] - 1
         j.size[0] = k
-        if j.kind[k] == INSERTED:
-            remove(g, s, j.x[k])
-        elif j.kind[k] == REMOVED:
-            insert(g, s, j.op[k], j.slot[k])  # gets the same number: the spare ones are a stack
+        kind, x, op, slot = j.steps[k, 0], j.steps[k, 1], j.steps[k, 2], j.steps[k, 3]
+        if kind == INSERTED:
+            remove(g, s, x)
+        elif kind == REMOVED:
+            insert(g, s, op, slot)  # gets the same number: the spare ones are a stack
         else:
-            move(g, s, j.x[k], j.slot[k])
+            move(g, s, x, slot)
 
 
 @compiled
@@ -117,7 +115,7 @@ def _crowded_slot(s: State, random: np.ndarray) -> int:
 
 @compiled
 def _idle_at(g: Graph, s: State, t: int, random: np.ndarray, most: float) -> int:
-    """A computation whose output lies unread across slot t, rather a large and cheap one; -1 if none was found.
+    """A computation whose output lies unread across slot t, rather a large and cheap one; -1 for none found.
 
     `most` is what the whole sequence may cost with it.
     """
@@ -167,11 +165,11 @@ def recompute(g: Graph, s: State, j: Journal, random: np.ndarray, most: float) -
 
 @compiled
 def _with_inputs(g: Graph, s: State, j: Journal, random: np.ndarray, t: int, start: int, most: float) -> None:
-    """Compute inputs again too that would otherwise have to live (across t) for it alone, and their inputs."""
+    """Compute inputs again too that would otherwise live (across t) for it alone, and inputs of those."""
     k = start
     end = start + 2 + draw(random, _CHAIN - 1)
     while k < j.size[0]:
-        y = j.x[k]
+        y = j.steps[k, 1]
         k += 1
         op = s.table[OP, y]
         for i in range(g.ops[INPUTS_FROM, op], g.ops[INPUTS_TO, op]):

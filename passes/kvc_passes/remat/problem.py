@@ -16,7 +16,7 @@ class Problem:
 
     Attributes:
         sizes: bytes of each output; 0 where the output is a view.
-        costs: what computing it takes, in any unit.
+        costs: what computing it takes, whole numbers of any unit.
         inputs: the operations whose outputs it reads, each of them smaller than its own number.
         scratch: bytes needed only while it runs; () is none anywhere.
         kept: operations whose last output lives to the end (the function's outputs).

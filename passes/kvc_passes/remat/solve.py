@@ -86,10 +86,8 @@ def _within(
     order = list(range(len(core.sizes)))
     if peak(problem, given_order(problem)) <= budget:
         return order
-    from .lowest import (
-        least_conceivable,
-        lowest_peak,
-    )  # numba takes half a second to import: only where needed
+    # Only here: numba takes half a second to import.
+    from .lowest import least_conceivable, lowest_peak
     from .search import search, usual_moves
 
     moves = moves or usual_moves(core)
@@ -98,14 +96,16 @@ def _within(
     def improve(start: list[int]) -> list[int] | None:
         return search(core, budget, start, moves=moves, fixed_order=fixed_order, seed=seed, deadline=deadline)
 
-    if budget >= least_conceivable(core) and (found := improve(order)):
+    floor = least_conceivable(core)
+    if budget >= floor and (found := improve(order)):
         return found
     lowest = lowest_peak(problem, fixed_order=fixed_order, seed=seed)
     needed = peak(problem, lowest)
     if needed > budget:
+        where = "the given order" if fixed_order else "any order"
         raise BudgetError(
-            f"the operations do not fit {budget} bytes in any order, whatever is computed again: "
-            f"the lowest peak reached is {needed} bytes",
+            f"{budget} bytes are too few for the operations in {where}, whatever is computed again: "
+            f"the lowest peak reached is {needed} bytes (less than {floor} is impossible)",
             needed=needed,
             given=budget,
         )

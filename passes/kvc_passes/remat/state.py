@@ -1,8 +1,7 @@
 """The state of the local search: a sequence of computations and its memory profile, in tables of numbers.
 
-A computation has a number (`x` here) that it keeps while it moves; the first one of operation `op` has the number
-`op` as long as it is there. Few arrays with named rows, because compiled functions pass every array as seven
-arguments: with one array for each row, compiling takes longer and so does each call.
+A computation has a number (`x` here) that it keeps while it moves. The tables are few, with named rows:
+compiled functions pass every array as seven arguments; with an array for each row, moves take twice as long.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ import numpy as np
 from .compiled import compiled
 from .views import Core
 
-# Rows of Graph.ops. Inputs are `edges[INPUTS_FROM : INPUTS_TO]`, readers likewise; ONCE is 1 where it runs once, with
-# the operations of `once` before and behind it, -1 for none.
-SIZE, EXPENSE, SCRATCH, ONCE, PREVIOUS_ONCE, NEXT_ONCE, INPUTS_FROM, INPUTS_TO, READERS_FROM, READERS_TO = (
-    range(10)
-)
+# Rows of Graph.ops: bytes, cost, bytes while it runs, 1 where it runs once, neighbors in `once` (-1: none).
+SIZE, EXPENSE, SCRATCH, ONCE, PREVIOUS_ONCE, NEXT_ONCE = range(6)
+# Where its inputs and its readers lie in Graph.edges.
+INPUTS_FROM, INPUTS_TO, READERS_FROM, READERS_TO = range(6, 10)
 # Rows of State.table by slot: computation and resident bytes.
 AT, PROFILE = range(2)
-# By computation: operation, slot, the same operation's computations before and after (-1 for none), place in TWIN.
+# By computation: operation, slot, computations of that operation before and after (-1: none), place in TWIN.
 OP, SLOT, BEFORE, AFTER, TWIN_AT = range(2, 7)
 # Stacks: numbers that are unused, computations of operations that stand more than once.
 UNUSED, TWIN = range(7, 9)
 # Rows of State.ops: first and last computation, how many there are.
 FIRST, LAST, COUNT = range(3)
-# Entries of State.totals: computations, heights of the stacks, bytes over the budget (summed over slots), cost, bytes.
+# Entries of State.totals: computations, heights of the stacks, bytes over the budget (a sum over slots),
+# cost, budget.
 LENGTH, SPARE, TWINS, OVER, COST, BUDGET = range(6)
 
 
@@ -87,7 +86,7 @@ def last_read(g: Graph, s: State, op: int, low: int, high: int) -> int:
             x = s.table[BEFORE, x]
         if x >= 0 and s.table[SLOT, x] > low and s.table[SLOT, x] > best:
             best = s.table[SLOT, x]
-    return best
+    return int(best)
 
 
 @compiled
@@ -100,7 +99,7 @@ def first_read(g: Graph, s: State, op: int, low: int, high: int) -> int:
             x = s.table[AFTER, x]
         if x >= 0 and s.table[SLOT, x] < best:
             best = s.table[SLOT, x]
-    return best
+    return int(best)
 
 
 @compiled
@@ -109,16 +108,16 @@ def serving(s: State, op: int, slot: int) -> int:
     x = s.ops[LAST, op]
     while x >= 0 and s.table[SLOT, x] >= slot:
         x = s.table[BEFORE, x]
-    return x
+    return int(x)
 
 
 @compiled
 def next_slot(s: State, x: int) -> int:
     """Where x is computed again; the length if nowhere."""
-    return s.table[SLOT, s.table[AFTER, x]] if s.table[AFTER, x] >= 0 else s.totals[LENGTH]
+    return int(s.table[SLOT, s.table[AFTER, x]] if s.table[AFTER, x] >= 0 else s.totals[LENGTH])
 
 
 @compiled
 def end_of(g: Graph, s: State, x: int) -> int:
     """The last slot at which the output of x is needed: its own if nothing reads it."""
-    return max(s.table[SLOT, x], last_read(g, s, s.table[OP, x], s.table[SLOT, x], next_slot(s, x)))
+    return int(max(s.table[SLOT, x], last_read(g, s, s.table[OP, x], s.table[SLOT, x], next_slot(s, x))))

@@ -58,7 +58,7 @@ def without_views(problem: Problem) -> Core:
 
 
 def with_views(problem: Problem, core: Core, order: list[int]) -> tuple[int, ...]:
-    """A schedule of the whole problem from one of its core: each view where it is read, or where its base appears."""
+    """A schedule of the whole problem from one of its core: views come where they are read."""
     made = [-1] * len(problem.sizes)  # the step that computed the value last
     views = set(range(len(problem.sizes))) - set(core.names)
     idle = _idle_views(problem, views)

@@ -1,4 +1,4 @@
-"""The evaluator and the checker are written apart and have to agree; the checker has to find what is wrong."""
+"""The evaluator and the checker are written apart and have to agree; the checker finds what is wrong."""
 
 from __future__ import annotations
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_problems import least_cost, least_peak, problems, random_problem
 
-from kvc_passes.errors import BudgetError
-from kvc_passes.remat import Problem, given_order, peak, solve
+from kvc_passes.errors import BudgetError, InputError
+from kvc_passes.remat import Problem, Schedule, given_order, peak, solve
 from kvc_passes.remat.checker import check
 from kvc_passes.remat.instances import layered_graph
 from kvc_passes.remat.lowest import least_conceivable, lowest_peak
@@ -35,15 +37,13 @@ def test_solutions_are_valid_and_refusals_are_right(problem: Problem, fixed: boo
     floor = least_conceivable(without_views(problem))
     budget = round(floor + part * (peak(problem, given_order(problem)) - floor))
     exact = least_cost(problem, budget, fixed)
-    try:
-        solution = solve(problem, budget, fixed_order=fixed, moves=MOVES)
-    except BudgetError as error:
-        assert exact is None
-        assert error.given == budget
-        assert error.needed > budget
+    if exact is None:
+        with pytest.raises(BudgetError) as raised:
+            solve(problem, budget, fixed_order=fixed, moves=MOVES)
+        assert raised.value.needed > raised.value.given == budget
         return
+    solution = solve(problem, budget, fixed_order=fixed, moves=MOVES)
     assert check(problem, solution.schedule.order, budget, fixed) == (solution.peak, solution.cost)
-    assert exact is not None
     assert exact <= solution.cost
 
 
@@ -71,6 +71,14 @@ def test_the_lowest_peak_of_a_larger_graph_works_too() -> None:
     assert raised.value.needed < peak(problem, given_order(problem))
 
 
+def test_what_cannot_be_done_in_time_is_done_worse() -> None:
+    problem = layered_graph(200, 0.36)
+    budget = int(0.9 * peak(problem, given_order(problem)))
+    solution = solve(problem, budget, fixed_order=True, moves=10**9, seconds=1)
+    assert check(problem, solution.schedule.order, budget, True) == (solution.peak, solution.cost)
+    assert problem.cost < solution.cost < 1.2 * problem.cost
+
+
 def test_nothing_is_repeated_where_everything_fits() -> None:
     problem = layered_graph(40, 0.3)
     solution = solve(problem, peak(problem, given_order(problem)))
@@ -96,6 +104,14 @@ def test_what_runs_once_is_not_repeated() -> None:
     assert once.schedule.order.count(1) == 2
 
 
+def test_a_certificate_needs_or_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    problem = Problem((8, 1, 9, 1, 1), (3, 1, 1, 1, 1), ((), (0,), (1,), (2,), (0, 3)))
+    assert solve(problem, 12, fixed_order=True).cost == 10
+    with pytest.raises(InputError, match=r"pip install 'kvc\[certify\]'"):
+        solve(problem, 12, fixed_order=True, certify=True)
+
+
 def test_the_same_seed_gives_the_same_plan() -> None:
     problem = layered_graph(80, 0.3)
     budget = int(0.85 * peak(problem, given_order(problem)))
@@ -112,3 +128,15 @@ def test_a_free_order_is_never_dearer_here() -> None:
     assert free.cost < fixed.cost
     for solution, order in ((fixed, True), (free, False)):
         assert check(problem, solution.schedule.order, budget, order) == (solution.peak, solution.cost)
+
+
+def test_what_costs_nothing_is_not_repeated_for_nothing() -> None:
+    """Every repetition is there because the budget needs it, even where all are free."""
+    problem = layered_graph(60, 0.3, seed=1)
+    problem = Problem(problem.sizes, (0,) * 60, problem.inputs)
+    budget = int(0.8 * peak(problem, given_order(problem)))
+    order = solve(problem, budget, fixed_order=True, moves=20_000).schedule.order
+    repeated = [step for step, op in enumerate(order) if op in order[:step]]
+    assert repeated
+    for step in repeated:
+        assert peak(problem, Schedule(order[:step] + order[step + 1 :])) > budget

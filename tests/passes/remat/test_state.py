@@ -8,9 +8,23 @@ from small_problems import random_problem
 
 from kvc_passes.remat import Problem, Schedule, given_order, peak, resident
 from kvc_passes.remat.anneal import anneal
+from kvc_passes.remat.change import load
 from kvc_passes.remat.instances import layered_graph
 from kvc_passes.remat.moves import draw, drop, empty_journal, recompute, shift, undo
-from kvc_passes.remat.state import BUDGET, COST, LENGTH, OVER, TWINS, State, empty_state, graph_of, load
+from kvc_passes.remat.state import (
+    AT,
+    BUDGET,
+    COST,
+    LENGTH,
+    OP,
+    OVER,
+    PROFILE,
+    TWIN,
+    TWINS,
+    State,
+    empty_state,
+    graph_of,
+)
 from kvc_passes.remat.views import Core, without_views
 
 
@@ -22,17 +36,17 @@ def loads(core: Core, order: list[int]) -> list[int]:
 
 
 def sequence(state: State) -> list[int]:
-    return [int(state.op[x]) for x in state.at[: state.totals[LENGTH]]]
+    return [int(state.table[OP, x]) for x in state.table[AT, : state.totals[LENGTH]]]
 
 
 def assert_true(core: Core, state: State) -> None:
     order = sequence(state)
     expected = loads(core, order)
-    assert state.profile[: len(order)].tolist() == expected
+    assert state.table[PROFILE, : len(order)].tolist() == expected
     assert state.totals[COST] == sum(core.costs[op] for op in order)
     assert state.totals[OVER] == sum(max(0, b - int(state.totals[BUDGET])) for b in expected)
     repeated = [x for x in range(len(order)) if order.count(order[x]) > 1]
-    assert sorted(state.twins[: state.totals[TWINS]].tolist()) == sorted(state.at[repeated].tolist())
+    assert sorted(state.table[TWIN, : state.totals[TWINS]]) == sorted(state.table[AT, repeated])
     assert order[-1] == len(core.sizes) - 1
 
 
@@ -50,13 +64,13 @@ def test_the_profile_stays_true(which: str | int, fixed: bool) -> None:
     load(
         graph,
         state,
-        np.arange(len(core.sizes), dtype=np.int32),
+        np.arange(len(core.sizes), dtype=np.int64),
         int(0.8 * peak(problem, given_order(problem))),
     )
     assert_true(core, state)
     random = np.array([7], np.uint64)
     weight, heat = np.array([0.5, 1e-6, 1e6]), np.array([50.0, 5.0, 3000.0])
-    best = np.zeros(len(state.at), np.int32)
+    best = np.zeros(state.table.shape[1], np.int64)
     for done in range(0, 3000, 500):
         anneal(graph, state, journal, random, weight, heat, done, done + 500, fixed, best, 0, 0)
         assert_true(core, state)
@@ -68,7 +82,7 @@ def test_every_move_can_be_taken_back() -> None:
     core = without_views(layered_graph(60, 0.3))
     graph = graph_of(core)
     state, journal = empty_state(graph, 300), empty_journal()
-    load(graph, state, np.arange(len(core.sizes), dtype=np.int32), 12_000)
+    load(graph, state, np.arange(len(core.sizes), dtype=np.int64), 12_000)
     random = np.array([3], np.uint64)
     done = [0, 0, 0, 0]
     for i in range(4000):
@@ -76,7 +90,7 @@ def test_every_move_can_be_taken_back() -> None:
         journal.size[0] = 0
         kind = i % 4
         if kind == 0:
-            moved = recompute(graph, state, journal, random)
+            moved = recompute(graph, state, journal, random, 1e18)
         elif kind == 1:
             moved = drop(graph, state, journal, random, False)
         else:
