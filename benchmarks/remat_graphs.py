@@ -160,12 +160,8 @@ def _resident() -> int:
 def graph(name: str, quick: bool) -> dict[str, Any]:
     """One graph as it stands and at every part of its natural peak."""
     from kvc.graphs import compile_graph
-    from kvc.machine import CpuMachine
-    from kvc.targets import parse_target
     from kvc_passes.errors import BudgetError
 
-    machine = parse_target("cpu")
-    assert isinstance(machine, CpuMachine)
     mod, arrays = GRAPHS[name](quick)
     FOLDER.mkdir(parents=True, exist_ok=True)
     arguments = FOLDER / f"{name}.arguments.npz"
@@ -178,13 +174,13 @@ def graph(name: str, quick: bool) -> dict[str, Any]:
         results = list(np.load(f"{library}.npz").values())
         return json.loads(done.stdout.splitlines()[-1]), results
 
-    base = compile_graph(mod, machine)
+    base = compile_graph(mod)
     plain, expected = run(base, 1)
     rows: list[dict[str, Any]] = [{"part": 1, "promised": base.peak, **plain, "slower": 1.0, "off": 0.0}]
     for part in PARTS:
         start = time.perf_counter()
         try:
-            compiled = compile_graph(mod, machine, budget=int(base.peak * part))
+            compiled = compile_graph(mod, budget=int(base.peak * part))
         except BudgetError as error:
             rows.append({"part": part, "lowest": error.needed})
             print(f"{name} {part}: {error}", file=sys.stderr)

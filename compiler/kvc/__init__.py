@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .api import compile, inspect, plan
     from .artifact import Artifact
     from .checks import verify
+    from .graphs import CompiledGraph, compile_graph
     from .runtime import Completion, SamplingParams, Session, load
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "BudgetError",
+    "CompiledGraph",
     "Completion",
     "Error",
     "InputError",
@@ -39,6 +41,7 @@ __all__ = [
     "UnsupportedModel",
     "Workload",
     "compile",
+    "compile_graph",
     "inspect",
     "load",
     "plan",
@@ -49,6 +52,7 @@ _HOMES = {
     **dict.fromkeys(("compile", "inspect", "plan"), ".api"),
     **dict.fromkeys(("Completion", "SamplingParams", "Session", "load"), ".runtime"),
     "Artifact": ".artifact",
+    **dict.fromkeys(("CompiledGraph", "compile_graph"), ".graphs"),
     "verify": ".checks",
 }
 

@@ -9,14 +9,16 @@ from typing import Any, Final
 import tvm
 from tvm import IRModule, relax
 
-from kvc_passes.errors import BudgetError
+from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
 from kvc_passes.remat.solve import Solution
 from kvc_passes.rematerialize import Rematerialize
 
 from .codegen.lower import allocated, fused, to_vm
 from .machine import CpuMachine
+from .options import parse_size
 from .pipeline import Runner
+from .targets import parse_target
 
 _ATTEMPTS: Final = 6
 _PAGE: Final = 4096
@@ -49,9 +51,9 @@ class CompiledGraph:
 
 def compile_graph(
     mod: IRModule,
-    machine: CpuMachine,
     *,
-    budget: int | None = None,
+    target: str = "cpu",
+    budget: str | int | None = None,
     bounds: Mapping[str, int] | None = None,
     fixed_order: bool = False,
     certify: bool = False,
@@ -62,8 +64,9 @@ def compile_graph(
 
     Args:
         mod: a module whose `main` is one dataflow block, such as `import_graph` or Relax's gradients give.
-        machine: the CPU.
-        budget: most bytes of temporaries and results; None takes what the graph takes as it stands.
+        target: "cpu", or "cpu:<LLVM name of a CPU>".
+        budget: most bytes of temporaries and results, "40MB" or a number; None takes what the graph takes as
+            it stands.
         bounds: for every symbol in a shape its largest value.
         fixed_order: compute again, but leave operations where they are.
         certify: prove how much better another schedule could be (with `fixed_order`).
@@ -71,15 +74,19 @@ def compile_graph(
 
     Raises:
         BudgetError: no schedule fits; `needed` is the lowest that was reached.
+        InputError, TargetError: a budget that is no size, another target than a CPU.
         PlanningError: a symbol without a bound, a call that is no kernel.
     """
-    runner, bounds = runner or Runner(), dict(bounds or {})
+    runner, bounds, machine = runner or Runner(), dict(bounds or {}), parse_target(target)
+    size = None if budget is None else parse_size(budget)
+    if not isinstance(machine, CpuMachine):
+        raise TargetError(f"any graph is compiled for CPUs alone, not for the target {target}")
     outputs = sum(_whole(_bytes(t, bounds)) for t in _tensors(mod["main"].ret_ty))
     base = fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner)
     natural = _arena(base, bounds, runner)
     chosen, solution = base, None
-    if budget is not None and _whole(natural) + outputs > budget:
-        room = (budget - outputs) // _PAGE * _PAGE
+    if size is not None and _whole(natural) + outputs > size:
+        room = (size - outputs) // _PAGE * _PAGE
         chosen, solution = _within(base, room, outputs, bounds, runner, fixed_order, certify, seconds)
     with machine.target:
         scheduled = runner.apply(chosen, machine.schedule("prefill")).module

@@ -13,12 +13,7 @@ from tvm import IRModule, relax
 from tvm.relax.frontend.torch import from_exported_program
 
 from kvc.graphs import CompiledGraph, compile_graph
-from kvc.machine import CpuMachine
-from kvc.targets import parse_target
-from kvc_passes.errors import BudgetError
-
-MACHINE = parse_target("cpu")
-assert isinstance(MACHINE, CpuMachine)
+from kvc_passes.errors import BudgetError, InputError, TargetError
 
 
 class Residual(torch.nn.Module):
@@ -75,7 +70,7 @@ def _flat(result: Any) -> list[np.ndarray]:
 @functools.cache
 def plain() -> tuple[CompiledGraph, list[np.ndarray]]:
     mod, arguments, _ = training()
-    base = compile_graph(mod, MACHINE)
+    base = compile_graph(mod)
     return base, run(base, arguments)
 
 
@@ -92,7 +87,7 @@ def test_a_step_of_training_fits_a_part_of_it(part: float) -> None:
     mod, arguments, _ = training()
     base, expected = plain()
     budget = int(base.peak * part)
-    compiled = compile_graph(mod, MACHINE, budget=budget)
+    compiled = compile_graph(mod, budget=budget)
     assert compiled.arena + base.outputs <= compiled.peak <= budget
     assert compiled.solution is not None
     assert 0 <= compiled.solution.overhead < 0.5
@@ -104,7 +99,15 @@ def test_a_budget_that_nothing_fits_is_refused_with_one_that_works() -> None:
     mod, _, _ = training()
     base, _ = plain()
     with pytest.raises(BudgetError, match="whatever is computed again; 20000 were given") as refused:
-        compile_graph(mod, MACHINE, budget=20000, seconds=5)
+        compile_graph(mod, budget=20000, seconds=5)
     needed = refused.value.needed
     assert 20000 < needed < base.peak
-    assert compile_graph(mod, MACHINE, budget=needed, seconds=5).peak <= needed
+    assert compile_graph(mod, budget=needed, seconds=5).peak <= needed
+
+
+def test_what_is_no_budget_and_no_cpu_is_refused() -> None:
+    mod, _, _ = training()
+    with pytest.raises(InputError, match="'much' is not a size"):
+        compile_graph(mod, budget="much")
+    with pytest.raises(TargetError, match="for CPUs alone, not for the target cuda"):
+        compile_graph(mod, target="cuda")
