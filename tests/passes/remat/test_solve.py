@@ -105,7 +105,7 @@ def test_what_runs_once_is_not_repeated() -> None:
 
 
 def test_an_update_takes_no_second_storage() -> None:
-    """1 is overwritten by 2; with 0 computed late, 8 bytes for the storage and one for what 3 makes of it do."""
+    """1 is overwritten by 2; with 0 computed late, its 8 bytes and one for what 3 makes of it do."""
     problem = Problem(
         (6, 8, 0, 1, 1), (1, 1, 1, 1, 1), ((), (), (1,), (2,), (0, 3)), once=(2,), alias=(-1, -1, 1, -1, -1)
     )
