@@ -14,6 +14,7 @@ from .views import Core, with_views, without_views
 
 _CLOSE: Final = 1000  # peaks that differ by less than one part in this many are taken as equal
 _SHARE: Final = 20  # each budget is tried with this part of the usual moves
+_LEAST: Final = 100_000  # and with so many at least: small problems take no time, and budgets are tight
 _ANY: Final = int(np.iinfo(np.int64).max) - 1  # every cost that a schedule can have
 
 
@@ -41,7 +42,7 @@ def lowest_peak(
         budget = (low + high) // 2
         found = search(
             *(core, budget, order),
-            moves=max(20_000, usual_moves(core) // _SHARE),
+            moves=max(_LEAST, usual_moves(core) // _SHARE),
             fixed_order=fixed_order,
             seed=seed,
             deadline=deadline,

@@ -75,7 +75,7 @@ def solve(
         raise PlanningError(f"a schedule for {budget} bytes takes {bytes_} (a bug in the search)")
     if not (certify and fixed_order and cost > base):
         return Solution(schedule, bytes_, cost, base, base, found)
-    proof = prove(core, _loads(problem, core), budget, cost, proof_seconds)
+    proof = prove(core, core_loads(core), budget, cost, proof_seconds)
     return Solution(schedule, bytes_, cost, base, proof.bound, found, proof.seconds)
 
 
@@ -115,7 +115,7 @@ def _within(
     return improve(start) or start
 
 
-def _loads(problem: Problem, core: Core) -> list[int]:
+def core_loads(core: Core) -> list[int]:
     """Bytes resident at each step of the core's given order."""
     plain = Problem(core.sizes, core.costs, core.inputs)
     return [bytes_ + scratch for bytes_, scratch in zip(resident(plain, given_order(plain)), core.scratch)]

@@ -104,6 +104,25 @@ def test_what_runs_once_is_not_repeated() -> None:
     assert once.schedule.order.count(1) == 2
 
 
+def test_an_update_takes_no_second_storage() -> None:
+    """1 is overwritten by 2; with 0 computed late, its 8 bytes and one for what 3 makes of it do."""
+    problem = Problem(
+        (6, 8, 0, 1, 1), (1, 1, 1, 1, 1), ((), (), (1,), (2,), (0, 3)), once=(2,), alias=(-1, -1, 1, -1, -1)
+    )
+    solution = solve(problem, 9, moves=MOVES)
+    assert (solution.peak, solution.cost) == (9, 5)
+    assert check(problem, solution.schedule.order, 9) == (9, 5)
+
+
+def test_a_view_of_what_is_computed_again_is_made_again() -> None:
+    """0 and its view 1 have to go while 3 runs, and to come back for 5."""
+    inputs = ((), (0,), (1,), (2,), (3,), (1, 4))
+    problem = Problem((8, 0, 1, 9, 1, 1), (3, 0, 1, 1, 1, 1), inputs, alias=(-1, 0, -1, -1, -1, -1))
+    solution = solve(problem, 12, fixed_order=True, moves=MOVES)
+    assert solution.schedule.order == (0, 1, 2, 3, 4, 0, 1, 5)
+    assert check(problem, solution.schedule.order, 12, fixed_order=True) == (10, 10)
+
+
 def test_a_certificate_needs_or_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
     problem = Problem((8, 1, 9, 1, 1), (3, 1, 1, 1, 1), ((), (0,), (1,), (2,), (0, 3)))
