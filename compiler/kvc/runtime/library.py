@@ -98,6 +98,12 @@ def thread_count(target: dict[str, Any]) -> int:
     return max(1, min(int(target.get("num-cores") or available), available))
 
 
+_SPINS: Final = 5000
+"""How often an idle thread of TVM's yields before it sleeps: a millisecond or two. By default it is 300,000
+times, and where other processes use the cores every yield takes milliseconds: ending a process then took
+minutes."""
+
+
 def load_runtime(threads: int) -> ModuleType:
     """Load TVM's runtime and return the tvm_ffi module. Raises TargetError if TVM is not installed.
 
@@ -106,6 +112,7 @@ def load_runtime(threads: int) -> ModuleType:
     """
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.environ["TVM_BIND_THREADS"] = "0"  # it would pin the interpreter's thread to core 0
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(_SPINS))
     tvm_ffi = import_ffi()
     runtime_library()
     return tvm_ffi
