@@ -91,7 +91,7 @@ def bert(quick: bool) -> tuple[Any, Arrays]:
     from benchmarks import networks
 
     torch.manual_seed(0)
-    return _forward(networks.bert(2 if quick else 12), torch.randint(0, 30000, (1, 64 if quick else 512)))
+    return _forward(networks.bert(2 if quick else 12), torch.randint(0, 30000, (1, 64 if quick else 128)))
 
 
 def train_resnet(quick: bool) -> tuple[Any, Arrays]:
@@ -99,7 +99,7 @@ def train_resnet(quick: bool) -> tuple[Any, Arrays]:
     from benchmarks import networks
 
     torch.manual_seed(0)
-    side, width, depth = (16, 8, 3) if quick else (64, 32, 16)
+    side, width, depth = (16, 8, 3) if quick else (32, 32, 16)
     return _training(networks.Residual(width, depth), torch.randn(2, 3, side, side), torch.zeros(2, 10))
 
 
@@ -108,7 +108,7 @@ def train_transformer(quick: bool) -> tuple[Any, Arrays]:
     from benchmarks import networks
 
     torch.manual_seed(0)
-    length, width, depth = (16, 32, 2) if quick else (256, 256, 8)
+    length, width, depth = (16, 32, 2) if quick else (128, 128, 8)
     module = networks.Transformer(width, depth)
     return _training(module, torch.randn(2, length, width), torch.zeros(2, length, width))
 
@@ -144,7 +144,7 @@ def measured(library: str, arguments: str) -> None:
     result = vm["main"](*given)
     peak = peak_bytes() - before
     times = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         result = vm["main"](*given)
         times.append(time.perf_counter() - start)
