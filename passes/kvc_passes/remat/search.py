@@ -92,7 +92,7 @@ def _anneal(
         if length:
             found = best[:length].tolist()
         done, now = until, time.perf_counter()
-        if deadline < _NONE:
+        if now - begin > 0.5 * (deadline - begin):  # not earlier: cold moves are faster
             moves = min(moves, done + int(done * max(0.0, deadline - now) / (now - begin)))
         if done >= moves or best_cost <= enough:
             break
