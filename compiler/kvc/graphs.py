@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import tvm
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 
 from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
@@ -15,12 +16,14 @@ from kvc_passes.remat.solve import Solution
 from kvc_passes.rematerialize import Rematerialize
 
 from .codegen.lower import allocated, fused, to_vm
+from .codegen.schedule_kernels import own_buffers
 from .machine import CpuMachine
 from .options import parse_size
 from .pipeline import Runner
 from .targets import parse_target
 
 _ATTEMPTS: Final = 6
+_STACK: Final = 1024
 _PAGE: Final = 4096
 """TVM's allocator rounds up to whole pages."""
 
@@ -32,6 +35,7 @@ class CompiledGraph:
     Attributes:
         executable: TVM's; `relax.VirtualMachine(executable, tvm.cpu())["main"]` runs it.
         arena: bytes of its temporaries, allocated at once.
+        workspace: bytes that one kernel needs for itself, at most.
         outputs: bytes of what it returns.
         natural: bytes of the temporaries as the graph stands.
         solution: how the operations were put in order, None where they are as they stand.
@@ -39,6 +43,7 @@ class CompiledGraph:
 
     executable: Any
     arena: int
+    workspace: int
     outputs: int
     natural: int
     solution: Solution | None
@@ -46,7 +51,7 @@ class CompiledGraph:
     @property
     def peak(self) -> int:
         """Bytes that a call takes, beside its arguments and constants."""
-        return _whole(self.arena) + self.outputs
+        return _whole(self.arena) + self.workspace + self.outputs
 
 
 def compile_graph(
@@ -83,11 +88,13 @@ def compile_graph(
         raise TargetError(f"any graph is compiled for CPUs alone, not for the target {target}")
     outputs = sum(_whole(_bytes(t, bounds)) for t in _tensors(mod["main"].ret_ty))
     base = fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner)
-    natural = _arena(base, bounds, runner)
+    with machine.target:
+        kernels = runner.apply(base, machine.schedule("prefill")).module.functions.values()
+    workspace = max(map(_workspace, kernels), default=0)
+    fixed, natural = outputs + workspace, _arena(base, bounds, runner)
     chosen, solution = base, None
-    if size is not None and _whole(natural) + outputs > size:
-        room = (size - outputs) // _PAGE * _PAGE
-        chosen, solution = _within(base, room, outputs, bounds, runner, fixed_order, certify, seconds)
+    if size is not None and _whole(natural) + fixed > size:
+        chosen, solution = _within(base, size, fixed, bounds, runner, fixed_order, certify, seconds)
     with machine.target:
         scheduled = runner.apply(chosen, machine.schedule("prefill")).module
     placed = runner.apply(allocated(scheduled, runner), PlaceArena(bounds, leave=True))
@@ -97,46 +104,61 @@ def compile_graph(
         relax_pipeline=tvm.transform.Sequential([]),
         tir_pipeline="default",
     )
-    return CompiledGraph(executable, placed.facts, outputs, natural, solution)
+    return CompiledGraph(executable, placed.facts, workspace, outputs, natural, solution)
 
 
 def _within(
     mod: IRModule,
     budget: int,
-    outputs: int,
+    fixed: int,
     bounds: Mapping[str, int],
     runner: Runner,
     fixed_order: bool,
     certify: bool,
     seconds: float,
 ) -> tuple[IRModule, Solution]:
-    """The module with an arena of at most `budget` bytes: where places leave gaps, less may be alive."""
-    target, arena = budget, 0
+    """The module whose arena takes at most `budget` bytes with `fixed` others: where places leave gaps, less
+    may be alive."""
+    room = (budget - fixed) // _PAGE * _PAGE
+    target, gaps = room, 0
     for _ in range(_ATTEMPTS):
         step = Rematerialize(target, bounds, fixed_order=fixed_order, certify=certify, seconds=seconds)
         try:
             done = runner.apply(mod, step)
         except BudgetError as error:
-            needed = _whole(error.needed + max(arena - target, 0)) + outputs
+            needed = _whole(min(error.needed + gaps, _arena(mod, bounds, runner))) + fixed
             raise BudgetError(
-                f"the operations take {needed} bytes or more, {outputs} of them results, whatever is "
-                f"computed again; {budget + outputs} were given",
+                f"the operations take {needed} bytes or more, {fixed} of them results and what kernels need "
+                f"for themselves, whatever is computed again; {budget} were given",
                 needed=needed,
-                given=budget + outputs,
+                given=budget,
             ) from None
         arena = _arena(done.module, bounds, runner)
-        if arena <= budget:
+        if arena <= room:
             return done.module, done.facts
-        target -= arena - budget
+        gaps = max(gaps, arena - target)
+        target -= arena - room
     raise BudgetError(
-        f"what is alive fits {budget} bytes, but its places in memory take {arena}",
-        needed=_whole(arena) + outputs,
-        given=budget + outputs,
+        f"what is alive fits {room} bytes, but its places in memory take {arena}",
+        needed=_whole(arena) + fixed,
+        given=budget,
     )
 
 
 def _arena(mod: IRModule, bounds: Mapping[str, int], runner: Runner) -> int:
     return Arena.of(allocated(mod, runner), leave=True).size(bounds)
+
+
+def _workspace(function: Any) -> int:
+    """Bytes that a kernel allocates for itself; a small buffer is on the stack."""
+    if not isinstance(function, tirx.PrimFunc):
+        return 0
+    sizes = [
+        math.prod(int(d.value) for d in buffer.shape) * element_bytes(str(buffer.dtype))
+        for buffer in own_buffers(function)
+        if all(isinstance(d, tirx.IntImm) for d in buffer.shape)
+    ]
+    return sum(_whole(size) for size in sizes if size > _STACK)
 
 
 def _tensors(ty: Any) -> list[Any]:

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 
 LIMIT: Final = 1.5
 """How many times the error of kept K and V the form's may be."""
-GOAL: Final = 1.3
+GOAL: Final = 1.1
 """What is aimed at with more directions: a model's own x are not as even as those that are tried."""
 RESTS: Final = (0, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
 """Directions that are tried, the fewest first."""

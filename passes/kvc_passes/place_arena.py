@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +73,19 @@ class Arena:
         return self.place(bounds)[1]
 
     def place(self, bounds: Mapping[str, int]) -> tuple[dict[relax.Var, int], int]:
-        """Offset of every temporary, and the bytes of all."""
+        """Offset of every temporary, and the bytes of all: the best of three orders."""
         blocks = [(t.size(bounds), t) for t in self.temporaries]
+        orders = (
+            sorted(blocks, key=lambda b: (-b[0], b[1].first)),
+            sorted(blocks, key=lambda b: (b[1].first - b[1].last, -b[0])),
+            sorted(blocks, key=lambda b: (-b[0] * (b[1].last - b[1].first + 1), b[1].first)),
+        )
+        return min((self._placed(order) for order in orders), key=lambda found: found[1])
+
+    def _placed(self, blocks: Sequence[tuple[int, Temporary]]) -> tuple[dict[relax.Var, int], int]:
+        """Blocks one after another, each in the smallest gap that it fits."""
         placed: list[tuple[int, int, Temporary]] = []  # start, end
-        for size, block in sorted(blocks, key=lambda b: (-b[0], b[1].first)):
+        for size, block in blocks:
             busy = sorted((s, e) for s, e, o in placed if o.first <= block.last and block.first <= o.last)
             best: tuple[int, int] | None = None
             free = 0
@@ -99,9 +108,9 @@ class PlaceArena:
     Needs: CallTIRRewrite (allocations are explicit) and a bound for every symbol.
     Refuses: an arena larger than `bytes`, which would break the plan (PlanningError).
 
-    Placement is best fit by decreasing size over lifetimes, as in "Efficient Memory Management for Deep
-    Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed. With `leave`,
-    temporaries that the function returns stay allocations of their own.
+    Placement is best fit over lifetimes, by decreasing size, length of life or both, as in "Efficient Memory
+    Management for Deep Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed.
+    With `leave`, temporaries that the function returns stay allocations of their own.
     """
 
     bounds: Mapping[str, int]

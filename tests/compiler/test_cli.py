@@ -79,7 +79,7 @@ def test_plan_as_json(run: Run, llama: Path) -> None:
     assert result.err == ""
     given = json.loads(result.out)
     wanted = json.loads(to_json(kvc.plan(llama, budget="1GB", workload="4x64")))
-    assert wanted["workload"] == [{"batch": 4, "context": 64, "prefix": 0}]
+    assert wanted["workload"] == [{"batch": 4, "context": 64, "prefix": 0, "memory": 0}]
     # What a process takes is measured each time.
     assert abs(given["bytes"].pop("runtime") - wanted["bytes"].pop("runtime")) <= 4 << 20
     for one, other in zip(given.pop("capacities"), wanted.pop("capacities"), strict=True):

@@ -82,13 +82,13 @@ def test_as_it_stands_it_takes_its_natural_peak() -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("part", [0.8, 0.5])
+@pytest.mark.parametrize("part", [0.8, 0.65])
 def test_a_step_of_training_fits_a_part_of_it(part: float) -> None:
     mod, arguments, _ = training()
     base, expected = plain()
     budget = int(base.peak * part)
     compiled = compile_graph(mod, budget=budget)
-    assert compiled.arena + base.outputs <= compiled.peak <= budget
+    assert compiled.arena + base.workspace + base.outputs <= compiled.peak <= budget
     assert compiled.solution is not None
     assert 0 <= compiled.solution.overhead < 0.5
     for got, wanted in zip(run(compiled, arguments), expected, strict=True):

@@ -74,12 +74,16 @@ class ScheduleForCuda:
         return Result(scheduled, count)
 
 
-def _global_buffers(function: tirx.PrimFunc) -> list[str]:
-    """Buffers that a function allocates in the device's memory."""
-    found: list[str] = []
+def own_buffers(function: tirx.PrimFunc) -> list[Any]:
+    """Buffers that a function allocates in memory, not on chip."""
+    found: list[Any] = []
 
     def visit(block: Any) -> None:
-        found.extend(str(b.name) for b in block.alloc_buffers if str(b.scope()) in ("global", ""))
+        found.extend(b for b in block.alloc_buffers if str(b.scope()) in ("global", ""))
 
     structural_walk(function.body, [(s_tir.SBlock, visit)])
     return found
+
+
+def _global_buffers(function: tirx.PrimFunc) -> list[str]:
+    return [str(buffer.name) for buffer in own_buffers(function)]

@@ -88,11 +88,26 @@ def test_a_model_without_tokens_is_no_decoder(inputs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [("use_cache_branch", (TensorProto.BOOL, [1])), ("encoder_states", (F32, ["b", "t", 64]))]
+    "extra", [("use_cache_branch", (TensorProto.BOOL, [1])), ("image", (F32, ["b", 3, 8, 8, 2]))]
 )
 def test_an_input_of_no_role_is_named(extra: tuple[str, Any]) -> None:
     with pytest.raises(UnsupportedModel, match=f"input '{extra[0]}' is neither token ids, attention mask"):
         find_roles(graph({"input_ids": IDS, extra[0]: extra[1]}), "m")
+
+
+def test_an_encoders_output_has_rows_of_known_width() -> None:
+    """Its axes get the symbols that all inputs share, whatever the file calls them."""
+    inputs = {"input_ids": IDS, "states": (F32, ["b", "t", 64]), "encoder_mask": (I64, ["b", "u"])}
+    made = graph(inputs)
+    roles = find_roles(made, "m")
+    assert (roles.memory, roles.memory_mask) == ("states", "encoder_mask")
+    unify_dimensions(made, roles, "m")
+    found = symbols(made)
+    assert (found["states"], found["encoder_mask"]) == (["batch", "rows", 64], ["batch", "rows"])
+    for shape, message in ((["b", 7, 64], "a fixed number of rows, 7"), (["b", "t", "w"], "unknown width")):
+        made = graph({**inputs, "states": (F32, shape)})
+        with pytest.raises(UnsupportedModel, match=message):
+            unify_dimensions(made, find_roles(made, "m"), "m")
 
 
 def symbols(made: onnx.GraphProto) -> dict[str, list[Any]]:
