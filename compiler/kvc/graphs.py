@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import tvm
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax, s_tir, tirx
 
 from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
@@ -89,8 +89,8 @@ def compile_graph(
     outputs = sum(_whole(_bytes(t, bounds)) for t in _tensors(mod["main"].ret_ty))
     base = fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner)
     with machine.target:
-        kernels = runner.apply(base, machine.schedule("prefill")).module.functions.values()
-    workspace = max(map(_workspace, kernels), default=0)
+        kernels = runner.apply(base, machine.schedule("prefill")).module
+    workspace = machine.products.traits.threads * _workspace(kernels)
     fixed, natural = outputs + workspace, _arena(base, bounds, runner)
     chosen, solution = base, None
     if size is not None and _whole(natural) + fixed > size:
@@ -149,16 +149,24 @@ def _arena(mod: IRModule, bounds: Mapping[str, int], runner: Runner) -> int:
     return Arena.of(allocated(mod, runner), leave=True).size(bounds)
 
 
-def _workspace(function: Any) -> int:
-    """Bytes that a kernel allocates for itself; a small buffer is on the stack."""
-    if not isinstance(function, tirx.PrimFunc):
-        return 0
-    sizes = [
-        math.prod(int(d.value) for d in buffer.shape) * element_bytes(str(buffer.dtype))
-        for buffer in own_buffers(function)
-        if all(isinstance(d, tirx.IntImm) for d in buffer.shape)
-    ]
-    return sum(_whole(size) for size in sizes if size > _STACK)
+def _workspace(kernels: IRModule) -> int:
+    """Bytes that a thread allocates for itself in one kernel, at most; a small buffer is on the stack."""
+    passes = s_tir.transform
+    compacted = tvm.transform.Sequential(
+        [
+            passes.LowerInitBlock(),
+            passes.PlanAndUpdateBufferAllocationLocation(),
+            passes.ConvertBlocksToOpaque(),
+            passes.CompactBufferAllocation(),
+        ]
+    )(kernels)
+    most = 0
+    for function in compacted.functions.values():
+        if isinstance(function, tirx.PrimFunc):
+            buffers = [b for b in own_buffers(function) if all(isinstance(d, tirx.IntImm) for d in b.shape)]
+            sizes = [math.prod(int(d.value) for d in b.shape) * element_bytes(str(b.dtype)) for b in buffers]
+            most = max(most, sum(_whole(size) for size in sizes if size > _STACK))
+    return most
 
 
 def _tensors(ty: Any) -> list[Any]:
