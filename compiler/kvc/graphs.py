@@ -13,7 +13,7 @@ from tvm import IRModule, relax, s_tir, tirx
 from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
 from kvc_passes.remat.solve import Solution
-from kvc_passes.rematerialize import Rematerialize
+from kvc_passes.rematerialize import Rematerialize, tensors_of
 
 from .codegen.lower import allocated, fused, to_vm
 from .codegen.schedule_kernels import own_buffers
@@ -86,7 +86,7 @@ def compile_graph(
     size = None if budget is None else parse_size(budget)
     if not isinstance(machine, CpuMachine):
         raise TargetError(f"any graph is compiled for CPUs alone, not for the target {target}")
-    outputs = sum(_whole(_bytes(t, bounds)) for t in _tensors(mod["main"].ret_ty))
+    outputs = sum(_whole(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
     base = fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner)
     with machine.target:
         kernels = runner.apply(base, machine.schedule("prefill")).module
@@ -95,9 +95,10 @@ def compile_graph(
     chosen, solution = base, None
     if size is not None and _whole(natural) + fixed > size:
         chosen, solution = _within(base, size, fixed, bounds, runner, fixed_order, certify, seconds)
-    with machine.target:
-        scheduled = runner.apply(chosen, machine.schedule("prefill")).module
-    placed = runner.apply(allocated(scheduled, runner), PlaceArena(bounds, leave=True))
+    if chosen is not base:
+        with machine.target:
+            kernels = runner.apply(chosen, machine.schedule("prefill")).module
+    placed = runner.apply(allocated(kernels, runner), PlaceArena(bounds, leave=True))
     executable = tvm.compile(
         relax.transform.AttachGlobalSymbol()(to_vm(placed.module, runner)),
         machine.target,
@@ -167,10 +168,6 @@ def _workspace(kernels: IRModule) -> int:
             sizes = [math.prod(int(d.value) for d in b.shape) * element_bytes(str(b.dtype)) for b in buffers]
             most = max(most, sum(_whole(size) for size in sizes if size > _STACK))
     return most
-
-
-def _tensors(ty: Any) -> list[Any]:
-    return [ty] if isinstance(ty, relax.TensorType) else [t for f in ty.fields for t in _tensors(f)]
 
 
 def _bytes(tensor: Any, bounds: Mapping[str, int]) -> int:

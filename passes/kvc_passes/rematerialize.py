@@ -106,14 +106,14 @@ class Operations:
         self.vars = [v for v in self.graph.order if not isinstance(self.graph.definitions[v], relax.Tuple)]
         self._mod, self._bounds, self._costs = mod, bounds, costs
         number = {var: i for i, var in enumerate(self.vars)}
-        outputs = set(self._storages(function.body.body))
+        outputs, fixed = set(self._storages(function.body.body)), self._fixed()
         reads = [sorted({number[o] for o in self._reads(v) if o in number}) for v in self.vars]
         self.problem = Problem(
             sizes=tuple(0 if v in outputs else self._size(v) for v in self.vars),
             costs=tuple(self._cost(v) for v in self.vars),
             inputs=tuple(map(tuple, reads)),
             kept=tuple(sorted({number[o] for o in self._flat(function.body.body) if o in number})),
-            once=tuple(i for i, v in enumerate(self.vars) if v in self._fixed()),
+            once=tuple(i for i, v in enumerate(self.vars) if v in fixed),
             alias=tuple(number.get(self._base(v), -1) for v in self.vars),
         )
 
@@ -180,11 +180,6 @@ class Operations:
 
     def _fixed(self) -> set[relax.Var]:
         """Updates in place, and everything that reads what is updated."""
-        if not hasattr(self, "_once"):
-            self._once = self._find_fixed()
-        return self._once
-
-    def _find_fixed(self) -> set[relax.Var]:
         fixed = {v for v in self.vars if op_name(self.graph.definitions[v]) == _INPLACE}
         roots = {self._root(o) for v in fixed for o in self._updated(self.graph.definitions[v])}
         if not roots:
@@ -219,7 +214,7 @@ class Operations:
             return 0
         if op_name(value) not in _KERNELS:
             raise PlanningError(f"'{var.name}' is a call of {op_name(value) or value}, which is no kernel")
-        return sum(self._tensor_bytes(t) for t in _tensors(var.ty))
+        return sum(self._tensor_bytes(t) for t in tensors_of(var.ty))
 
     def _tensor_bytes(self, tensor: Any) -> int:
         count = 1
@@ -237,7 +232,7 @@ class Operations:
         if getattr(kernel, "name_hint", "") in self._costs:
             return self._costs[kernel.name_hint]
         read = [o.ty for o in operands(value) if isinstance(getattr(o, "ty", None), relax.TensorType)]
-        moved = sum(self._tensor_bytes(t) for t in (*read, *_tensors(var.ty)) if t.shape is not None)
+        moved = sum(self._tensor_bytes(t) for t in (*read, *tensors_of(var.ty)) if t.shape is not None)
         return _CALL + round(max(moved / BANDWIDTH, self._flops(kernel) / FLOPS))
 
     def _flops(self, kernel: Any) -> float:
@@ -250,5 +245,6 @@ class Operations:
             return 0.0
 
 
-def _tensors(ty: Any) -> list[Any]:
-    return [ty] if isinstance(ty, relax.TensorType) else [t for f in ty.fields for t in _tensors(f)]
+def tensors_of(ty: Any) -> list[Any]:
+    """The tensors that a type is or holds."""
+    return [ty] if isinstance(ty, relax.TensorType) else [t for f in ty.fields for t in tensors_of(f)]

@@ -55,7 +55,7 @@ def graph(body: Any, *params: relax.Var) -> IRModule:
     ]
 
 
-def skip(length: int = 6) -> IRModule:
+def skip() -> IRModule:
     """A value that is made first and read last, and a wide middle."""
 
     def body(call: Kernels, x: relax.Var) -> relax.Expr:
