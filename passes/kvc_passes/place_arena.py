@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tvm import IRModule, relax, tirx
@@ -74,28 +75,44 @@ class Arena:
 
     def place(self, bounds: Mapping[str, int]) -> tuple[dict[relax.Var, int], int]:
         """Offset of every temporary, and the bytes of all: the best of three orders."""
-        blocks = [(t.size(bounds), t) for t in self.temporaries]
-        orders = (
-            sorted(blocks, key=lambda b: (-b[0], b[1].first)),
-            sorted(blocks, key=lambda b: (b[1].first - b[1].last, -b[0])),
-            sorted(blocks, key=lambda b: (-b[0] * (b[1].last - b[1].first + 1), b[1].first)),
+        sizes = [t.size(bounds) for t in self.temporaries]
+        lives = [(t.first, t.last - t.first + 1) for t in self.temporaries]
+        keys: tuple[Callable[[int], tuple[int, int]], ...] = (
+            lambda i: (-sizes[i], lives[i][0]),
+            lambda i: (-lives[i][1], -sizes[i]),
+            lambda i: (-sizes[i] * lives[i][1], lives[i][0]),
         )
-        return min((self._placed(order) for order in orders), key=lambda found: found[1])
+        offsets, total = min((self._placed(sizes, key) for key in keys), key=lambda found: found[1])
+        return {t.var: offset for t, offset in zip(self.temporaries, offsets)}, total
 
-    def _placed(self, blocks: Sequence[tuple[int, Temporary]]) -> tuple[dict[relax.Var, int], int]:
-        """Blocks one after another, each in the smallest gap that it fits."""
-        placed: list[tuple[int, int, Temporary]] = []  # start, end
-        for size, block in blocks:
-            busy = sorted((s, e) for s, e, o in placed if o.first <= block.last and block.first <= o.last)
+    def _placed(
+        self, sizes: Sequence[int], key: Callable[[int], tuple[int, int]]
+    ) -> tuple[list[int], int]:
+        """Blocks one after another in the order of `key`, each in the smallest gap that it fits."""
+        offsets = [-1] * len(sizes)
+        for i in sorted(range(len(sizes)), key=key):
+            busy = sorted((offsets[j], offsets[j] + sizes[j]) for j in self._together[i] if offsets[j] >= 0)
             best: tuple[int, int] | None = None
             free = 0
             for start, end in busy:
-                if start - free >= size and (best is None or start - free < best[0]):
+                if start - free >= sizes[i] and (best is None or start - free < best[0]):
                     best = start - free, free
                 free = max(free, end)
-            at = free if best is None else best[1]
-            placed.append((at, at + size, block))
-        return {t.var: start for start, _, t in placed}, max((e for _, e, _ in placed), default=ALIGNMENT)
+            offsets[i] = free if best is None else best[1]
+        return offsets, max((at + size for at, size in zip(offsets, sizes)), default=ALIGNMENT)
+
+    @cached_property
+    def _together(self) -> list[list[int]]:
+        """Of every temporary, those that are alive at a time when it is."""
+        found: list[list[int]] = [[] for _ in self.temporaries]
+        alive: list[int] = []
+        for i in sorted(range(len(found)), key=lambda i: self.temporaries[i].first):
+            alive = [j for j in alive if self.temporaries[j].last >= self.temporaries[i].first]
+            for j in alive:
+                found[i].append(j)
+                found[j].append(i)
+            alive.append(i)
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tvm import relax, tirx
@@ -122,8 +123,7 @@ class Provenance:
 
             return record
 
-        ends = {v: leaf(v) for v in self.graph.order if not self.moves(v)}
-        elements = Elements(self.graph, ends, analyzer)
+        elements = Elements(self.graph, {v: leaf(v) for v in self.ends}, analyzer)
         value = elements.at(operand, [0, h, t, elements.simplify(d + low)])
         found = next((s for s in seen if isinstance(value, tirx.Var) and s[2].same_as(value)), None)
         if found is None:
@@ -133,6 +133,11 @@ class Provenance:
         return (
             Piece(low, high, source) if at is None else Piece(low, high, source, *at, self.projection(source))
         )
+
+    @cached_property
+    def ends(self) -> list[relax.Var]:
+        """The values that operands are followed back to."""
+        return [v for v in self.graph.order if not self.moves(v)]
 
     def moves(self, var: relax.Var) -> bool:
         """Whether a value only has the elements of others in other places."""

@@ -92,7 +92,7 @@ class _Half:
         self.h, self.t = bind_index(analyzer, "h", dims(operand)[1]), bind_index(analyzer, "t", tokens)
         self.d = bind_index(analyzer, "d", half)
         self.seen: list[tuple[relax.Var, Index, tirx.Var]] = []
-        ends = {v: self._end(v) for v in self.graph.order if not rotations.provenance.moves(v)}
+        ends = {v: self._end(v) for v in rotations.provenance.ends}
         ends |= {p: self._end(p) for p in self.graph.function.params}  # frequencies may be one
         self.elements = Elements(self.graph, ends, analyzer)
         self.terms = self._terms(operand, [0, self.h, self.t, self.elements.simplify(self.d + begin)])
