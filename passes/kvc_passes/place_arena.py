@@ -85,9 +85,7 @@ class Arena:
         offsets, total = min((self._placed(sizes, key) for key in keys), key=lambda found: found[1])
         return {t.var: offset for t, offset in zip(self.temporaries, offsets)}, total
 
-    def _placed(
-        self, sizes: Sequence[int], key: Callable[[int], tuple[int, int]]
-    ) -> tuple[list[int], int]:
+    def _placed(self, sizes: Sequence[int], key: Callable[[int], tuple[int, int]]) -> tuple[list[int], int]:
         """Blocks one after another in the order of `key`, each in the smallest gap that it fits."""
         offsets = [-1] * len(sizes)
         for i in sorted(range(len(sizes)), key=key):
