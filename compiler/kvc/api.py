@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvc_passes.errors import BudgetError, InputError, TargetError
+from kvc_passes.errors import InputError, TargetError
 from kvc_passes.facts import STATE_FORMS, FormName, ModelFacts, Plan, Workload
 
 from .artifact import Artifact, ArtifactWriter
@@ -22,25 +22,13 @@ with without_torch():
 # ruff: isort: split
 from kvc_passes.state_forms import KEYS
 
-from .compilation import (
-    Lowered,
-    Model,
-    build_libraries,
-    costs,
-    in_form,
-    in_smallest_form,
-    judged,
-    lower_model,
-    most_saved,
-    packed_weights,
-    read_model,
-)
+from .compilation import build_libraries, forced_forms, judged, packed_weights, read_model
 from .configuration import assets_of
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
 from .machine import Machine
 from .pipeline import Runner
-from .planner import make_plan
+from .planning.decide import Decision, Planner
 from .targets import parse_target
 
 Report = Callable[[str], None]
@@ -97,12 +85,13 @@ def compile(
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
     allowed = parse_permissions(allow)
     with ArtifactWriter(destination, force=force) as writer:
-        model, lowered, plan = _planned(source, machine, allowed, state, size, alternatives, runner)
-        for library in build_libraries(lowered, plan, writer.folder, runner):
+        decision = _planned(source, machine, allowed, state, size, alternatives, runner)
+        model, lowered = decision.variant.model, decision.variant.lowered
+        for library in build_libraries(lowered, decision.plan, writer.folder, runner):
             writer.add(library)
         writer.weights(packed_weights(model, lowered, runner))
         writer.functions(lowered.takes)
-        writer.facts(plan, model.facts)
+        writer.facts(decision.plan, model.facts)
         writer.assets(assets_of(source))
         writer.commit()
     return Artifact.open(destination, verify=False)
@@ -121,7 +110,7 @@ def plan(
     """The plan that `compile` would build, without generating code. Arguments and errors as for `compile`."""
     source, runner = Path(path), _runner(None, report)
     size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
-    return _planned(source, machine, parse_permissions(allow), state, size, alternatives, runner)[2]
+    return _planned(source, machine, parse_permissions(allow), state, size, alternatives, runner).plan
 
 
 def _planned(
@@ -132,8 +121,15 @@ def _planned(
     budget: int,
     workload: tuple[Workload, ...],
     runner: Runner,
-) -> tuple[Model, Lowered, Plan]:
-    """Import, prove, lower and plan a model; meanwhile measure what a process takes here."""
+) -> Decision:
+    """Import, prove, lower and plan a model."""
+    return planner_of(source, machine, allow, state, runner).decide(budget, workload)
+
+
+def planner_of(
+    source: Path, machine: Machine, allow: Permissions, state: str | None, runner: Runner
+) -> Planner:
+    """Import and prove a model; meanwhile measure what a process takes here."""
     names = _forms(state)
     runner.report("import")
     imported = import_onnx(source, allow.names)
@@ -142,64 +138,16 @@ def _planned(
     with ThreadPoolExecutor(1) as pool:
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
+        kind = machine.description["kind"]
         if model.facts.reads_memory and "encoder_output" not in machine.forms:
-            kind = machine.description["kind"]
             raise TargetError(f"there are no kernels for cross-attention on the target {kind} yet")
-        failed: list[BudgetError] = []
-        for candidate in _candidates(model, names, machine, failed, workload, runner):
-            lowered = lower_model(candidate, machine, runner)
-            try:
-                plan = make_plan(costs(candidate, lowered, runtime.result()), budget, workload)
-            except BudgetError as error:
-                failed.append(error)
-            else:
-                return candidate, lowered, plan
-    raise failed[0] if names else _refusal(failed, model, machine, workload)
-
-
-def _candidates(
-    model: Model,
-    names: tuple[FormName, ...],
-    machine: Machine,
-    failed: list[BudgetError],
-    workload: tuple[Workload, ...],
-    runner: Runner,
-) -> Iterator[Model]:
-    """The model in the forms that are tried, the fastest first. `failed`: why those before do not fit."""
-    if names:
         for form in names:
             if form not in machine.forms:
-                kind = machine.description["kind"]
                 raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")
-        yield in_form(model, names, runner)
-        return
-    yield model
-    # Judging the weights of a large layer takes minutes: not where even the best outcome would not fit.
-    hopeless = _least(failed[0], model, machine, workload) > failed[0].given
-    forms = [name for name in machine.forms if not (hopeless and name in KEYS)]
-    smallest = in_smallest_form(model, runner, forms)
-    if smallest is not None:
-        yield smallest
-
-
-def _least(paged: BudgetError, model: Model, machine: Machine, workload: tuple[Workload, ...]) -> int:
-    """Bytes without which no form of the state will do, by what the model needs with K and V."""
-    tokens = max(w.batch * w.context for w in workload)
-    rows = max(w.batch * w.memory for w in workload)
-    saved = rows * most_saved(model, machine.forms, memory=True)
-    return paged.needed - tokens * most_saved(model, machine.forms) - saved
-
-
-def _refusal(
-    failed: list[BudgetError], model: Model, machine: Machine, workload: tuple[Workload, ...]
-) -> BudgetError:
-    """The refusal with the smallest budget that works; and what keys alone, if not tried, may do with."""
-    best = min(failed, key=lambda error: error.needed)
-    least = _least(failed[0], model, machine, workload)
-    if not best.given < least < best.needed:
-        return best
-    advice = f"with --state k_plus_r, if its weights allow that, it needs {least} bytes or more"
-    return BudgetError(f"{best}; {advice}", needed=best.needed, given=best.given)
+        if set(names) & set(KEYS):
+            model = judged(model, runner)
+        forced = forced_forms(model, names) if names else ()
+        return Planner(model, machine, runtime.result(), runner, forced)
 
 
 def _forms(state: str | None) -> tuple[FormName, ...]:

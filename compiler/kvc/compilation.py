@@ -94,28 +94,34 @@ def judged(model: Model, runner: Runner) -> Model:
     return replace(model, facts=replace(facts, forms=tuple(map(tuple, forms))))
 
 
-def in_form(model: Model, names: Sequence[FormName], runner: Runner) -> Model:
-    """The model with the state of all layers in a form.
+def forced_forms(model: Model, names: Sequence[FormName]) -> tuple[StateForm, ...]:
+    """The form of every layer where they are asked for, of a model that was judged if one needs that.
 
     names: one for attention over the model's own tokens, one for that over an encoder's output, or both;
         layers of the other kind keep K and V. Raises InputError where a form is not legal for a layer.
     """
-    if set(names) & set(KEYS):
-        model = judged(model, runner)
     wanted = {"encoder_output" if name == "encoder_output" else "tokens": name for name in names}
+    asked = [
+        wanted.get("encoder_output" if site.mask.reach.memory else "tokens", "paged_kv")
+        for site in model.facts.sites
+    ]
+    if "encoder_output" in names and not model.facts.reads_memory:
+        raise InputError("--state encoder_output: no layer of the model reads an encoder's output")
+    return legal_forms(model, asked, "--state {}")
+
+
+def legal_forms(model: Model, asked: Sequence[FormName], who: str) -> tuple[StateForm, ...]:
+    """The form of every layer by name. Raises InputError, which begins with `who`, where one is not legal."""
     chosen = []
-    for site, forms in zip(model.facts.sites, model.facts.forms):
-        name = wanted.get("encoder_output" if site.mask.reach.memory else "tokens", "paged_kv")
+    for site, forms, name in zip(model.facts.sites, model.facts.forms, asked, strict=True):
         form = next(form for form in forms if form.name == name)
         if not form.legal:
             raise InputError(
-                f"--state {name}: layer {site.index}, attention at node '{site.node}', cannot be kept so: "
-                f"{form.detail}"
+                f"{who.format(name)}: layer {site.index}, attention at node '{site.node}', cannot be kept "
+                f"so: {form.detail}"
             )
         chosen.append(form)
-    if "encoder_output" in names and not model.facts.reads_memory:
-        raise InputError("--state encoder_output: no layer of the model reads an encoder's output")
-    return _kept(model, chosen, runner)
+    return tuple(chosen)
 
 
 def most_saved(model: Model, only: Container[FormName], *, memory: bool = False) -> int:
@@ -132,19 +138,13 @@ def most_saved(model: Model, only: Container[FormName], *, memory: bool = False)
     return saved
 
 
-def in_smallest_form(model: Model, runner: Runner, only: Container[FormName]) -> Model | None:
-    """The model with every layer's state in its smallest exact form of `only`.
-
-    None if that is K and V everywhere.
-    """
-    if "k_only" in only and any(form.detail.endswith(UNJUDGED) for fs in model.facts.forms for form in fs):
-        model = judged(model, runner)
+def smallest_forms(model: Model, only: Container[FormName]) -> tuple[StateForm, ...]:
+    """The smallest legal form of `only` for every layer."""
     legal = ([f for f in forms if f.legal and f.name in only] for forms in model.facts.forms)
-    smallest = [min(forms, key=lambda form: form.token_bytes) for forms in legal]
-    return _kept(model, smallest, runner) if any(f.name != "paged_kv" for f in smallest) else None
+    return tuple(min(forms, key=lambda form: form.token_bytes) for forms in legal)
 
 
-def _kept(model: Model, chosen: Sequence[StateForm], runner: Runner) -> Model:
+def kept_in(model: Model, chosen: Sequence[StateForm], runner: Runner) -> Model:
     """The model with the state of each layer in its chosen form."""
     understood = model.understood
     by_site = {site.index: form for site, form in zip(model.facts.sites, chosen)}

@@ -31,6 +31,7 @@ from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
 from .kernels.cuda.host import PAGE_SIZE, CudaAttention, CudaProducts, Variants
 from .machine import export
 from .pipeline import Phase, Runner
+from .planning.rates import Rates, nominal_gpu
 from .stored_weights import Array, stored
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -61,6 +62,10 @@ class CudaMachine:
     @property
     def description(self) -> dict[str, Any]:
         return {"kind": "cuda", "archs": list(self.archs)}
+
+    @cached_property
+    def rates(self) -> Rates:
+        return nominal_gpu(self.archs[0])
 
     @cached_property
     def products(self) -> CudaProducts:

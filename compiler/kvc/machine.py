@@ -24,6 +24,7 @@ from .kernels import packing
 from .kernels.cpu import PAGE_SIZE, CpuAttention, CpuProducts
 from .kernels.traits import CpuTraits
 from .pipeline import Phase, Runner
+from .planning.rates import Rates, measured, nominal
 from .runtime.overhead import measure
 from .stored_weights import Array, stored
 
@@ -54,6 +55,10 @@ class Machine(Protocol):
     @property
     def forms(self) -> tuple[FormName, ...]:
         """Forms of the state that there are kernels for."""
+
+    @property
+    def rates(self) -> Rates:
+        """How fast it is."""
 
     @property
     def products(self) -> MatmulKernels: ...
@@ -99,6 +104,16 @@ class CpuMachine:
             if k in ("mcpu", "mtriple", "num-cores")
         }
         return {"kind": "llvm", **kept}
+
+    @cached_property
+    def rates(self) -> Rates:
+        traits = self.products.traits
+        return measured(self.key) or nominal(traits)
+
+    @property
+    def key(self) -> str:
+        """What measured rates depend on."""
+        return f"{self.target.attrs.get('mcpu', '')}, {self.products.traits.threads} threads"
 
     @cached_property
     def products(self) -> CpuProducts:

@@ -15,9 +15,9 @@ from .options import format_size
 from .runtime.executor import logits_bytes, pool_bytes, table_bytes
 from .runtime.sampler import scratch_bytes
 
-_LONGEST: Final = 1 << 30
+LONGEST: Final = 1 << 30
 """Tokens; positions are computed with 32 bits."""
-_MOST_REQUESTS: Final = 1 << 16
+MOST_REQUESTS: Final = 1 << 16
 _VARIATION: Final = 1 << 20
 """Bytes by which the process measures differently from run to run: a budget named in a refusal must work."""
 
@@ -56,51 +56,70 @@ def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan
         InputError: the workload asks for more context than the model has.
         BudgetError: no plan fits; says what is needed and what was given.
     """
-    limit = costs.facts.context
+    check_workload(costs.facts, workload)
+    for chunk in useful_chunks(costs.chunks, workload):
+        plan = planned(costs, budget, workload, chunk)
+        if plan is not None:
+            return plan
+    raise refused(costs, budget, workload)
+
+
+def planned(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int) -> Plan | None:
+    """The plan with one prefill chunk, what is left as pages; None if it does not fit."""
+    draft = Draft(costs, budget, workload, chunk)
+    if draft.smallest().bytes.total > budget:
+        return None
+    plan = draft.filled()
+    return replace(plan, capacities=capacities(costs, plan))
+
+
+def refused(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> BudgetError:
+    """Why nothing fits, with the smallest budget that works."""
+    chunks = useful_chunks(costs.chunks, workload)
+    plans = [Draft(costs, budget, workload, chunk).smallest() for chunk in chunks]
+    least = min(plans, key=lambda p: p.bytes.total)
+    needed = least.bytes.total + _VARIATION
+    return BudgetError(_refusal(least, needed, workload), needed=needed, given=budget)
+
+
+def check_workload(facts: ModelFacts, workload: tuple[Workload, ...]) -> None:
+    """Raises InputError for one that the model cannot serve, whatever the budget is."""
+    limit = facts.context
     for w in workload:
-        if costs.facts.reads_memory and not w.memory:
+        if facts.reads_memory and not w.memory:
             raise InputError(
                 f"the model reads an encoder's output: say how many rows of it a request has, as {w}+1500"
             )
-        if w.memory and not costs.facts.reads_memory:
+        if w.memory and not facts.reads_memory:
             raise InputError(f"the workload {w} has rows of an encoder's output; the model reads none")
         if limit is not None and w.context > limit:
             raise InputError(
                 f"the workload {w} asks for {w.context} tokens of context; the model has {limit} positions"
             )
-    plans = []
-    for chunk in _chunks(costs.chunks, workload):
-        draft = _Draft(costs, budget, workload, chunk)
-        plans.append(draft.smallest())
-        if plans[-1].bytes.total <= budget:
-            plan = draft.filled()
-            return replace(plan, capacities=_capacities(costs, plan))
-    least = min(plans, key=lambda p: p.bytes.total)
-    needed = least.bytes.total + _VARIATION
-    raise BudgetError(_refusal(least, needed, workload), needed=needed, given=budget)
 
 
-def _capacities(costs: Costs, plan: Plan) -> tuple[Workload, ...]:
+def capacities(costs: Costs, plan: Plan) -> tuple[Workload, ...]:
     """The longest context of one request, and the most requests of each of the workload's contexts."""
 
     def context_fits(context: int) -> bool:
-        return _fits(costs, plan.budget, Workload(1, context, memory=plan.max_memory))
+        return fits(costs, plan.budget, Workload(1, context, memory=plan.max_memory))
 
     def batch_fits(one: Workload, batch: int) -> bool:
-        return _fits(costs, plan.budget, replace(one, batch=batch))
+        return fits(costs, plan.budget, replace(one, batch=batch))
 
-    alone = Workload(1, _most(costs.facts.context or _LONGEST, context_fits), memory=plan.max_memory)
+    alone = Workload(1, most_of(costs.facts.context or LONGEST, context_fits), memory=plan.max_memory)
     kinds = dict.fromkeys(replace(w, batch=1) for w in plan.workload)
-    most = (replace(w, batch=_most(_MOST_REQUESTS, partial(batch_fits, w))) for w in kinds)
+    most = (replace(w, batch=most_of(MOST_REQUESTS, partial(batch_fits, w))) for w in kinds)
     return (alone, *most)
 
 
-def _fits(costs: Costs, budget: int, workload: Workload) -> bool:
-    chunks = _chunks(costs.chunks, (workload,))
-    return any(_Draft(costs, budget, (workload,), c).smallest().bytes.total <= budget for c in chunks[::-1])
+def fits(costs: Costs, budget: int, workload: Workload) -> bool:
+    """Whether some chunk serves it within a budget."""
+    chunks = useful_chunks(costs.chunks, (workload,))
+    return any(Draft(costs, budget, (workload,), c).smallest().bytes.total <= budget for c in chunks[::-1])
 
 
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
+def most_of(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `limit` that fits, where all smaller ones do; 0 if none does."""
     low, high = 0, 1
     while high <= limit and fits(high):
@@ -112,7 +131,7 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> list[int]:
+def useful_chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> list[int]:
     """Chunks worth trying: none beyond what the workload can have in flight."""
     most = max(w.batch * w.context for w in workload)
     useful = [c for c in chunks if c < 2 * most]
@@ -120,7 +139,7 @@ def _chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> list[int
 
 
 @dataclass(frozen=True)
-class _Draft:
+class Draft:
     """Plans with one prefill chunk."""
 
     costs: Costs
@@ -130,7 +149,7 @@ class _Draft:
 
     def smallest(self) -> Plan:
         """No more pages than the workload needs."""
-        return self._plan(self._pages(self.workload), max(w.context for w in self.workload))
+        return self.with_pages(self._pages(self.workload), max(w.context for w in self.workload))
 
     def filled(self) -> Plan:
         """What the budget leaves makes the workload's contexts longer, all in the same proportion."""
@@ -141,16 +160,16 @@ class _Draft:
             longer = [w.context + -(-more * w.context // longest) for w in self.workload]
             capped = [min(context, limit or context) for context in longer]
             workload = [replace(w, context=context) for w, context in zip(self.workload, capped)]
-            return self._plan(self._pages(workload), max(capped))
+            return self.with_pages(self._pages(workload), max(capped))
 
         def fits(more: int) -> bool:
             return grown(more).bytes.total <= self.budget
 
         # Where every reach is bounded and the model has no limit, contexts could grow for ever.
-        most = 0 if all(r.bounded or r.memory for r, _ in self.costs.facts.groups()) else _LONGEST
+        most = 0 if all(r.bounded or r.memory for r, _ in self.costs.facts.groups()) else LONGEST
         if limit is not None:
             most = max(-(-limit * longest // w.context) for w in self.workload)
-        return self._with_rest(grown(_most(most, fits)))
+        return self._with_rest(grown(most_of(most, fits)))
 
     def _with_rest(self, plan: Plan) -> Plan:
         """Less than a page for every request is left: it becomes pages of the layers that keep all tokens."""
@@ -162,11 +181,11 @@ class _Draft:
             return plan
 
         def more(count: int) -> Plan:
-            return self._plan([n + count * (i == whole) for i, n in enumerate(pages)], plan.max_context)
+            return self.with_pages([n + count * (i == whole) for i, n in enumerate(pages)], plan.max_context)
 
         limit, size = self.costs.facts.context, self.costs.page_size
-        most = _LONGEST if limit is None else plan.max_batch * -(-limit // size) - pages[whole]
-        return more(_most(most, lambda count: more(count).bytes.total <= self.budget))
+        most = LONGEST if limit is None else plan.max_batch * -(-limit // size) - pages[whole]
+        return more(most_of(most, lambda count: more(count).bytes.total <= self.budget))
 
     def _pages(self, workload: Sequence[Workload]) -> list[int]:
         """Pages of every group, such that each alternative of the workload fits on its own."""
@@ -176,7 +195,7 @@ class _Draft:
             for reach, _ in self.costs.facts.groups()
         ]
 
-    def _plan(self, pages: Sequence[int], context: int) -> Plan:
+    def with_pages(self, pages: Sequence[int], context: int) -> Plan:
         """The plan with so many pages in each group.
 
         context: what a sequence may have where no layer keeps all tokens; else its pages say that.
@@ -231,7 +250,7 @@ def _context(groups: Sequence[StateGroup], size: int, context: int, limit: int |
     limits = [] if limit is None else [limit]
     groups = [group for group in groups if not group.reach.memory]
     for group in groups:
-        endless = group.reach.bounded and group.pages >= group.reach.most_pages(size, _LONGEST, 1)
+        endless = group.reach.bounded and group.pages >= group.reach.most_pages(size, LONGEST, 1)
         limits += [] if endless else [group.pages * size]
     if all(group.reach.bounded for group in groups):
         limits.append(context)

@@ -362,6 +362,22 @@ class Bytes:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What a workload takes, as predicted: all its requests at once, each a prompt and an answer."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    prompt_tokens: int
+    """Tokens of all prompts, those in common once."""
+    answer_tokens: int
+    """Tokens of all answers."""
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was decided for a budget; written to plan.json, read by the runtime."""
 
@@ -386,6 +402,12 @@ class Plan:
     """Whether a page holds its keys as [head_dim, page_size]; else as [page_size, head_dim]."""
     capacities: tuple[Workload, ...] = ()
     """What this budget could serve at most: one request, and requests of the workload's contexts."""
+    forms: tuple[FormName, ...] = ()
+    """What is kept of every site."""
+    times: tuple[Times, ...] = ()
+    """What each alternative of the workload is predicted to take."""
+    rates: str = ""
+    """Where the rates that these follow from come from."""
 
     @property
     def table_width(self) -> int:
@@ -428,7 +450,9 @@ def plan_from_json(text: str) -> Plan:
     data = json.loads(text)
     workload = tuple(Workload(**w) for w in data["workload"])
     groups, capacities = tuple(map(_group, data["groups"])), tuple(Workload(**w) for w in data["capacities"])
-    lists = {"workload": workload, "groups": groups, "capacities": capacities}
+    times = tuple(Times(**t) for t in data.get("times", ()))
+    lists = {"workload": workload, "groups": groups, "capacities": capacities, "times": times}
+    lists["forms"] = tuple(data.get("forms", ()))
     return Plan(**{**data, **lists, "bytes": Bytes(**data["bytes"])})
 
 

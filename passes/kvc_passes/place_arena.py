@@ -75,7 +75,9 @@ class Arena:
 
     def place(self, bounds: Mapping[str, int]) -> tuple[dict[relax.Var, int], int]:
         """Offset of every temporary, and the bytes of all: the best of three orders."""
-        sizes = [t.size(bounds) for t in self.temporaries]
+        unlike = dict(zip(self._shapes, self.temporaries))
+        known = {key: t.size(bounds) for key, t in unlike.items()}
+        sizes = [known[key] for key in self._shapes]
         lives = [(t.first, t.last - t.first + 1) for t in self.temporaries]
         keys: tuple[Callable[[int], tuple[int, int]], ...] = (
             lambda i: (-sizes[i], lives[i][0]),
@@ -98,6 +100,11 @@ class Arena:
                 free = max(free, end)
             offsets[i] = free if best is None else best[1]
         return offsets, max((at + size for at, size in zip(offsets, sizes)), default=ALIGNMENT)
+
+    @cached_property
+    def _shapes(self) -> list[str]:
+        """What the size of each temporary depends on: layers repeat."""
+        return [f"{t.alloc.args[0]} {t.alloc.args[1]}" for t in self.temporaries]
 
     @cached_property
     def _together(self) -> list[list[int]]:

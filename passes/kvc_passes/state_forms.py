@@ -132,18 +132,18 @@ class Forms:
         key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
         if site.stored is not None:
             raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        v = value_pieces[0].projection
+        if len(value_pieces) != 1 or v is None:
+            raise Illegal("V is not one projection of one value")
+        kept = site.kv_heads * site.head_dim
+        if kept < v.depth:  # before the rotation is read, which takes long
+            raise Illegal(f"K has {kept} elements, fewer than the {v.depth} that V is a projection of")
         try:
             rotation = Rotations(self.graph, self.provenance).read(key, key_pieces)
         except Unprovable as reason:
             raise Illegal(f"K {reason}") from None
-        v = value_pieces[0].projection
-        if len(value_pieces) != 1 or v is None:
-            raise Illegal("V is not one projection of one value")
         k = rotation.projection
         self._check_weights(k, v)
-        kept = site.kv_heads * site.head_dim
-        if kept < k.depth:
-            raise Illegal(f"K has {kept} elements, fewer than the {k.depth} that it is a projection of")
         if site.sinks is not None and (k.bias is not None or v.bias is not None):
             raise Illegal("K or V has a bias, and with a learned score the weights do not sum to 1")
         for bias in (k.bias, v.bias):

@@ -128,7 +128,7 @@ def test_weights_are_judged_only_where_that_can_help(
         ("deepseek", "x_absorbed", {}, "cannot be kept so: keys have elements that are no projection"),
         ("gpt2", "x_absorbed", {"allow": "kv-int8"}, "keys and values are kept in int8, as it is allowed"),
         ("gpt2", "k_v", {}, "there is no form of state 'k_v'; there are: paged_kv, x_absorbed, mla_latent"),
-        ("llama", "k_only", {}, "K has 64 elements, fewer than the 128 that it is a projection of"),
+        ("llama", "k_only", {}, "K has 64 elements, fewer than the 128 that V is a projection of"),
         ("phi", "k_only", {}, "error .* times that of K and V in float32, .*; at most 1.5 is allowed"),
         ("phi", "k_plus_r", {"target": "cuda"}, "no kernels for it on the target cuda yet"),
     ],

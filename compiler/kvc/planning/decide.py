@@ -1,0 +1,255 @@
+"""Every byte and every predicted second in one choice: the form of each layer and the prefill chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Final
+
+from kvc_passes.errors import BudgetError
+from kvc_passes.facts import Plan, StateForm, Workload
+from kvc_passes.state_forms import ABSORBED, KEYS, UNJUDGED
+
+from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
+from ..machine import Machine
+from ..pipeline import Runner
+from ..planner import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
+from .knapsack import Item, Option, solve
+from .times import Clock, Site, total
+from .work import work_of
+
+Chosen = tuple[StateForm, ...]
+"""The form of every layer."""
+_ATTEMPTS: Final = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model with its state in chosen forms, lowered."""
+
+    model: Model
+    lowered: Lowered
+    costs: Costs
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A choice, before it is lowered: exact where all layers are alike, else from parts of others."""
+
+    chosen: Chosen
+    chunk: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and the functions that it is for."""
+
+    plan: Plan
+    variant: Variant
+
+
+class Planner:
+    """Weighs forms and chunks of one model on one target, for any budgets and workloads."""
+
+    def __init__(
+        self, model: Model, machine: Machine, runtime: int, runner: Runner, forced: Chosen = ()
+    ) -> None:
+        self.model, self.machine, self.runtime, self.runner = model, machine, runtime, runner
+        self.forced = forced
+        self._variants: dict[Chosen, Variant] = {}
+        self._paged: Chosen = tuple(forms[0] for forms in model.facts.forms)
+
+    def decide(self, budget: int, workload: tuple[Workload, ...]) -> Decision:
+        """The plan of the least predicted time, with what is left as pages.
+
+        Raises InputError for more context than the model has, BudgetError with the smallest that works.
+        """
+        check_workload(self.model.facts, workload)
+        tried: list[Chosen] = []
+        for more in self._ladder(budget, workload):
+            tried += more
+            decision = self._settled(budget, workload, tried)
+            if decision is not None:
+                return decision
+        raise self._refusal(budget, workload, tried)
+
+    def plan_of(
+        self, chosen: Chosen, chunk: int, budget: int, workload: tuple[Workload, ...]
+    ) -> Decision | None:
+        """The plan with everything chosen, None if it does not fit."""
+        variant = self.variant(chosen)
+        plan = planned(variant.costs, budget, workload, chunk)
+        return None if plan is None else self.finished(plan, variant, chosen)
+
+    def finished(self, plan: Plan, variant: Variant, chosen: Chosen) -> Decision:
+        """The plan with its forms, its predicted times and what its budget could hold."""
+        times = tuple(variant.clock.times(w, plan.chunk) for w in plan.workload)
+        most = plan.capacities or capacities(variant.costs, plan)
+        forms = tuple(form.name for form in chosen)
+        source = self.machine.rates.source
+        return Decision(replace(plan, forms=forms, times=times, rates=source, capacities=most), variant)
+
+    def least(self, workload: tuple[Workload, ...]) -> int:
+        """Bytes of the smallest plan among forms that need no judgement."""
+        found = self.estimate(None, workload, self.usual())
+        assert found is not None
+        return found.bytes
+
+    def usual(self) -> list[Chosen]:
+        """Forms whose legality does not depend on the rounding of weights, or those that are forced."""
+        if self.forced:
+            return [self.forced]
+        absorbed = smallest_forms(self.model, [f for f in self.machine.forms if f in ("paged_kv", *ABSORBED)])
+        return list(dict.fromkeys([self._paged, absorbed]))
+
+    def _ladder(self, budget: int, workload: tuple[Workload, ...]) -> Iterator[list[Chosen]]:
+        """Forms to choose from, further ones where those before do not fit."""
+        yield self.usual()
+        if self.forced:
+            return
+        # Judging the weights of a large layer takes minutes: not where even the best would not fit.
+        unjudged = any(f.detail.endswith(UNJUDGED) for forms in self.model.facts.forms for f in forms)
+        if unjudged and set(KEYS) & set(self.machine.forms) and self._floor(budget, workload) <= budget:
+            self.model = judged(self.model, self.runner)
+            yield [smallest_forms(self.model, self.machine.forms)]
+
+    def _floor(self, budget: int, workload: tuple[Workload, ...]) -> int:
+        """Bytes without which no form of the state will do, by what the model needs with K and V."""
+        needed: int = refused(self.variant(self._paged).costs, budget, workload).needed
+        tokens, rows = max(w.batch * w.context for w in workload), max(w.batch * w.memory for w in workload)
+        saved = rows * most_saved(self.model, self.machine.forms, memory=True)
+        return needed - tokens * most_saved(self.model, self.machine.forms) - saved
+
+    def _refusal(self, budget: int, workload: tuple[Workload, ...], tried: Sequence[Chosen]) -> BudgetError:
+        """The refusal with the smallest budget that works; and what keys alone, if not tried, may do with."""
+        failed = [refused(self.variant(chosen).costs, budget, workload) for chosen in tried]
+        best = min(failed, key=lambda error: error.needed)
+        if self.forced:
+            return best
+        least = self._floor(budget, workload)
+        if not best.given < least < best.needed:
+            return best
+        advice = f"with --state k_plus_r, if its weights allow that, it needs {least} bytes or more"
+        return BudgetError(f"{best}; {advice}", needed=best.needed, given=best.given)
+
+    def _settled(
+        self, budget: int, workload: tuple[Workload, ...], known: Sequence[Chosen]
+    ) -> Decision | None:
+        """The best choice among what the layers of `known` are, lowered and counted byte by byte."""
+        limit = budget
+        for _ in range(_ATTEMPTS):
+            best = self.estimate(limit, workload, known)
+            if best is None:
+                return None
+            decision = self.plan_of(best.chosen, best.chunk, budget, workload)
+            if decision is not None:
+                return decision
+            real = Draft(self.variant(best.chosen).costs, budget, workload, best.chunk).smallest().bytes.total
+            limit -= max(real - best.bytes, 1)  # a mix of forms may take more than its parts
+        return None
+
+    def estimate(
+        self, limit: int | None, workload: tuple[Workload, ...], known: Sequence[Chosen]
+    ) -> Estimate | None:
+        """The fastest choice of at most `limit` bytes, None if there is none; of None the smallest."""
+        found = []
+        for chunk in useful_chunks(self.machine.chunks, workload):
+            parts = [_Parts(self.variant(chosen), chosen, workload, chunk) for chosen in known]
+            for count in range(1, len(parts) + 1):
+                for some in combinations(parts, count):
+                    estimate = _best(some, limit)
+                    if estimate is not None:
+                        found.append(estimate)
+        if limit is None:
+            return min(found, key=lambda e: e.bytes)
+        # Of equal times the first is taken: the larger chunk, K and V.
+        return min(found, key=lambda e: e.seconds, default=None)
+
+    def variant(self, chosen: Chosen) -> Variant:
+        """The model in chosen forms, lowered once."""
+        if chosen not in self._variants:
+            plain = all(form.name == "paged_kv" for form in chosen)
+            model = self.model if plain else kept_in(self.model, chosen, self.runner)
+            lowered = lower_model(model, self.machine, self.runner)
+            pairs = zip(model.facts.sites, self.model.facts.sites, strict=True)
+            clock = Clock(
+                prefill=work_of(lowered.functions["prefill"]),
+                decode=work_of(lowered.functions["decode"]),
+                sites=tuple(Site(kept, graph) for kept, graph in pairs),
+                rates=self.machine.rates,
+                rebuilds=lowered.attention.rebuilds,
+            )
+            self._variants[chosen] = Variant(model, lowered, costs(model, lowered, self.runtime), clock)
+        return self._variants[chosen]
+
+
+class _Parts:
+    """What each layer of a variant takes with one chunk, and what everything else does."""
+
+    def __init__(self, variant: Variant, chosen: Chosen, workload: tuple[Workload, ...], chunk: int) -> None:
+        self.chosen, self.chunk = chosen, chunk
+        draft = Draft(variant.costs, 0, workload, chunk).smallest()
+        self.arena, self.weights = draft.bytes.arena, draft.bytes.weights
+        self.others = draft.bytes.total - draft.bytes.arena - draft.bytes.weights - draft.bytes.pools
+        pages = {index: group.pages for group in draft.groups for index in group.sites}
+        size, sites = draft.page_size, variant.model.facts.sites
+        self.pools = [site.token_bytes() * size * pages[site.index] for site in sites]
+        # Each pool begins on a boundary of its own: what that takes is shared by all.
+        self.others += draft.bytes.pools - sum(self.pools)
+        clock = variant.clock
+        self.seconds = [sum(sum(clock.attention(site, w, chunk)) for w in workload) for site in clock.sites]
+        self.rest = total(clock, workload, chunk) - sum(self.seconds)
+        self.memory = [site.mask.reach.memory for site in sites]
+
+
+def _best(parts: Sequence[_Parts], limit: int | None) -> Estimate | None:
+    """The fastest mix of layers of several variants, with the temporaries of the largest.
+
+    What a variant's other kernels and weights take more than the first's is laid on its layers, equally.
+    """
+    first, count = parts[0], len(parts[0].chosen)
+    fixed = first.others + first.weights + max(p.arena for p in parts)
+    options: list[tuple[Option, ...]] = []
+    for site in range(count):
+        mine = []
+        for p in parts:
+            changed = max(1, sum(a.name != b.name for a, b in zip(p.chosen, first.chosen)))
+            differs = p.chosen[site].name != first.chosen[site].name
+            share = (1 / changed if differs else 0.0) if p is not first else 0.0
+            weights = round((p.weights - first.weights) * share)
+            mine.append(Option(p.pools[site] + weights, p.seconds[site] + (p.rest - first.rest) * share))
+        options.append(tuple(mine))
+    groups = _alike(options, first.memory)
+    items = [Item(key, len(sites)) for key, sites in groups]
+    smallest = sum(min(o.bytes for o in item.options) * item.count for item in items)
+    choice = solve(items, smallest if limit is None else limit - fixed)
+    if choice is None:
+        return None
+    chosen = list(first.chosen)
+    for (_, members), counts in zip(groups, choice.counts, strict=True):
+        which = [p for p, many in zip(parts, counts) for _ in range(many)]
+        for together, p in zip(members, which, strict=True):
+            for site in together:
+                chosen[site] = p.chosen[site]
+    return Estimate(tuple(chosen), first.chunk, fixed + choice.bytes, first.rest + choice.seconds)
+
+
+def _alike(
+    options: Sequence[tuple[Option, ...]], memory: Sequence[bool]
+) -> list[tuple[tuple[Option, ...], list[list[int]]]]:
+    """Layers with the same options; those that read an encoder's output have one form together."""
+    found: dict[tuple[Option, ...], list[list[int]]] = {}
+    for site, key in enumerate(options):
+        if not memory[site]:
+            found.setdefault(key, []).append([site])
+    reading = [site for site, reads in enumerate(memory) if reads]
+    groups = list(found.items())
+    if reading:
+        columns = zip(*(options[site] for site in reading))
+        summed = tuple(Option(sum(o.bytes for o in c), sum(o.seconds for o in c)) for c in columns)
+        groups.append((summed, [reading]))
+    return groups

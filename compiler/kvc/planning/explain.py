@@ -1,0 +1,191 @@
+"""Why a plan is as it is, and what a byte more or less would buy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tvm import IRModule
+
+from kvc_passes.errors import InputError
+from kvc_passes.facts import Plan, Workload
+from kvc_passes.place_arena import Arena
+
+from ..options import format_size
+from ..permissions import parse_permissions
+from ..planner import LONGEST, MOST_REQUESTS, Costs, Draft, fits, most_of
+from .decide import Chosen, Decision, Estimate, Planner
+
+_POINTS: Final = 24
+_TRIED: Final = ("kv-int8", "kv-fp8", "kv-int4", "window=4096,sinks=4")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan on the curve of memory against time."""
+
+    bytes: int
+    """The smallest budget that it fits."""
+    seconds: float
+    """Predicted, of all alternatives of the workload."""
+    chunk: int
+    forms: str
+    """Forms with their numbers of layers."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a permission would buy."""
+
+    allow: str
+    saved: int
+    """Bytes less for the same workload."""
+    context: int
+    """Most tokens of one request within the budget, instead of the plan's."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that a person may ask of a plan."""
+
+    reasons: tuple[tuple[str, str, str], ...]
+    """(layers, form, why)"""
+    curve: tuple[Point, ...]
+    gains: tuple[Gain, ...]
+    gap: float
+    """How much faster another choice could be at most, as a share: the choice is exact."""
+
+
+def explain(planner: Planner, decision: Decision) -> Explanation:
+    """Reasons, the Pareto curve, what permissions would buy."""
+    plan = decision.plan
+    return Explanation(
+        reasons=_reasons(planner, plan),
+        curve=curve(planner, plan.workload),
+        gains=_gains(planner, plan),
+        gap=0.0,
+    )
+
+
+def curve(planner: Planner, workload: tuple[Workload, ...]) -> tuple[Point, ...]:
+    """Plans that no other beats in bytes and in time, in ascending bytes; about _POINTS at most."""
+    known = planner.usual()
+    least, fastest = (planner.estimate(limit, workload, known) for limit in (None, LONGEST << 30))
+    assert least is not None
+    assert fastest is not None
+    step = (fastest.bytes - least.bytes) / (_POINTS - 1)
+    limits = [least.bytes + round(step * i) for i in range(_POINTS)]
+    found = [planner.estimate(limit, workload, known) for limit in limits]
+    points: list[Point] = []
+    for each in found:
+        if each is not None and (not points or each.seconds < points[-1].seconds):
+            points.append(Point(each.bytes, each.seconds, each.chunk, _forms(each)))
+    return tuple(points)
+
+
+def _forms(estimate: Estimate) -> str:
+    counts = Counter(form.name for form in estimate.chosen)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} x{count}" for name, count in counts.items())
+
+
+def longest(planner: Planner, budget: int, batch: int, memory: int) -> int:
+    """Most tokens of context that each of `batch` requests can have; 0 if even one token does not fit."""
+    limit = planner.model.facts.context or LONGEST
+
+    def most(chosen: Chosen) -> int:
+        costs = planner.variant(chosen).costs
+        return most_of(limit, lambda context: fits(costs, budget, Workload(batch, context, memory=memory)))
+
+    return max(map(most, planner.usual()))
+
+
+def most_requests(planner: Planner, budget: int, context: int, memory: int) -> int:
+    """Most requests of `context` tokens at once; 0 if even one does not fit."""
+
+    def most(chosen: Chosen) -> int:
+        costs = planner.variant(chosen).costs
+        return most_of(
+            MOST_REQUESTS, lambda batch: fits(costs, budget, Workload(batch, context, memory=memory))
+        )
+
+    return max(map(most, planner.usual()))
+
+
+def _reasons(planner: Planner, plan: Plan) -> tuple[tuple[str, str, str], ...]:
+    """For layers alike: the form, and why it is no other."""
+    from ..report import ranges
+
+    forms = planner.model.facts.forms
+    runs: dict[tuple[str, str], list[int]] = {}
+    for site, name in enumerate(plan.forms):
+        legal = [f for f in forms[site] if f.legal and f.name in planner.machine.forms]
+        (own,) = [f for f in legal if f.name == name]
+        smaller = [f for f in legal if f.token_bytes < own.token_bytes]
+        if planner.forced:
+            why = "asked for"
+        elif name != "paged_kv":
+            first = forms[site][0].token_bytes
+            share = own.token_bytes / first if first else 1.0
+            why = f"{share:.2f} of the bytes of K and V; all layers as K and V would be slower or not fit"
+        elif smaller:
+            names = ", ".join(f"{f.name} ({f.token_bytes} bytes a token)" for f in smaller)
+            why = f"it fits, and is predicted to be faster than {names}"
+        else:
+            why = "no smaller form is legal (kvc inspect says why)"
+        runs.setdefault((name, why), []).append(site)
+    return tuple((ranges(sites), name, why) for (name, why), sites in runs.items())
+
+
+def _gains(planner: Planner, plan: Plan) -> tuple[Gain, ...]:
+    """Permissions that are not used yet, by the bytes of pages alone."""
+    if planner.forced or any(name != "paged_kv" for name in plan.forms):
+        return ()
+    costs = planner.variant(tuple(f[0] for f in planner.model.facts.forms)).costs
+    used = set(planner.model.facts.allowed)
+    now = Draft(costs, plan.budget, plan.workload, plan.chunk).smallest().bytes.total
+    found = []
+    for text in _TRIED:
+        if used & set(text.split(",")) or any(name.startswith("kv-") for name in used):
+            continue
+        try:
+            sites = parse_permissions(text).applied(costs.facts.sites, costs.page_size)
+        except InputError:
+            continue
+        changed = replace(costs, facts=replace(costs.facts, sites=sites))
+        then = Draft(changed, plan.budget, plan.workload, plan.chunk).smallest().bytes.total
+        context = _longest_alone(changed, plan)
+        if then < now or context > plan.capacities[0].context:
+            found.append(Gain(text, now - then, context))
+    return tuple(found)
+
+
+def _longest_alone(costs: Costs, plan: Plan) -> int:
+    def within(context: int) -> bool:
+        return fits(costs, plan.budget, Workload(1, context, memory=plan.max_memory))
+
+    return most_of(costs.facts.context or LONGEST, within)
+
+
+def timeline(mod: IRModule, bounds: dict[str, int]) -> list[int]:
+    """Bytes of temporaries that are alive at each kernel call of a lowered function."""
+    temporaries = Arena.of(mod).temporaries
+    last = max((t.last for t in temporaries), default=0)
+    change = [0] * (last + 2)
+    for t in temporaries:
+        size = t.size(bounds)
+        change[t.first] += size
+        change[t.last + 1] -= size
+    alive, total = [], 0
+    for step in change[:-1]:
+        total += step
+        alive.append(total)
+    return alive
+
+
+def described(points: Sequence[Point]) -> list[tuple[str, str, str, str]]:
+    """The curve in words: memory, predicted time, chunk, forms."""
+    return [(format_size(p.bytes), f"{p.seconds:.2f} s", str(p.chunk), p.forms) for p in points]

@@ -1,0 +1,135 @@
+"""Plans as files: saved by `kvc plan --save`, edited by a person, checked again by `kvc compile --plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvc_passes.errors import BudgetError, InputError
+from kvc_passes.facts import STATE_FORMS, FormName, Plan, Workload, plan_from_json
+from kvc_passes.state_forms import KEYS
+
+from ..compilation import judged, legal_forms
+from ..options import format_size
+from ..planner import Draft, check_workload
+from .decide import Decision, Planner
+
+_FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """A plan and what else compiling by it takes.
+
+    Of the plan, budget, workload, chunk, forms and the groups' pages and max_context are obeyed; all else
+    follows from them and is counted again.
+    """
+
+    model: str
+    target: str
+    allow: tuple[str, ...]
+    plan: Plan
+
+
+def save_plan(path: Path, saved: SavedPlan) -> None:
+    """Write a plan as JSON. Raises InputError where it cannot be written."""
+    text = json.dumps({"kvc_plan": _FORMAT, **dataclasses.asdict(saved)}, indent=2) + "\n"
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(f"{path}: the plan cannot be written ({error.strerror})") from None
+
+
+def read_plan(path: Path) -> SavedPlan:
+    """Read what `save_plan` wrote. Raises InputError on any other file."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        if data["kvc_plan"] != _FORMAT:
+            raise ValueError(f"format {data['kvc_plan']}")
+        plan = plan_from_json(json.dumps(data["plan"]))
+        _check_numbers(plan)
+        return SavedPlan(str(data["model"]), str(data["target"]), tuple(map(str, data["allow"])), plan)
+    except OSError as error:
+        raise InputError(f"{path}: the plan cannot be read ({error.strerror})") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no plan that kvc plan --save wrote, or was edited wrongly: {error}"
+        ) from None
+
+
+def _check_numbers(plan: Plan) -> None:
+    """Raises ValueError where a number that is obeyed makes no sense."""
+    numbers = {"budget": plan.budget, "chunk": plan.chunk, "max_context": plan.max_context}
+    numbers |= {f"pages of group {i}": group.pages for i, group in enumerate(plan.groups)}
+    for w in plan.workload:
+        numbers |= {f"the batch of {w}": w.batch, f"the context of {w}": w.context}
+    for name, number in numbers.items():
+        if type(number) is not int or not 0 < number < 1 << 63:
+            raise ValueError(f"{name} is {number!r}")
+    if not plan.workload:
+        raise ValueError("the workload is empty")
+    for form in plan.forms:
+        if form not in STATE_FORMS:
+            raise ValueError(f"there is no form of state {form!r}")
+
+
+def checked(planner: Planner, saved: SavedPlan, where: Path) -> Decision:
+    """The decision that a saved plan asks for, every byte counted anew.
+
+    Raises InputError where it is not legal for the model, BudgetError where it is beyond its budget.
+    """
+    plan, facts = saved.plan, planner.model.facts
+    if saved.model != facts.name or len(plan.forms) != len(facts.sites):
+        raise InputError(
+            f"{where} is a plan for {saved.model} with {len(plan.forms)} layers, not for {facts.name} with "
+            f"{len(facts.sites)}"
+        )
+    check_workload(facts, plan.workload)
+    forms: tuple[FormName, ...] = plan.forms
+    if set(forms) & set(KEYS):
+        planner.model = judged(planner.model, planner.runner)
+    for form in forms:
+        if form not in planner.machine.forms:
+            raise InputError(f"{where}: there are no kernels for {form} on the target {saved.target} yet")
+    chosen = legal_forms(planner.model, forms, f"{where}: {{}}")
+    variant = planner.variant(chosen)
+    draft = Draft(variant.costs, plan.budget, plan.workload, plan.chunk)
+    needed = draft.smallest()
+    if len(needed.groups) != len(plan.groups):
+        raise InputError(
+            f"{where}: the model has {len(needed.groups)} groups of layers, not {len(plan.groups)}"
+        )
+    for number, (given, least) in enumerate(zip(plan.groups, needed.groups)):
+        if given.pages < least.pages:
+            raise InputError(
+                f"{where}: group {number} has {given.pages} pages; the workload "
+                f"{','.join(map(str, plan.workload))} needs {least.pages}"
+            )
+    context = max(plan.max_context, *(w.context for w in plan.workload))
+    if facts.context is not None:
+        context = min(context, facts.context)
+    whole = draft.with_pages([group.pages for group in plan.groups], context)
+    _check_budget(whole, where)
+    return planner.finished(whole, variant, chosen)
+
+
+def _check_budget(plan: Plan, where: Path) -> None:
+    total = plan.bytes.total
+    if total > plan.budget:
+        b = plan.bytes
+        raise BudgetError(
+            f"{where}: the plan takes {total} bytes ({format_size(total)}), its budget is {plan.budget}: "
+            f"weights {format_size(b.weights)}, KV pages {format_size(b.pools)}, temporaries "
+            f"{format_size(b.arena)}, logits and tables {format_size(b.outputs + b.tables)}, the process "
+            f"{format_size(b.runtime)}; raise its budget, or lower the pages or the chunk",
+            needed=total,
+            given=plan.budget,
+        )
+
+
+def workload_text(workload: tuple[Workload, ...]) -> str:
+    """As a user writes it."""
+    return ",".join(map(str, workload))

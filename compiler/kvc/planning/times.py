@@ -1,0 +1,130 @@
+"""Predicted seconds of a workload: attention by what layers keep, everything else by the kernels' work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from kvc_passes.facts import AttentionSite, Reach, Times, Workload
+
+from .rates import Rates
+from .work import Work
+
+_ANSWER: Final = 256
+"""A quarter of a request's tokens are its answer, this many at most: what a chat does."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention with what it keeps, and as it stands in the graph."""
+
+    kept: AttentionSite
+    plain: AttentionSite
+
+    def decode(self, rates: Rates, batch: int, keys: float) -> float:
+        """Seconds of one step of `batch` sequences that each see so many keys."""
+        kept = replace(self.kept, owner=None)
+        flops = 2 * kept.heads * (kept.query_dim + kept.value_dim) * keys * batch
+        rate = (rates.shared if kept.shared else rates.attention)[1]
+        return rates.call + max(kept.token_bytes() * keys * batch / rates.read, flops / rate)
+
+    def prefill(self, rates: Rates, pairs: float, rebuilt: float) -> float:
+        """Seconds for so many pairs of a query and a key that it sees; `rebuilt`: keys made again."""
+        site = self.kept
+        if site.kept in ("x_absorbed", "mla_latent", "encoder_output") and rebuilt:
+            plain = self.plain
+            products = 2 * plain.kv_heads * (plain.head_dim + plain.value_dim) * site.value_dim * rebuilt
+            pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
+            return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
+        rate = (rates.shared if site.shared else rates.attention)[0]
+        return rates.call + 2 * site.heads * (site.query_dim + site.value_dim) * pairs / rate
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times of one model in one form on one target.
+
+    Attributes:
+        prefill, decode: what their kernels do beside attention.
+        sites: the attentions.
+        rebuilds: whether prefill makes keys and values again where they are not kept.
+    """
+
+    prefill: Work
+    decode: Work
+    sites: tuple[Site, ...]
+    rates: Rates
+    rebuilds: bool
+
+    def times(self, workload: Workload, chunk: int) -> Times:
+        """What the workload takes, served as one batch."""
+        rest = self.rest(workload, chunk)
+        found = [self.attention(site, workload, chunk) for site in self.sites]
+        prefill = rest[0] + sum(pair[0] for pair in found)
+        decode = rest[1] + sum(pair[1] for pair in found)
+        answer = answer_of(workload)
+        prompts = _computed(workload)
+        return Times(prefill, decode, prompts, workload.batch * answer)
+
+    def rest(self, workload: Workload, chunk: int) -> tuple[float, float]:
+        """Seconds of everything but attention, in prefill and in decode."""
+        computed, answer = _computed(workload), answer_of(workload)
+        whole, part = divmod(computed, chunk)
+        asked = max(1, min(workload.batch, round(workload.batch * chunk / computed)))
+        prefill = whole * self.prefill.seconds(self.rates, chunk, asked)
+        prefill += self.prefill.seconds(self.rates, part, asked) if part else 0.0
+        return prefill, answer * self.decode.seconds(self.rates, workload.batch, workload.batch)
+
+    def attention(self, site: Site, workload: Workload, chunk: int) -> tuple[float, float]:
+        """Seconds of one layer's attention, in prefill and in decode."""
+        prompt, answer = workload.context - answer_of(workload), answer_of(workload)
+        reach = site.kept.mask.reach
+        keys = workload.memory if reach.memory else _seen(reach, prompt + answer / 2)
+        decode = answer * site.decode(self.rates, workload.batch, keys)
+        begin = workload.prefix
+        pairs = _pairs(reach, prompt, workload.memory) * workload.batch
+        if begin:
+            pairs -= (workload.batch - 1) * _pairs(reach, begin, workload.memory)
+        calls = max(1.0, _computed(workload) / chunk)
+        # A call makes the keys that its tokens see again: on average half of what is there.
+        per_request = max(1.0, prompt / chunk)
+        behind = workload.memory if reach.memory else min(_seen(reach, prompt / 2 + chunk / 2), prompt)
+        rebuilt = behind * per_request * workload.batch if self.rebuilds else 0.0
+        prefill = site.prefill(self.rates, pairs, rebuilt) + (calls - 1) * self.rates.call
+        return prefill, decode
+
+
+def answer_of(workload: Workload) -> int:
+    """Tokens of a request that are taken for its answer."""
+    return min(_ANSWER, max(1, workload.context // 4)) if workload.context > 1 else 0
+
+
+def total(clock: Clock, workload: Sequence[Workload], chunk: int) -> float:
+    """Seconds of all alternatives of a workload, one after the other."""
+    return sum(clock.times(w, chunk).seconds for w in workload)
+
+
+def _computed(workload: Workload) -> int:
+    """Prompt tokens that are computed."""
+    prompt = workload.context - answer_of(workload)
+    shared = min(workload.prefix, prompt)
+    return workload.batch * prompt - (workload.batch - 1) * shared
+
+
+def _seen(reach: Reach, position: float) -> float:
+    """Keys that a query at a position sees, on average about it."""
+    if reach.window is not None:
+        return min(position, reach.window + reach.sinks)
+    return min(position, reach.chunk / 2) if reach.chunk is not None else position
+
+
+def _pairs(reach: Reach, tokens: int, memory: int) -> float:
+    """Pairs of a query among the first `tokens` and a key that it sees."""
+    if reach.memory:
+        return float(tokens) * memory
+    if reach.chunk is not None:
+        whole, part = divmod(tokens, reach.chunk)
+        return (whole * reach.chunk**2 + part**2) / 2
+    width = tokens if reach.window is None else min(tokens, reach.window + reach.sinks)
+    return width * width / 2 + (tokens - width) * float(width)

@@ -1,0 +1,116 @@
+"""What the kernels of a lowered function do beside attention: weights multiplied, bytes moved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from tvm import IRModule, relax
+from tvm.ir import GlobalVar
+
+from kvc_passes.graph import dims, static
+from kvc_passes.place_arena import element_bytes, evaluate
+
+from .rates import Rates
+
+_LEAST_WEIGHTS: Final = 4096
+"""Fewer numbers are a norm's or a bias's, which no product reads."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kernel that is called once for all tokens; bytes and rows are `fixed` plus so many for n and r.
+
+    n: tokens of a call. r: rows whose logits are wanted. b: sequences.
+    """
+
+    kind: Literal["product", "other"]
+    weights: int
+    """Numbers of the weight that is multiplied, 0 for others."""
+    bits: int
+    rows: Literal["n", "r", "1"]
+    moved: tuple[int, int, int]
+    """Bytes that others read and write: fixed, for each of n, for each of r."""
+
+    def seconds(self, rates: Rates, n: int, r: int) -> float:
+        if self.kind == "product":
+            rows = {"n": n, "r": r, "1": 1}[self.rows]
+            return rates.call + rates.product(self.bits, self.weights, rows)
+        fixed, each, asked = self.moved
+        return rates.call + (fixed + each * n + asked * r) / rates.element
+
+
+@dataclass(frozen=True)
+class Work:
+    """The kernels of a function, and how often each is called."""
+
+    steps: tuple[tuple[Step, int], ...]
+
+    def seconds(self, rates: Rates, n: int, r: int) -> float:
+        """Of one call for n tokens and r rows of logits, without attention."""
+        return sum(count * step.seconds(rates, n, r) for step, count in self.steps)
+
+
+def work_of(mod: IRModule) -> Work:
+    """Read the kernel calls of `main`, those that see a block table left out."""
+    function = mod["main"]
+    params = dict.fromkeys(function.params)
+    counts: Counter[Step] = Counter()
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if isinstance(call, relax.Call) and isinstance(call.op, GlobalVar):
+                step = _step(call, params)
+                if step is not None:
+                    counts[step] += 1
+    return Work(tuple(counts.items()))
+
+
+def _step(call: relax.Call, params: Mapping[relax.Var, None]) -> Step | None:
+    tensors = [a for a in call.args if isinstance(a, relax.Var) and isinstance(a.ty, relax.TensorType)]
+    names = [a.name for a in tensors]
+    if any(name.startswith("block_table") for name in names):
+        return None
+    state = [a for a in tensors if any(str(d).startswith("pages") for d in dims(a))]
+    moved = [a for a in tensors if a not in state]
+    constant = [a for a in moved if a in params and all(static(d) is not None for d in dims(a))]
+    weights = [a for a in constant if _count(a, {}) >= _LEAST_WEIGHTS]
+    name = call.op.name_hint
+    if weights and "embedding" not in name:
+        size = sum(_bytes(a, {}) for a in weights)
+        inner, outer = static(dims(moved[0])[-1]) or 1, static(dims(moved[-1])[-1]) or 1
+        largest = max(_count(a, {}) for a in weights)
+        coded = any("int8" in str(a.ty.dtype.dtype) for a in weights)
+        number = inner * outer if coded else largest
+        return Step("product", number, round(8 * size / number), _rows(moved[-1]), (0, 0, 0))
+    read = [a for a in moved if a not in weights]
+    at = [sum(_bytes(a, {"n": n, "r": r, "b": 1}) for a in read) for n, r in ((0, 0), (1, 0), (0, 1))]
+    return Step("other", 0, 0, "1", (at[0], at[1] - at[0], at[2] - at[0]))
+
+
+def _rows(result: relax.Var) -> Literal["n", "r", "1"]:
+    symbols = {str(d) for d in dims(result) if static(d) is None}
+    return "n" if "n" in symbols else "r" if "r" in symbols else "1"
+
+
+def _count(tensor: relax.Var, bounds: Mapping[str, int]) -> int:
+    count = 1
+    for dim in dims(tensor):
+        count *= evaluate(dim, _Any(bounds))
+    return count
+
+
+def _bytes(tensor: relax.Var, bounds: Mapping[str, int]) -> int:
+    return _count(tensor, bounds) * element_bytes(str(tensor.ty.dtype.dtype))
+
+
+class _Any(dict[str, int]):
+    """Bounds in which other symbols, such as those of tables, are 1."""
+
+    def __missing__(self, key: str) -> int:
+        return 1
+
+    def __contains__(self, key: Any) -> bool:
+        return True
