@@ -17,7 +17,7 @@ from kvc_passes.errors import BudgetError, Error, InputError, PlanningError, Tar
 from kvc_passes.facts import ModelFacts, Plan, Workload
 
 if TYPE_CHECKING:
-    from .api import compile, inspect, plan
+    from .api import compile, inspect, plan, planner
     from .artifact import Artifact
     from .checks import verify
     from .graphs import CompiledGraph, compile_graph
@@ -45,11 +45,12 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "planner",
     "verify",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("compile", "inspect", "plan"), ".api"),
+    **dict.fromkeys(("compile", "inspect", "plan", "planner"), ".api"),
     **dict.fromkeys(("Completion", "SamplingParams", "Session", "load"), ".runtime"),
     "Artifact": ".artifact",
     **dict.fromkeys(("CompiledGraph", "compile_graph"), ".graphs"),

@@ -28,7 +28,9 @@ from .frontend.importer import import_onnx
 from .frontend.reader import require_file
 from .machine import Machine
 from .pipeline import Runner
+from .planning.available import available
 from .planning.decide import Decision, Planner
+from .planning.saved import checked, read_plan
 from .targets import parse_target
 
 Report = Callable[[str], None]
@@ -37,12 +39,13 @@ Report = Callable[[str], None]
 def compile(
     path: str | os.PathLike[str],
     *,
-    budget: str | int,
-    workload: str | Workload | Iterable[str | Workload],
+    budget: str | int | None = None,
+    workload: str | Workload | Iterable[str | Workload] | None = None,
     output: str | os.PathLike[str] | None = None,
     target: str = "cpu",
     allow: str | Iterable[str] = (),
     state: str | None = None,
+    plan: str | os.PathLike[str] | None = None,
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
     report: Report | None = None,
@@ -52,7 +55,8 @@ def compile(
 
     Args:
         path: the .onnx file; tokenizer files are taken from `<model>.assets/` or the file's folder.
-        budget: most bytes that the running process may use: "8GB" (10^9), "512MiB" (2^20) or a number.
+        budget: most bytes that the running process may use: "8GB" (10^9), "512MiB" (2^20), a number, or
+            "auto", what the target's memory has free now.
         workload: batch x context in tokens, alternatives separated by commas: "8x256,1x2048".
         output: the artifact's folder, `<model>.kvc` beside the model by default.
         target: "cpu" (this machine's), "cpu:<LLVM name of a CPU>", such as "cpu:x86-64-v3", or "cuda" and
@@ -60,8 +64,10 @@ def compile(
         allow: permissions to change results beyond rounding, none by default: "window=4096,sinks=4",
             "kv-int8", ...: all are in permissions.KNOWN.
         state: the form that all layers keep their state in, one of STATE_FORMS, or one for attention over
-            the model's own tokens and "encoder_output": "x_absorbed,encoder_output". By default keys and
-            values if the workload fits with them, else the smallest form of each layer that is as exact.
+            the model's own tokens and "encoder_output": "x_absorbed,encoder_output". By default the
+            exact forms and the prefill chunk with which the workload is predicted to take the least time.
+        plan: a file that `kvc plan --save` wrote, perhaps edited: budget, workload, target, permissions and
+            forms are taken from it, and everything is checked again.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
@@ -82,10 +88,9 @@ def compile(
     destination = Path(output) if output is not None else source.with_suffix(".kvc")
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: the output would replace the model; give another --output")
-    size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
-    allowed = parse_permissions(allow)
+    decide = _wanted(source, budget, workload, target, allow, state, plan, runner)
     with ArtifactWriter(destination, force=force) as writer:
-        decision = _planned(source, machine, allowed, state, size, alternatives, runner)
+        decision = decide()
         model, lowered = decision.variant.model, decision.variant.lowered
         for library in build_libraries(lowered, decision.plan, writer.folder, runner):
             writer.add(library)
@@ -108,22 +113,67 @@ def plan(
     report: Report | None = None,
 ) -> Plan:
     """The plan that `compile` would build, without generating code. Arguments and errors as for `compile`."""
-    source, runner = Path(path), _runner(None, report)
-    size, alternatives, machine = parse_size(budget), parse_workload(workload), parse_target(target)
-    return _planned(source, machine, parse_permissions(allow), state, size, alternatives, runner).plan
+    alternatives, machine = parse_workload(workload), parse_target(target)
+    size = budget_of(budget, machine)
+    return (
+        planner(path, target=target, allow=allow, state=state, report=report).decide(size, alternatives).plan
+    )
 
 
-def _planned(
+def planner(
+    path: str | os.PathLike[str],
+    *,
+    target: str = "cpu",
+    allow: str | Iterable[str] = (),
+    state: str | None = None,
+    report: Report | None = None,
+) -> Planner:
+    """A model, proved, to be planned for any budgets and workloads: `planner.decide(budget, workload)`.
+
+    Arguments and errors as for `compile`; importing and proving is done once, here.
+    """
+    source, machine = Path(path), parse_target(target)
+    require_file(source)
+    return planner_of(source, machine, parse_permissions(allow), state, _runner(None, report))
+
+
+def budget_of(budget: str | int, machine: Machine) -> int:
+    """Bytes of a budget; of "auto" what the target's memory has free. Raises InputError, TargetError."""
+    if budget == "auto":
+        return available(machine.description["kind"])
+    return parse_size(budget)
+
+
+def _wanted(
     source: Path,
-    machine: Machine,
-    allow: Permissions,
+    budget: str | int | None,
+    workload: str | Workload | Iterable[str | Workload] | None,
+    target: str,
+    allow: str | Iterable[str],
     state: str | None,
-    budget: int,
-    workload: tuple[Workload, ...],
+    plan: str | os.PathLike[str] | None,
     runner: Runner,
-) -> Decision:
-    """Import, prove, lower and plan a model."""
-    return planner_of(source, machine, allow, state, runner).decide(budget, workload)
+) -> Callable[[], Decision]:
+    """Check what was asked for; what is returned decides it."""
+    if plan is None:
+        if budget is None or workload is None:
+            raise InputError("a budget and a workload are needed, or a saved plan")
+        machine = parse_target(target)
+        size, alternatives, allowed = (
+            budget_of(budget, machine),
+            parse_workload(workload),
+            parse_permissions(allow),
+        )
+        return lambda: planner_of(source, machine, allowed, state, runner).decide(size, alternatives)
+    given = {"budget": budget, "workload": workload, "state": state, "allow": tuple(allow) or None}
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"--plan says the {name}, too: give one of them, or edit the plan")
+    if target != "cpu":
+        raise InputError("--plan says the target, too: give one of them, or edit the plan")
+    saved = read_plan(Path(plan))
+    machine, allowed = parse_target(saved.target), parse_permissions(saved.allow)
+    return lambda: checked(planner_of(source, machine, allowed, None, runner), saved, Path(plan))
 
 
 def planner_of(

@@ -121,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     compile_ = command("compile", _compile, "compile an ONNX decoder into an artifact that keeps to a budget")
     _add_model(compile_)
     _add_budget(compile_)
+    compile_.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="compile as this file of kvc plan --save says, instead of a budget",
+    )
     compile_.add_argument("-o", "--output", type=Path, help="the artifact's folder (MODEL.kvc)")
     compile_.add_argument("--force", action="store_true", help="replace an artifact that is there already")
     compile_.add_argument("--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR")
@@ -128,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show how a budget would be spent, without compiling")
     _add_model(plan)
     _add_budget(plan)
-    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_plan(plan)
+    profile = command("profile", _profile, "measure how fast this machine is, for the times of plans")
+    profile.add_argument("--target", default="cpu", help="cpu, or cpu:NAME of a CPU that LLVM knows (cpu)")
     inspect = command("inspect", _inspect, "show what can be proved about an ONNX model")
     _add_model(inspect)
     inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
@@ -163,10 +171,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--budget", required=True, help="most memory to use: 8GB, 512MiB, or bytes")
+    parser.add_argument("--budget", help="most memory to use: 8GB, 512MiB, bytes, or auto: what is free now")
     parser.add_argument(
         "--workload",
-        required=True,
         help="batch x context: 8x256, alternatives 8x256,1x2048, a common prefix 8x256/100, rows of an "
         "encoder's output 4x448+1500",
     )
@@ -181,6 +188,27 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="cpu, cpu:NAME of a CPU that LLVM knows, cuda, or cuda:sm_80,sm_90 (cpu)",
     )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--max-context",
+        metavar="REQUESTS",
+        help="not a workload: the longest context of so many requests",
+    )
+    wanted.add_argument(
+        "--max-batch", metavar="TOKENS", help="instead of a workload: the most requests of so many tokens"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, for kvc compile --plan")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw memory against time: FILE.svg, .png or .html",
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows the plan")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -251,7 +279,8 @@ def _compile(options: argparse.Namespace) -> int:
     import time
 
     from .api import compile
-    from .report import plan_tables, timing_table
+    from .plan_report import plan_tables
+    from .report import timing_table
 
     start = time.perf_counter()
     with _progress() as report:
@@ -264,6 +293,7 @@ def _compile(options: argparse.Namespace) -> int:
             target=options.target,
             allow=options.allow,
             state=options.state,
+            plan=options.plan,
             force=options.force,
             dump=options.dump,
             report=report,
@@ -278,25 +308,20 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from kvc_passes.facts import to_json
-
-    from .api import plan
-    from .report import plan_tables
+    from .plan_command import run
 
     with _progress() as report:
-        result = plan(
-            options.model,
-            budget=options.budget,
-            workload=options.workload,
-            target=options.target,
-            allow=options.allow,
-            state=options.state,
-            report=report,
-        )
-    if options.json:
-        print(to_json(result), end="")
-    else:
-        _print(*plan_tables(result, options.model.stem))
+        tables, status = run(options, report)
+    _print(*tables)
+    return status
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from .plan_command import profile_machine
+
+    with _progress() as report:
+        tables = profile_machine(options.target, report)
+    _print(*tables)
     return 0
 
 

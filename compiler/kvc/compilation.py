@@ -191,7 +191,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
 
     @cache
     def arena(chunk: int, batch: int) -> int:
-        return max(a.size(_bounds(phase, chunk, batch)) for phase, a in arenas.items())
+        return max(a.size(bounds_of(phase, chunk, batch)) for phase, a in arenas.items())
 
     sizes = [tensor.bytes for tensor in lowered.tensors.values()]
     return Costs(
@@ -207,7 +207,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
     )
 
 
-def _bounds(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
+def bounds_of(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
     return {"n": batch if phase == "decode" else chunk, "r": batch, "b": batch}
 
 
@@ -217,7 +217,7 @@ def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) 
     Raises TargetError without a linker, or without what else the target needs.
     """
     finished = {
-        phase: finish(mod, phase, _bounds(phase, plan.chunk, plan.max_batch), plan.bytes.arena, runner)
+        phase: finish(mod, phase, bounds_of(phase, plan.chunk, plan.max_batch), plan.bytes.arena, runner)
         for phase, mod in lowered.functions.items()
     }
     module = join(finished)

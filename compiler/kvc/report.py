@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from kvc_passes.facts import AttentionSite, ModelFacts, Plan, Reach, StateForm, Workload
+from kvc_passes.facts import AttentionSite, ModelFacts, StateForm
 
 from .options import format_size
 
@@ -19,71 +19,9 @@ if TYPE_CHECKING:
     from .checks import Check
 
 
-def _row(table: Table, *cells: str | Text) -> None:
+def add_row(table: Table, *cells: str | Text) -> None:
     """Add a row of texts as they are: names of files and nodes may look like markup."""
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
-
-
-def plan_tables(plan: Plan, facts_name: str) -> list[Table]:
-    """Every byte of a plan and what it is for, and what the layers keep."""
-    return [_bytes_table(plan, facts_name), _groups_table(plan)]
-
-
-def _bytes_table(plan: Plan, facts_name: str) -> Table:
-    b, on_gpu = plan.bytes, plan.target["kind"] == "cuda"
-    process = "interpreter, libraries, tokenizer, threads (measured on this machine)"
-    lines = [
-        ("weights", b.weights, "copied to the GPU" if on_gpu else "memory-mapped from the artifact"),
-        ("KV pages", b.pools, f"pages of {plan.page_size} tokens, see below"),
-        ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens"),
-        ("logits", b.outputs, f"{plan.max_batch} rows, and the sampler's scratch"),
-        ("tables", b.tables, f"block tables {plan.max_batch} x {plan.table_width}, positions, slots"),
-        ("process", b.runtime, "CUDA's context and the machine code (a bound)" if on_gpu else process),
-    ]
-    workloads = ",".join(map(str, plan.workload))
-    table = Table(
-        title=Text(f"{facts_name}: {workloads} in {format_size(plan.budget)}"), title_justify="left"
-    )
-    table.add_column("", no_wrap=True)
-    table.add_column("bytes", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("")
-    for name, size, meaning in lines:
-        _row(table, name, f"{size:,}", f"{size / plan.budget:.1%}", meaning)
-    table.add_section()
-    _row(
-        table,
-        "promised",
-        f"{b.total:,}",
-        f"{b.total / plan.budget:.1%}",
-        "the most GPU memory it will use" if on_gpu else "the most this process will use",
-    )
-    _row(table, "budget", f"{plan.budget:,}", "", f"up to {plan.max_context} tokens a sequence")
-    return table
-
-
-def _groups_table(plan: Plan) -> Table:
-    """What layers keep of a token, of how many, and what the budget could hold besides."""
-    table = Table(title="state", title_justify="left")
-    for name in ("layers", "form", "keeps", "pages", "tokens", "bytes", "bytes a token"):
-        table.add_column(name, justify="left" if name in ("layers", "form", "keeps") else "right")
-    for group in plan.groups:
-        size = group.pages * group.page_bytes
-        numbers = (group.pages, group.pages * plan.page_size, size, group.page_bytes // plan.page_size)
-        _row(table, ranges(group.sites), group.form, _keeps(group.reach), *(f"{n:,}" for n in numbers))
-    alone, *others = plan.capacities
-    most = [_requests(w) for w in others]
-    table.caption = Text(
-        f"within this budget at most: {alone.context:,} tokens for one request; {'; '.join(most)}"
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def _requests(workload: Workload) -> str:
-    count = f"{workload.batch:,} request{'s' * (workload.batch != 1)} of {workload.context:,} tokens"
-    count += f", {workload.prefix:,} of them in common" if workload.prefix else ""
-    return count + (f", and {workload.memory:,} rows of an encoder's output" if workload.memory else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -95,34 +33,23 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def _keeps(reach: Reach) -> str:
-    """Which tokens a sequence keeps."""
-    if reach.memory:
-        return "all rows of the encoder's output"
-    if reach.chunk is not None:
-        return f"a chunk of {reach.chunk}"
-    if reach.window is None:
-        return "all tokens"
-    return (
-        f"the first {reach.sinks} and the last {reach.window}" if reach.sinks else f"the last {reach.window}"
-    )
-
-
 def model_tables(facts: ModelFacts) -> list[Table]:
     """What was proved about a model."""
     summary = Table(title=Text(facts.name), title_justify="left", show_header=False)
     parameters = ", ".join(f"{format_size(size)} {dtype}" for dtype, size in facts.parameter_bytes.items())
     context = "unbounded" if facts.context is None else f"{facts.context} positions"
-    _row(summary, "parameters", parameters)
-    _row(summary, "vocabulary", f"{facts.vocab} tokens, {facts.logits} logits")
-    _row(summary, "context", context)
-    _row(summary, "KV state", f"{facts.kv_token_bytes():,} bytes a token over {len(facts.sites)} layers")
+    add_row(summary, "parameters", parameters)
+    add_row(summary, "vocabulary", f"{facts.vocab} tokens, {facts.logits} logits")
+    add_row(summary, "context", context)
+    add_row(summary, "KV state", f"{facts.kv_token_bytes():,} bytes a token over {len(facts.sites)} layers")
     if facts.memory is not None:
         width, dtype = facts.memory
         size = f"{facts.memory_row_bytes():,} bytes a row"
-        _row(summary, "encoder's output", f"rows of {width} {dtype} numbers; state {size}")
-    _row(summary, "positions", f"proved from {', '.join(facts.positions) or 'nothing: the model uses none'}")
-    _row(summary, "token-wise", f"proved: of {facts.nodes} ONNX nodes, only attention mixes tokens")
+        add_row(summary, "encoder's output", f"rows of {width} {dtype} numbers; state {size}")
+    add_row(
+        summary, "positions", f"proved from {', '.join(facts.positions) or 'nothing: the model uses none'}"
+    )
+    add_row(summary, "token-wise", f"proved: of {facts.nodes} ONNX nodes, only attention mixes tokens")
     sites = Table(title="attention", title_justify="left")
     for name in (
         "sites",
@@ -139,7 +66,7 @@ def model_tables(facts: ModelFacts) -> list[Table]:
     ):
         sites.add_column(name, justify="right" if name in ("heads", "KV heads", "dim", "scale") else "left")
     for _, group in groupby(facts.sites, key=_geometry):
-        _row(sites, *_site_row(list(group)))
+        add_row(sites, *_site_row(list(group)))
     return [summary, sites, _forms_table(facts)]
 
 
@@ -156,7 +83,9 @@ def _forms_table(facts: ModelFacts) -> Table:
         pairs = list(run)
         for i, form in enumerate(pairs[0][1]):
             size = f"{form.token_bytes:,}" if form.legal else "not legal"
-            _row(table, "" if i else ranges([site.index for site, _ in pairs]), form.name, size, form.detail)
+            add_row(
+                table, "" if i else ranges([site.index for site, _ in pairs]), form.name, size, form.detail
+            )
         table.add_section()
     return table
 
@@ -219,7 +148,7 @@ def check_table(checks: Sequence[Check], name: str) -> Table:
         verdict = Text("kept", "green") if check.passed else Text("BROKEN", "red")
         if math.isinf(check.limit) and check.passed:
             verdict = Text("allowed", "yellow")
-        _row(
+        add_row(
             table,
             check.name,
             check.detail,
@@ -237,7 +166,7 @@ def timing_table(timings: Sequence[tuple[str, float, int]]) -> Table:
     table.add_column("seconds", justify="right")
     table.add_column("places changed", justify="right")
     for name, seconds, sites in timings:
-        _row(table, name, f"{seconds:.3f}", str(sites) if sites else "(unchanged)")
+        add_row(table, name, f"{seconds:.3f}", str(sites) if sites else "(unchanged)")
     table.add_section()
-    _row(table, "all", f"{sum(t[1] for t in timings):.3f}", "")
+    add_row(table, "all", f"{sum(t[1] for t in timings):.3f}", "")
     return table

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from kvc.checks import Check
 from kvc.options import format_size, parse_size, parse_workload
-from kvc.report import check_table, model_tables, plan_tables, timing_table
+from kvc.plan_report import plan_tables
+from kvc.report import check_table, model_tables, timing_table
 from kvc_passes.errors import InputError
 from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
 

@@ -1,0 +1,139 @@
+"""`kvc plan` and `kvc profile`: plans for one budget or several, saved, drawn and explained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from kvc_passes.errors import BudgetError, InputError, TargetError
+from kvc_passes.facts import Workload, to_json
+
+from .api import budget_of, planner
+from .machine import CpuMachine
+from .options import parse_workload
+from .plan_report import comparison_table, plan_tables, rates_table, reason_tables
+from .planning.decide import Decision, Planner
+from .planning.explain import Explanation, explain, longest, most_requests
+from .planning.rates import save
+from .planning.saved import SavedPlan, save_plan
+from .targets import parse_target
+
+Report = Callable[[str], None]
+
+
+def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int]:
+    """What to print, and the exit status: 2 where no budget works. Raises kvc's errors."""
+    if not options.budget:
+        raise InputError("the budget is missing; give --budget 8GB, or --budget auto")
+    if not (options.workload or options.max_context or options.max_batch):
+        raise InputError("give a --workload, such as 8x256, or --max-context REQUESTS or --max-batch TOKENS")
+    if options.workload and (options.max_context or options.max_batch):
+        raise InputError("--max-context and --max-batch find a workload: give no --workload beside them")
+    for path in (options.plot, options.report):
+        if path is not None:
+            _require_plots(path)
+    machine = parse_target(options.target)
+    budgets = [budget_of(text.strip(), machine) for text in options.budget.split(",")]
+    alternatives = parse_workload(options.workload) if options.workload else None
+    if len(budgets) > 1 and (options.json or options.save or options.plot or options.report):
+        raise InputError("--json, --save, --plot and --report show one plan: give one budget")
+    built = planner(
+        options.model, target=options.target, allow=options.allow, state=options.state, report=report
+    )
+    report("plan")
+    if len(budgets) > 1:
+        return _compared(built, budgets, [alternatives or _found(built, b, options) for b in budgets])
+    workload = alternatives or _found(built, budgets[0], options)
+    decision = built.decide(budgets[0], workload)
+    return _shown(options, built, decision), 0
+
+
+def _found(built: Planner, budget: int, options: argparse.Namespace) -> tuple[Workload, ...]:
+    """The largest workload of --max-context or --max-batch."""
+    name = "--max-context" if options.max_context else "--max-batch"
+    text = options.max_context or options.max_batch
+    number, _, rows = text.partition("+")
+    try:
+        given, memory = int(number), int(rows or 0)
+    except ValueError:
+        given = memory = 0
+    if given < 1 or memory < 0:
+        raise InputError(f"{name} {text}: give a number, at least 1")
+    reads = built.model.facts.reads_memory
+    if reads != bool(memory):
+        hint = f"write {name} {given}+1500" if reads else "the model reads none"
+        raise InputError(f"{name} {text}: rows of an encoder's output: {hint}")
+    limit = built.model.facts.context
+    if name == "--max-batch" and limit is not None and given > limit:
+        raise InputError(f"--max-batch {text}: the model has {limit} positions")
+    find = longest if options.max_context else most_requests
+    most = find(built, budget, given, memory)
+    if most == 0:
+        one = Workload(given, 1, memory=memory) if options.max_context else Workload(1, given, memory=memory)
+        built.decide(budget, (one,))  # says why it does not fit
+        raise BudgetError(
+            f"{name} {text}: nothing fits {budget} bytes", needed=built.least((one,)), given=budget
+        )
+    batch, context = (given, most) if options.max_context else (most, given)
+    return (Workload(batch, context, memory=memory),)
+
+
+def _compared(
+    built: Planner, budgets: Sequence[int], workloads: Sequence[tuple[Workload, ...]]
+) -> tuple[Sequence[Table], int]:
+    found: list[Decision | BudgetError] = []
+    for budget, workload in zip(budgets, workloads, strict=True):
+        try:
+            found.append(built.decide(budget, workload))
+        except BudgetError as error:
+            found.append(error)
+    if all(isinstance(each, BudgetError) for each in found):
+        raise next(each for each in found if isinstance(each, BudgetError))
+    columns = [each if isinstance(each, BudgetError) else each.plan for each in found]
+    return [comparison_table(built.model.facts.name, list(zip(budgets, columns)))], 0
+
+
+def _shown(options: argparse.Namespace, built: Planner, decision: Decision) -> Sequence[Any]:
+    plan, name = decision.plan, built.model.facts.name
+    if options.save:
+        allow = tuple(part for text in options.allow for part in text.split(","))
+        save_plan(options.save, SavedPlan(name, options.target, allow, plan))
+    why: Explanation | None = None
+    if options.plot or options.report or not options.json:
+        why = explain(built, decision)
+    if why is not None and (options.plot or options.report):
+        from .planning.page import draw, page
+
+        if options.plot:
+            draw(options.plot, why, plan)
+        if options.report:
+            page(options.report, built, decision, why)
+    if options.json or why is None:
+        print(to_json(plan), end="")
+        return []
+    return [*plan_tables(plan, name), *reason_tables(plan, why)]
+
+
+def _require_plots(path: Path) -> None:
+    import importlib.util
+
+    if path.suffix not in (".svg", ".png", ".html"):
+        raise InputError(f"{path}: pictures are written as .svg, .png or .html")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError(f"{path}: pictures need matplotlib: pip install 'kvc[plot]'")
+
+
+def profile_machine(target: str, report: Report) -> Sequence[Table]:
+    """Measure this machine's rates and keep them. Raises TargetError for other targets than its CPU."""
+    from .planning.profile import profile
+
+    machine = parse_target(target)
+    if not isinstance(machine, CpuMachine):
+        raise TargetError(f"rates are measured for this machine's CPU, not for the target {target}")
+    rates = profile(machine, report)
+    path = save(rates, machine.key)
+    return [rates_table(rates, f"{machine.key}: kept in {path}")]
