@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import tvm
 from tvm import IRModule, relax, s_tir, tirx
 
 from kvc_passes.errors import BudgetError, TargetError
+from kvc_passes.overwrite_inputs import OverwriteInputs
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
 from kvc_passes.remat.solve import Solution
 from kvc_passes.rematerialize import Rematerialize, tensors_of
@@ -25,7 +26,8 @@ from .targets import parse_target
 _ATTEMPTS: Final = 6
 _STACK: Final = 1024
 _PAGE: Final = 4096
-"""TVM's allocator rounds up to whole pages."""
+_HEADER: Final = 128
+"""What the C library puts before an allocation, and the alignment of what comes behind."""
 
 
 @dataclass(frozen=True)
@@ -87,67 +89,98 @@ def compile_graph(
     if not isinstance(machine, CpuMachine):
         raise TargetError(f"any graph is compiled for CPUs alone, not for the target {target}")
     outputs = sum(_whole(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
-    base = fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner)
-    with machine.target:
-        kernels = runner.apply(base, machine.schedule("prefill")).module
-    workspace = machine.products.traits.threads * _workspace(kernels)
-    fixed, natural = outputs + workspace, _arena(base, bounds, runner)
+    lowering = _Lowering(machine, bounds, runner, outputs)
+    base = lowering.of(fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner))
     chosen, solution = base, None
-    if size is not None and _whole(natural) + fixed > size:
-        chosen, solution = _within(base, size, fixed, bounds, runner, fixed_order, certify, seconds)
-    if chosen is not base:
-        with machine.target:
-            kernels = runner.apply(chosen, machine.schedule("prefill")).module
-    placed = runner.apply(allocated(kernels, runner), PlaceArena(bounds, leave=True))
+    if size is not None and base.peak > size:
+        search = _Search(fixed_order, certify, seconds)
+        chosen, solution = _within(base, size, lowering, search)
+    placed = runner.apply(allocated(chosen.kernels, runner), PlaceArena(bounds, leave=True))
     executable = tvm.compile(
         relax.transform.AttachGlobalSymbol()(to_vm(placed.module, runner)),
         machine.target,
         relax_pipeline=tvm.transform.Sequential([]),
         tir_pipeline="default",
     )
-    return CompiledGraph(executable, placed.facts, workspace, outputs, natural, solution)
+    return CompiledGraph(executable, placed.facts, chosen.workspace, outputs, base.arena, solution)
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A module of kernel calls, the same with its kernels scheduled, and what it takes."""
+
+    module: IRModule
+    kernels: IRModule
+    arena: int
+    workspace: int
+    outputs: int
+
+    @property
+    def peak(self) -> int:
+        return _whole(self.arena) + self.workspace + self.outputs
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    """From kernel calls in their final order to the bytes that they take."""
+
+    machine: CpuMachine
+    bounds: Mapping[str, int]
+    runner: Runner
+    outputs: int
+
+    def of(self, mod: IRModule, overwriting: bool = False) -> _Lowered:
+        """overwriting: with outputs over inputs where that is possible."""
+        with self.machine.target:
+            kernels = self.runner.apply(mod, self.machine.schedule("prefill")).module
+        if overwriting:
+            kernels = self.runner.apply(kernels, OverwriteInputs(self.bounds, mod)).module
+        workspace = self.machine.products.traits.threads * _workspace(kernels)
+        return _Lowered(mod, kernels, self.arena(kernels), workspace, self.outputs)
+
+    def arena(self, mod: IRModule) -> int:
+        return Arena.of(allocated(mod, self.runner), leave=True).size(self.bounds)
+
+
+@dataclass(frozen=True)
+class _Search:
+    fixed_order: bool
+    certify: bool
+    seconds: float
 
 
 def _within(
-    mod: IRModule,
-    budget: int,
-    fixed: int,
-    bounds: Mapping[str, int],
-    runner: Runner,
-    fixed_order: bool,
-    certify: bool,
-    seconds: float,
-) -> tuple[IRModule, Solution]:
-    """The module whose arena takes at most `budget` bytes with `fixed` others: where places leave gaps, less
-    may be alive."""
-    room = (budget - fixed) // _PAGE * _PAGE
-    target, gaps = room, 0
+    base: _Lowered, budget: int, lowering: _Lowering, search: _Search
+) -> tuple[_Lowered, Solution | None]:
+    """The module within `budget` bytes: where places leave gaps, less may be alive."""
+    over = lowering.of(base.module, overwriting=True)
+    if over.peak <= budget:
+        return over, None
+    fixed = over.outputs + max(base.workspace, over.workspace)
+    room = target = _room(budget - fixed)
+    gaps = 0
     for _ in range(_ATTEMPTS):
-        step = Rematerialize(target, bounds, fixed_order=fixed_order, certify=certify, seconds=seconds)
+        step = Rematerialize(target, lowering.bounds, **asdict(search))
         try:
-            done = runner.apply(mod, step)
+            done = lowering.runner.apply(base.module, step)
         except BudgetError as error:
-            needed = _whole(min(error.needed + gaps, _arena(mod, bounds, runner))) + fixed
+            needed = _whole(min(error.needed + gaps, over.arena)) + fixed
             raise BudgetError(
                 f"the operations take {needed} bytes or more, {fixed} of them results and what kernels need "
                 f"for themselves, whatever is computed again; {budget} were given",
                 needed=needed,
                 given=budget,
             ) from None
-        arena = _arena(done.module, bounds, runner)
-        if arena <= room:
-            return done.module, done.facts
-        gaps = max(gaps, arena - target)
-        target -= arena - room
+        found = lowering.of(done.module, overwriting=True)
+        if found.peak <= budget:
+            return found, done.facts
+        gaps = max(gaps, found.arena - target)
+        target -= max(found.arena - room, found.peak - budget)
     raise BudgetError(
-        f"what is alive fits {room} bytes, but its places in memory take {arena}",
-        needed=_whole(arena) + fixed,
+        f"what is alive fits {room} bytes, but its places in memory take {found.arena}",
+        needed=found.peak,
         given=budget,
     )
-
-
-def _arena(mod: IRModule, bounds: Mapping[str, int], runner: Runner) -> int:
-    return Arena.of(allocated(mod, runner), leave=True).size(bounds)
 
 
 def _workspace(kernels: IRModule) -> int:
@@ -178,4 +211,10 @@ def _bytes(tensor: Any, bounds: Mapping[str, int]) -> int:
 
 
 def _whole(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
+    """Bytes of the pages that an allocation of so many can touch."""
+    return -(-(size + _HEADER) // _PAGE) * _PAGE
+
+
+def _room(size: int) -> int:
+    """The largest allocation that touches pages of at most so many bytes."""
+    return size // _PAGE * _PAGE - _HEADER

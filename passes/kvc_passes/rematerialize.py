@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,6 +15,7 @@ from tvm.s_tir.analysis import estimate_tir_flops
 from .base import Result
 from .errors import PlanningError
 from .graph import Graph, graph_of, op_name, operands
+from .loop_nests import call_kernel
 from .place_arena import ALIGNMENT, element_bytes, evaluate
 from .rebuild import substitute, with_main
 from .remat.problem import Problem
@@ -20,7 +24,7 @@ from .remat.solve import Solution, solve
 FLOPS: Final = 50.0
 BANDWIDTH: Final = 20.0
 """Of the roofline by which operators are weighed: operations and bytes a nanosecond."""
-_CALL: Final = 1000
+CALL: Final = 1000
 """Nanoseconds that any call takes."""
 _KERNELS: Final = ("call_tir", "call_dps_packed")
 _INPLACE: Final = "call_tir_inplace"
@@ -38,8 +42,9 @@ class Rematerialize:
     Refuses: bytes that no schedule was found for (BudgetError, with the lowest peak that was); a call
         that is no kernel, several updates in place by one call of temporaries (PlanningError).
 
-    Outputs of the function are no temporaries and not counted: their memory is the caller's. Calls that
-    update something in place, and those that read it before, run once and stay in order.
+    Where a kernel may write over an input (OverwriteInputs), both count once. Outputs of the function are no
+    temporaries and not counted: their memory is the caller's. Calls that update something in place, and those
+    that read it before, run once and stay in order.
     """
 
     bytes: int
@@ -104,9 +109,10 @@ class Operations:
         function = mod["main"]
         self.graph: Graph = graph_of(function)
         self.vars = [v for v in self.graph.order if not isinstance(self.graph.definitions[v], relax.Tuple)]
-        self._mod, self._bounds, self._costs = mod, bounds, costs
+        self.functions, self._bounds, self._costs = mod.functions, bounds, costs
+        self._found: dict[Any, tuple[int, ...]] = {}
         number = {var: i for i, var in enumerate(self.vars)}
-        outputs, fixed = set(self._storages(function.body.body)), self._fixed()
+        outputs, fixed = set(self.storages(function.body.body)), self._fixed()
         reads = [sorted({number[o] for o in self._reads(v) if o in number}) for v in self.vars]
         self.problem = Problem(
             sizes=tuple(0 if v in outputs else self._size(v) for v in self.vars),
@@ -115,6 +121,7 @@ class Operations:
             kept=tuple(sorted({number[o] for o in self._flat(function.body.body) if o in number})),
             once=tuple(i for i, v in enumerate(self.vars) if v in fixed),
             alias=tuple(number.get(self._base(v), -1) for v in self.vars),
+            overwrites=self._overwrites(number, outputs, fixed),
         )
 
     def tuples_before(self, value: relax.Expr) -> list[relax.Var]:
@@ -155,7 +162,7 @@ class Operations:
             return value.args[0] if isinstance(value.args[0], relax.Var) else None
         if op_name(value) == _INPLACE:
             updated = self._updated(value)
-            own = [v for v in updated if v in self.graph.definitions and self._storages(v)]
+            own = [v for v in updated if v in self.graph.definitions and self.storages(v)]
             if len(own) > 1:
                 raise PlanningError(f"'{var.name}' updates several temporaries in place")
             return own[0] if own else None
@@ -166,7 +173,7 @@ class Operations:
         places = [int(i) for i in value.attrs.inplace_indices]
         return [value.args[1].fields[i] for i in places if i >= 0]
 
-    def _storages(self, value: relax.Expr) -> list[relax.Var]:
+    def storages(self, value: relax.Expr) -> list[relax.Var]:
         """The bindings that made the storage of what a value is or holds; parameters' are none."""
         found = []
         for var in self._flat(value):
@@ -177,6 +184,10 @@ class Operations:
                     found.append(current)
                 current = before
         return found
+
+    def read_storages(self, var: relax.Var) -> set[relax.Var]:
+        """The bindings whose storage an operation reads."""
+        return {root for v in self._reads(var) for root in self.storages(v)}
 
     def _fixed(self) -> set[relax.Var]:
         """Updates in place, and everything that reads what is updated."""
@@ -191,6 +202,58 @@ class Operations:
             and any(self._root(o) in roots for o in self._reads(v))
         }
         return fixed | readers
+
+    def _overwrites(
+        self, number: Mapping[relax.Var, int], outputs: set[relax.Var], fixed: set[relax.Var]
+    ) -> tuple[int, ...]:
+        """For every operation the one whose storage its output may take, -1 for none.
+
+        Every other operation that reads that storage is an ancestor: it comes before in every order.
+        """
+        readers: dict[relax.Var, set[int]] = defaultdict(set)
+        before: list[int] = []  # for every operation its ancestors, as bits
+        for i, var in enumerate(self.vars):
+            reads = [number[o] for o in self._reads(var) if o in number]
+            before.append(functools.reduce(operator.or_, (before[r] | 1 << r for r in reads), 0))
+            if self._base(var) is None or var in fixed:
+                for root in self.read_storages(var):
+                    readers[root].add(i)
+        found = []
+        for i, var in enumerate(self.vars):
+            options = [] if var in outputs else [r for v in self.overwritable(var) for r in self.storages(v)]
+            fitting = (
+                number[root]
+                for root in options
+                if root not in outputs
+                and self._size(root) == self._size(var)
+                and all(before[i] >> other & 1 for other in readers[root] - {i})
+            )
+            found.append(next(fitting, -1))
+        return tuple(found)
+
+    def overwritable(self, var: relax.Var) -> list[relax.Var]:
+        """The temporaries that a call may overwrite if nothing reads them later."""
+        call = self.graph.definitions[var]
+        if op_name(call) != "call_tir":
+            return []
+        given = list(call.args[1].fields)
+        storages = [self.storages(v) if isinstance(v, relax.Var) else [] for v in given]
+        places = self._places(call)
+        return [
+            given[i]
+            for i in places
+            if storages.count(storages[i]) == len(storages[i]) == 1
+            # an update of a parameter lies in the parameter
+            and op_name(self.graph.definitions[storages[i][0]]) in _KERNELS
+        ]
+
+    def _places(self, call: relax.Call) -> tuple[int, ...]:
+        """The inputs that a kernel's output may overwrite."""
+        name = call.args[0]
+        if name not in self._found:
+            kernel = call_kernel(self.functions, call)
+            self._found[name] = () if kernel is None else kernel.overwritable()
+        return self._found[name]
 
     def _root(self, var: relax.Var) -> relax.Var:
         """The parameter or the binding that a value's storage is."""
@@ -233,10 +296,10 @@ class Operations:
             return self._costs[kernel.name_hint]
         read = [o.ty for o in operands(value) if isinstance(getattr(o, "ty", None), relax.TensorType)]
         moved = sum(self._tensor_bytes(t) for t in (*read, *tensors_of(var.ty)) if t.shape is not None)
-        return _CALL + round(max(moved / BANDWIDTH, self._flops(kernel) / FLOPS))
+        return CALL + round(max(moved / BANDWIDTH, self._flops(kernel) / FLOPS))
 
     def _flops(self, kernel: Any) -> float:
-        function = self._mod.functions.get(kernel) if hasattr(kernel, "name_hint") else None
+        function = self.functions.get(kernel) if hasattr(kernel, "name_hint") else None
         if not isinstance(function, tirx.PrimFunc):
             return 0.0
         try:

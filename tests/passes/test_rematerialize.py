@@ -22,13 +22,13 @@ BYTES = 4 * SIZE
 
 
 def kernel(inputs: int, scale: float = 1.0, size: Any = SIZE) -> tirx.PrimFunc:
-    """y = scale * sum(sin(x_i)), of `size` floats."""
+    """y = scale * sum(sin(x_i)) backwards, of `size` floats: it may not overwrite what it reads."""
     given = [te.placeholder((size,), name=f"x{i}") for i in range(inputs)]
 
     def value(i: Any) -> Any:
         total: Any = 0.0
         for x in given:
-            total = total + te.sin(x[i])
+            total = total + te.sin(x[size - 1 - i])
         return total * scale
 
     made = te.compute((size,), value, name="y")

@@ -45,7 +45,8 @@ def check(
         buffer = buffers[current[base]] if base >= 0 else _Buffer(problem.sizes[op])
         current[op] = value
         alive = {id(b): b for b in buffers.values()} | {id(buffer): buffer}
-        peak = max(peak, sum(b.size for b in alive.values()) + problem.scratch[op])
+        shared = _overwritten(problem, order, step, current, buffers)
+        peak = max(peak, sum(b.size for b in alive.values()) + problem.scratch[op] - shared)
         cost += problem.costs[op]
         if base >= 0 and op in problem.once:
             for overwritten in buffer.values:
@@ -71,6 +72,21 @@ def _check_counts(problem: Problem, order: tuple[int, ...], fixed_order: bool) -
         raise InvalidSchedule("the first computations are not in the given order")
     if [op for op in order if op in problem.once] != list(problem.once):
         raise InvalidSchedule("operations that run once are repeated or out of order")
+
+
+def _overwritten(
+    problem: Problem,
+    order: tuple[int, ...],
+    step: int,
+    current: dict[int, tuple[int, int]],
+    buffers: dict[tuple[int, int], _Buffer],
+) -> int:
+    """Bytes of an input that the step's output lies in: nothing reads it later."""
+    old = problem.overwrites[order[step]]
+    if old < 0 or current[old] not in buffers:
+        return 0
+    buffer = buffers[current[old]]
+    return 0 if any(_needed(problem, order, step, v) for v in buffer.values) else buffer.size
 
 
 def _free_dead(

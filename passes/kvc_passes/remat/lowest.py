@@ -48,9 +48,10 @@ def lowest_peak(
             deadline=deadline,
             enough=_ANY,
         )
-        if found is None:
+        schedule = None if found is None else Schedule(with_views(problem, core, found))
+        if found is None or schedule is None or peak(problem, schedule) > budget:
             low = budget + 1
             continue
-        order, best = found, Schedule(with_views(problem, core, found))
+        order, best = found, schedule
         high = peak(problem, best)
     return best

@@ -16,6 +16,7 @@ def resident(problem: Problem, schedule: Schedule) -> list[int]:
     latest = [-1] * len(problem.sizes)  # the step that computed the value last
     storage = list(range(len(order)))  # the step whose output the value of a step lies in
     end = list(range(len(order)))  # the last step that needs the storage
+    taken: list[tuple[int, int]] = []  # steps, and the storage that they may overwrite
     for step, op in enumerate(order):
         for value in problem.inputs[op]:
             if latest[value] < 0:
@@ -23,6 +24,8 @@ def resident(problem: Problem, schedule: Schedule) -> list[int]:
             end[storage[latest[value]]] = step
         if problem.alias[op] >= 0:
             storage[step] = storage[latest[problem.alias[op]]]
+        if (old := problem.overwrites[op]) >= 0:
+            taken.append((step, latest[old]))
         latest[op] = step
     for value in problem.kept:
         end[storage[latest[value]]] = len(order)
@@ -30,7 +33,11 @@ def resident(problem: Problem, schedule: Schedule) -> list[int]:
     for step, op in enumerate(order):
         change[step] += problem.sizes[op]
         change[end[step] + 1] -= problem.sizes[op]
-    return [live + problem.scratch[op] for live, op in zip(accumulate(change), order, strict=False)]
+    found = [live + problem.scratch[op] for live, op in zip(accumulate(change), order, strict=False)]
+    for step, old in taken:
+        if end[old] == step:  # one storage for both
+            found[step] -= problem.sizes[order[step]]
+    return found
 
 
 def peak(problem: Problem, schedule: Schedule) -> int:

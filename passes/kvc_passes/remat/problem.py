@@ -26,6 +26,9 @@ class Problem:
             A view reads nothing else, costs nothing and may be repeated; its storage lives as long as it is
             read through any view. In `once` it is an in-place update: it overwrites the storage, so every
             other operation that reads what the storage held before has to be in `once` and to come before it.
+        overwrites: the operation whose output's storage this one's output may take where nothing reads that
+            any more; -1 for none, () is -1 everywhere. Both are equally large; whatever else reads it comes
+            before this one in every order.
 
     Raises InputError where the numbers contradict each other.
     """
@@ -37,13 +40,16 @@ class Problem:
     kept: tuple[int, ...] = ()
     once: tuple[int, ...] = ()
     alias: tuple[int, ...] = ()
+    overwrites: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.sizes)
         object.__setattr__(self, "scratch", self.scratch or (0,) * count)
         object.__setattr__(self, "alias", self.alias or (-1,) * count)
-        if any(len(column) != count for column in (self.costs, self.inputs, self.scratch, self.alias)):
-            raise InputError("sizes, costs, inputs, scratch and alias have to be equally long")
+        object.__setattr__(self, "overwrites", self.overwrites or (-1,) * count)
+        columns = (self.costs, self.inputs, self.scratch, self.alias, self.overwrites)
+        if any(len(column) != count for column in columns):
+            raise InputError("sizes, costs, inputs, scratch, alias and overwrites have to be equally long")
         if min((*self.sizes, *self.costs, *self.scratch), default=0) < 0:
             raise InputError("sizes, costs and scratch bytes cannot be negative")
         for op, read in enumerate(self.inputs):
@@ -54,6 +60,9 @@ class Problem:
         if any(not 0 <= op < count for op in (*self.once, *self.kept)):
             raise InputError("`once` and `kept` have to name operations")
         self._check_views()
+        for op, old in enumerate(self.overwrites):
+            if old >= 0 and (old >= op or self.sizes[old] != self.sizes[op] or self.alias[op] >= 0):
+                raise InputError(f"operation {op} cannot take the storage of {old}")
 
     def _check_views(self) -> None:
         once = set(self.once)

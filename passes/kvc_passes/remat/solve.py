@@ -94,7 +94,13 @@ def _within(
     deadline = time.perf_counter() + seconds
 
     def improve(start: list[int]) -> list[int] | None:
-        return search(core, budget, start, moves=moves, fixed_order=fixed_order, seed=seed, deadline=deadline)
+        for each in (core, without_views(problem, overwriting=False)):
+            found = search(
+                each, budget, start, moves=moves, fixed_order=fixed_order, seed=seed, deadline=deadline
+            )
+            if found is None or peak(problem, Schedule(with_views(problem, core, found))) <= budget:
+                return found
+        return None
 
     floor = least_conceivable(core)
     if budget >= floor and (found := improve(order)):

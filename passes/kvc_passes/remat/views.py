@@ -2,7 +2,7 @@
 
 A view costs nothing and adds no bytes, so reading it is reading its storage: the search never sees it. An
 in-place update becomes an operation with an output of its own that gives back the bytes of what it overwrites
-while it runs.
+while it runs; so does one whose output takes the storage of an input that nothing reads later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .problem import Problem
 class Core:
     """A problem without views, as the search needs it. The last operation returns the outputs: it reads them.
 
-    `scratch` is below zero where an update overwrites one of its inputs. `names` are the operations in the
+    `scratch` is below zero where an operation overwrites one of its inputs. `names` are the operations in the
     whole problem; the one that returns has none.
     """
 
@@ -28,8 +28,12 @@ class Core:
     names: tuple[int, ...]
 
 
-def without_views(problem: Problem) -> Core:
-    """The problem that the search solves."""
+def without_views(problem: Problem, overwriting: bool = True) -> Core:
+    """The problem that the search solves.
+
+    overwriting: outputs lie in the storage of what they may overwrite. The search takes it for granted that
+    nothing reads that later, which a schedule that it finds may break: `peak` tells.
+    """
     once = set(problem.once)
     names = [op for op, base in enumerate(problem.alias) if base < 0 or op in once]
     number = {op: i for i, op in enumerate(names)}
@@ -44,6 +48,8 @@ def without_views(problem: Problem) -> Core:
     for op in names:
         if (base := problem.alias[op]) >= 0:
             sizes[op] = sizes[owner(base)]
+            scratch[op] -= sizes[op]
+        elif overwriting and problem.overwrites[op] >= 0:
             scratch[op] -= sizes[op]
     inputs = [tuple(sorted({number[owner(i)] for i in problem.inputs[op]})) for op in names]
     inputs.append(tuple(sorted({number[owner(op)] for op in problem.kept})))
