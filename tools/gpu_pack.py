@@ -35,7 +35,7 @@ from kvc.frontend.importer import import_onnx  # noqa: E402
 from kvc.options import parse_size, parse_workload  # noqa: E402
 from kvc.permissions import Permissions  # noqa: E402
 from kvc.pipeline import Runner  # noqa: E402
-from kvc.planner import make_plan  # noqa: E402
+from kvc.planning.budget import make_plan  # noqa: E402
 from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.library import tvm_library  # noqa: E402
 from kvc.runtime.sequences import Sequences  # noqa: E402

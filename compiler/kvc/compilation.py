@@ -35,7 +35,7 @@ from .pipeline import (
     serve,
     understand,
 )
-from .planner import Costs
+from .planning.budget import Costs
 from .reconstruction import WithKeyWeights, decided, solver_of
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]

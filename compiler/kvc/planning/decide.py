@@ -14,7 +14,7 @@ from kvc_passes.state_forms import ABSORBED, KEYS, UNJUDGED
 from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
 from ..machine import Machine
 from ..pipeline import Runner
-from ..planner import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
+from .budget import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
 from .knapsack import Item, Option, solve
 from .times import Clock, Site, total
 from .work import work_of
@@ -207,12 +207,12 @@ class _Parts:
 
 
 def _best(parts: Sequence[_Parts], limit: int | None) -> Estimate | None:
-    """The fastest mix of layers of several variants, with the temporaries of the largest.
+    """The fastest mix of layers of several variants, with temporaries and tables of the largest.
 
     What a variant's other kernels and weights take more than the first's is laid on its layers, equally.
     """
     first, count = parts[0], len(parts[0].chosen)
-    fixed = first.others + first.weights + max(p.arena for p in parts)
+    fixed = first.weights + max(p.others for p in parts) + max(p.arena for p in parts)
     options: list[tuple[Option, ...]] = []
     for site in range(count):
         mine = []

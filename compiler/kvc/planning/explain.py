@@ -15,7 +15,7 @@ from kvc_passes.place_arena import Arena
 
 from ..options import format_size
 from ..permissions import parse_permissions
-from ..planner import LONGEST, MOST_REQUESTS, Costs, Draft, fits, most_of
+from .budget import LONGEST, MOST_REQUESTS, Costs, Draft, fits, most_of
 from .decide import Chosen, Decision, Estimate, Planner
 
 _POINTS: Final = 24

@@ -56,7 +56,7 @@ def page(path: Path, planner: Planner, decision: Decision, why: Explanation) -> 
         parts=_parts(plan),
         pictures={
             "The budget": _svg(_bar(plan)),
-            "Forms by layer": _svg(_layers(plan)),
+            "Forms by layer": _svg(_layers(decision)),
             "Memory against time": _svg(_curve(why, plan)),
             "Temporaries over one call": _svg(_memory(decision)),
         },
@@ -122,13 +122,12 @@ def _bar(plan: Plan) -> Any:
     return figure
 
 
-def _layers(plan: Plan) -> Any:
-    """Bytes of a token for every layer."""
+def _layers(decision: Decision) -> Any:
+    """Bytes of every layer's pages."""
     figure, axes = _figure(2.4)
-    sizes = {}
-    for group in plan.groups:
-        for site in group.sites:
-            sizes[site] = group.pages * group.page_bytes / len(group.sites) / 1e6
+    plan, sites = decision.plan, decision.variant.model.facts.sites
+    pages = {site: group.pages for group in plan.groups for site in group.sites}
+    sizes = [site.token_bytes() * plan.page_size * pages[site.index] / 1e6 for site in sites]
     for form in dict.fromkeys(plan.forms):
         own = [site for site, name in enumerate(plan.forms) if name == form]
         axes.bar(own, [sizes[site] for site in own], color=_SHAPES.get(form, _OTHER), label=form)

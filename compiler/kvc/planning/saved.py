@@ -14,7 +14,7 @@ from kvc_passes.state_forms import KEYS
 
 from ..compilation import judged, legal_forms
 from ..options import format_size
-from ..planner import Draft, check_workload
+from .budget import Draft, check_workload
 from .decide import Decision, Planner
 
 _FORMAT: Final = 1

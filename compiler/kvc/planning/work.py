@@ -77,8 +77,9 @@ def _step(call: relax.Call, params: Mapping[relax.Var, None]) -> Step | None:
     moved = [a for a in tensors if a not in state]
     constant = [a for a in moved if a in params and all(static(d) is not None for d in dims(a))]
     weights = [a for a in constant if _count(a, {}) >= _LEAST_WEIGHTS]
-    name = call.op.name_hint
-    if weights and "embedding" not in name:
+    # What reads whole numbers beside a weight, such as ids of tokens, looks rows up.
+    looks_up = any(str(a.ty.dtype.dtype) in ("int32", "int64") for a in moved)
+    if weights and not looks_up:
         size = sum(_bytes(a, {}) for a in weights)
         inner, outer = static(dims(moved[0])[-1]) or 1, static(dims(moved[-1])[-1]) or 1
         largest = max(_count(a, {}) for a in weights)

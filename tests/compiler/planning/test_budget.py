@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc import planner
-from kvc.planner import Costs, make_plan
+from kvc.planning import budget as planner
+from kvc.planning.budget import Costs, make_plan
 from kvc.runtime.executor import input_shapes
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.facts import AttentionSite, MaskFact, ModelFacts, Plan, Reach, Workload

@@ -11,9 +11,9 @@ from typing import Any, Final
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.facts import AttentionSite, Bytes, ModelFacts, Plan, Reach, StateGroup, Workload
 
-from .options import format_size
-from .runtime.executor import logits_bytes, pool_bytes, table_bytes
-from .runtime.sampler import scratch_bytes
+from ..options import format_size
+from ..runtime.executor import logits_bytes, pool_bytes, table_bytes
+from ..runtime.sampler import scratch_bytes
 
 LONGEST: Final = 1 << 30
 """Tokens; positions are computed with 32 bits."""

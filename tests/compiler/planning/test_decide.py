@@ -1,0 +1,194 @@
+"""The choice of forms and chunk on a real model: fits, is the fastest, can be saved, edited and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvc
+from kvc.planning.decide import Planner
+from kvc.planning.explain import curve, explain, longest, most_requests, timeline
+from kvc.planning.saved import SavedPlan, read_plan, save_plan
+from kvc_passes.errors import BudgetError, InputError
+from kvc_passes.facts import Workload
+from support import OnnxRuntime
+
+from ..test_state_forms import rows
+
+ModelFile = Callable[..., Path]
+WORK = (Workload(32, 250),)
+
+
+@pytest.fixture(scope="module")
+def built(model_file: ModelFile) -> Planner:
+    return kvc.planner(model_file("gpt2"))
+
+
+def between(built: Planner) -> int:
+    """A budget that holds one of two layers as K and V."""
+    points = curve(built, WORK)
+    return next(p.bytes for p in points if "x1" in p.forms) + 4096
+
+
+def test_layers_may_differ_and_the_promise_is_theirs(built: Planner, tmp_path: Path) -> None:
+    budget = between(built)
+    plan = built.decide(budget, WORK).plan
+    assert sorted(plan.forms) == ["paged_kv", "x_absorbed"]
+    assert plan.bytes.total <= budget
+    model = built.model.imported.file.path
+    saved = tmp_path / "plan.json"
+    save_plan(saved, SavedPlan(built.model.facts.name, "cpu", (), plan))
+    artifact = kvc.compile(model, plan=saved, output=tmp_path / "m.kvc")
+    assert artifact.plan.forms == plan.forms
+    assert {s.kept for s in artifact.facts.sites} == {"paged_kv", "x_absorbed"}
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 512, 150)]
+    expected = OnnxRuntime(model).logits(tokens)[[29, 30, *range(105, 150)]]
+    np.testing.assert_allclose(rows(artifact, tokens, [30, 1, 75]), expected, rtol=0, atol=2e-5)
+
+
+def test_no_forced_alternative_is_predicted_to_be_faster(built: Planner) -> None:
+    """Over budgets, against every uniform form with every chunk, counted in full."""
+    points = curve(built, WORK)
+    for budget in range(points[0].bytes, points[-1].bytes + 1, 1_500_000):
+        chosen = built.decide(budget, WORK).plan
+        for forms in built.usual():
+            for chunk in built.machine.chunks:
+                other = built.plan_of(forms, chunk, budget, WORK)
+                if other is not None:
+                    assert chosen.times[0].seconds <= other.plan.times[0].seconds * (1 + 1e-9)
+
+
+def test_a_plan_is_deterministic(built: Planner, model_file: ModelFile) -> None:
+    again = Planner(built.model, built.machine, built.runtime, built.runner)
+    budget = between(built)
+    assert again.decide(budget, WORK).plan == built.decide(budget, WORK).plan
+
+
+def test_the_curve_falls_and_each_point_is_a_budget_that_works(built: Planner) -> None:
+    points = curve(built, WORK)
+    assert len(points) > 3
+    assert [p.bytes for p in points] == sorted({p.bytes for p in points})
+    assert [p.seconds for p in points] == sorted({p.seconds for p in points}, reverse=True)
+    for point in (points[0], points[-1]):
+        assert built.decide(point.bytes, WORK).plan.bytes.total <= point.bytes
+    with pytest.raises(BudgetError):
+        built.decide(points[0].bytes - 4096, WORK)
+
+
+def test_the_search_the_other_way_round(built: Planner) -> None:
+    budget = 90_000_000
+    batch = most_requests(built, budget, 250, 0)
+    assert built.decide(budget, (Workload(batch, 250),)).plan.max_batch == batch
+    with pytest.raises(BudgetError):
+        built.decide(budget, (Workload(batch + 1, 250),))
+    small = built.least((Workload(32, 100),))
+    context = longest(built, small, 32, 0)
+    assert 100 <= context < 120
+    with pytest.raises(BudgetError):
+        built.decide(small, (Workload(32, context + 1),))
+
+
+def test_what_is_said_of_a_plan(built: Planner) -> None:
+    decision = built.decide(between(built), WORK)
+    why = explain(built, decision)
+    assert [line[1] for line in why.reasons] == list(decision.plan.forms)
+    roomy = explain(built, built.decide(200_000_000, WORK))
+    gains = {gain.allow: gain.saved for gain in roomy.gains}
+    # 32 x 256 tokens of 2 layers with K and V of 128 float32: codes of 8 bits and a scale of 16 for each head
+    assert gains["kv-int8"] == 32 * 256 * 2 * 2 * (128 * 3 - 4 * 2)
+    assert gains["kv-int4"] > gains["kv-int8"]
+    lowered = decision.variant.lowered.functions["prefill"]
+    bounds = {"n": decision.plan.chunk, "r": 32, "b": 32}
+    alive = timeline(lowered, bounds)
+    assert 0 < max(alive) <= decision.plan.bytes.arena
+    assert alive[-1] == 0 or len(alive) > 10
+
+
+MIXED = ["mla_latent", "paged_kv"]
+
+
+def edited(tmp_path: Path, built: Planner, change: Callable[[dict[str, Any]], object]) -> Path:
+    path = tmp_path / "plan.json"
+    plan = built.decide(200_000_000, WORK).plan
+    save_plan(path, SavedPlan(built.model.facts.name, "cpu", (), plan))
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda d: d["plan"].update(budget=80_000_000), BudgetError, r"\d+ bytes .*, its budget is 80000000"),
+        (lambda d: d["plan"]["groups"][0].update(pages=3), InputError, "has 3 pages; .* 32x250 needs 512"),
+        (lambda d: d["plan"].update(forms=MIXED), InputError, "mla_latent: layer 0, .* projections alone"),
+        (lambda d: d["plan"].update(forms=["paged_kv"]), InputError, "1 layers, not for gpt2 with 2"),
+        (lambda d: d["plan"].update(forms=["kv", "kv"]), InputError, "there is no form of state 'kv'"),
+        (lambda d: d["plan"].update(chunk=0), InputError, "chunk is 0"),
+        (lambda d: d["plan"].update(workload=[]), InputError, "the workload is empty"),
+        (lambda d: d["plan"]["workload"][0].update(context=9999), InputError, "asks for 9999 tokens"),
+        (lambda d: d["plan"]["groups"].clear(), InputError, "1 groups of layers, not 0"),
+        (lambda d: d.update(model="other"), InputError, "is a plan for other"),
+        (lambda d: d.pop("plan"), InputError, "is no plan that kvc plan --save wrote"),
+        (lambda d: d.update(kvc_plan=99), InputError, "is no plan that kvc plan --save wrote"),
+        (lambda d: d.update(target="tpu"), kvc.TargetError, "unknown target 'tpu'"),
+        (lambda d: d.update(allow=["window=4"]), InputError, "a window is at least a page"),
+    ],
+)  # fmt: skip
+def test_an_edited_plan_is_checked_again(
+    built: Planner, tmp_path: Path, change: Callable[[dict[str, Any]], object], error: type, message: str
+) -> None:
+    path = edited(tmp_path, built, change)
+    with pytest.raises(error, match=message):
+        kvc.compile(built.model.imported.file.path, plan=path, output=tmp_path / "m.kvc")
+    assert not (tmp_path / "m.kvc").exists()
+
+
+def test_more_pages_and_a_smaller_chunk_may_be_asked_for(built: Planner, tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["plan"]["groups"][0]["pages"] += 7
+        data["plan"]["chunk"] = 100
+        data["plan"]["bytes"]["pools"] = 1  # counted again
+
+    path = edited(tmp_path, built, change)
+    before = read_plan(path).plan
+    artifact = kvc.compile(built.model.imported.file.path, plan=path, output=tmp_path / "m.kvc")
+    plan = artifact.plan
+    assert (plan.chunk, plan.groups[0].pages) == (100, before.groups[0].pages)
+    assert plan.bytes.pools == plan.groups[0].pages * plan.groups[0].page_bytes
+    assert plan.bytes.total <= plan.budget
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "1GB"}, "--plan says the budget"),
+        ({"workload": "1x1"}, "--plan says the workload"),
+        ({"state": "paged_kv"}, "--plan says the state"),
+        ({"allow": "kv-int8"}, "--plan says the allow"),
+        ({"target": "cuda"}, "--plan says the target"),
+    ],
+)
+def test_a_plan_says_everything(
+    built: Planner, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    path = edited(tmp_path, built, lambda data: None)
+    with pytest.raises(InputError, match=message):
+        kvc.compile(built.model.imported.file.path, plan=path, output=tmp_path / "m.kvc", **options)
+
+
+def test_the_fastest_form_is_taken_even_if_all_fit(built: Planner) -> None:
+    """Where attention over K and V waits for memory and operations are free, half the bytes win."""
+    rates = replace(built.machine.rates, read=1e7, shared=(1e15, 1e15), rebuild=1e15, source="made up")
+    machine = replace(built.machine)
+    object.__setattr__(machine, "rates", rates)
+    planner = Planner(built.model, machine, built.runtime, built.runner)
+    assert set(planner.decide(200_000_000, WORK).plan.forms) == {"x_absorbed"}
+    assert set(built.decide(200_000_000, WORK).plan.forms) == {"paged_kv"}

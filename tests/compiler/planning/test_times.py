@@ -1,0 +1,107 @@
+"""Predicted times: what kernels do is read off the functions; attention is what is seen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import kvc
+from kvc.kernels.traits import CpuTraits
+from kvc.planning.rates import ROWS, Rates, measured, nominal, nominal_gpu, profile_file, save
+from kvc.planning.times import Clock, Site, answer_of
+from kvc.planning.work import Work
+from kvc_passes.facts import AttentionSite, MaskFact, Workload
+
+ModelFile = Callable[..., Path]
+RATES = nominal(CpuTraits(16, 32, 2))
+CAUSAL = MaskFact("causal", None, "given")
+SITE = AttentionSite(0, "n", 8, 2, 64, 64, 0.1, None, CAUSAL, None)
+NOTHING = Work(())
+
+
+def clock(site: AttentionSite, rates: Rates = RATES) -> Clock:
+    return Clock(NOTHING, NOTHING, (Site(site, site),), rates, True)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_products_take_longer_with_more_rows_and_never_more_for_each(bits: int) -> None:
+    times = [RATES.product(bits, 1 << 20, rows) for rows in range(1, 1200, 7)]
+    assert times == sorted(times)
+    each = [t / rows for t, rows in zip(times, range(1, 1200, 7))]
+    assert all(later <= earlier * 1.0001 for earlier, later in itertools.pairwise(each))
+    assert RATES.product(bits, 1 << 20, ROWS[3]) == pytest.approx(RATES.products[bits][3] * (1 << 20))
+
+
+def test_one_row_reads_the_weight_once() -> None:
+    assert RATES.product(32, 1000, 1) == pytest.approx(4000 / RATES.read)
+    assert nominal_gpu("sm_90").product(16, 1000, 1) == pytest.approx(2000 / nominal_gpu("sm_90").read)
+
+
+def test_decode_reads_what_every_token_sees() -> None:
+    """Alone: the pages at bandwidth or the operations at their rate, whichever takes longer."""
+    slow = replace(RATES, read=1e6, call=0.0)
+    work = Workload(3, 1000)
+    answer = answer_of(work)
+    assert answer == 250
+    bytes_ = sum(SITE.token_bytes() * 3 * (750 + 125) for _ in range(answer))
+    assert clock(SITE, slow).times(work, 512).decode_seconds == pytest.approx(bytes_ / 1e6)
+    busy = replace(RATES, attention=(1e6, 1e6), call=0.0)
+    flops = answer * 3 * (750 + 125) * 2 * 8 * 128
+    assert clock(SITE, busy).times(work, 512).decode_seconds == pytest.approx(flops / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("mask", "pairs"),
+    [
+        (CAUSAL, sum(range(1, 751))),
+        (MaskFact("window", 100, "given"), sum(min(i, 100) for i in range(1, 751))),
+        (MaskFact("chunk", None, "given", chunk=300), 2 * sum(range(1, 301)) + sum(range(1, 151))),
+    ],
+)
+def test_prefill_computes_the_pairs_that_a_mask_shows(mask: MaskFact, pairs: int) -> None:
+    """Within a half of a token a query, which the sums leave out."""
+    rates = replace(RATES, attention=(1e6, 1e6), call=0.0)
+    seconds = clock(replace(SITE, mask=mask), rates).times(Workload(1, 1000), 1000).prefill_seconds
+    assert seconds == pytest.approx(pairs * 2 * 8 * 128 / 1e6, rel=0.01)
+
+
+def test_a_common_prefix_is_computed_once() -> None:
+    alone, shared = (clock(SITE).times(w, 512) for w in (Workload(8, 1000), Workload(8, 1000, prefix=700)))
+    assert alone.prompt_tokens == 8 * 750
+    assert shared.prompt_tokens == 700 + 8 * 50
+    assert shared.prefill_seconds < alone.prefill_seconds
+    assert shared.decode_seconds == alone.decode_seconds
+
+
+def test_the_work_of_a_model_is_its_weights(model_file: ModelFile) -> None:
+    """Every weight is multiplied once; the logits for the asked rows alone."""
+    model = model_file("llama")
+    built = kvc.planner(model)
+    variant = built.variant(built.usual()[0])
+    sizes = {"prefill": 0, "decode": 0}
+    for name, work in (("prefill", variant.clock.prefill), ("decode", variant.clock.decode)):
+        products = [(step, count) for step, count in work.steps if step.kind == "product"]
+        sizes[name] = sum(step.weights * count for step, count in products)
+        assert {step.bits for step, _ in products} == {32}
+        assert {step.rows for step, _ in products} == ({"n", "r"} if name == "prefill" else {"n"})
+    packed = [t for name, t in variant.lowered.tensors.items() if name.endswith("_packed")]
+    held = sum(math.prod(t.shape) for t in packed)
+    assert sizes["prefill"] == sizes["decode"]
+    assert sizes["decode"] == pytest.approx(held, rel=0.01)
+
+
+def test_measured_rates_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert measured("a") is None
+    save(replace(RATES, source="measured"), "a")
+    save(RATES, "b")
+    assert measured("a") == replace(RATES, source="measured")
+    assert measured("b") == RATES
+    for text in ("{", "[]", '{"a": {"products": {"32": [1]}}}', '{"a": 3}'):
+        profile_file().write_text(text)
+        assert measured("a") is None
