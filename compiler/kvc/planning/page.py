@@ -26,6 +26,8 @@ _COLOURS: Final = {
 }
 _SHAPES: Final = {"paged_kv": "#dd8452", "x_absorbed": "#4c72b0", "mla_latent": "#55a868"}
 _OTHER: Final = "#8172b3"
+_PLAIN: Final = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+"""Nothing that differs from run to run, or that a page does not need."""
 
 
 def draw(path: Path, why: Explanation, plan: Plan) -> None:
@@ -35,7 +37,7 @@ def draw(path: Path, why: Explanation, plan: Plan) -> None:
         _write(path, _template("curve.html.j2", title="Memory against time", svg=_svg(figure)).encode())
         return
     data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(data, format=path.suffix[1:], metadata=_PLAIN if path.suffix == ".svg" else None)
     _write(path, data.getvalue())
 
 
@@ -105,7 +107,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 def _svg(figure: Any) -> str:
     """Inline SVG, without what only a file of its own needs."""
     data = io.StringIO()
-    figure.savefig(data, format="svg", metadata={"Date": None})
+    figure.savefig(data, format="svg", metadata=_PLAIN)
     return re.sub(r"^.*?(?=<svg)", "", data.getvalue(), count=1, flags=re.DOTALL)
 
 
@@ -131,6 +133,7 @@ def _layers(decision: Decision) -> Any:
     for form in dict.fromkeys(plan.forms):
         own = [site for site, name in enumerate(plan.forms) if name == form]
         axes.bar(own, [sizes[site] for site in own], color=_SHAPES.get(form, _OTHER), label=form)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("MB of pages")
     axes.legend(frameon=False, fontsize=8)
