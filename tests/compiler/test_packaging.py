@@ -57,7 +57,7 @@ def test_content(wheel: Path) -> None:
         f"{package.name}/{file.relative_to(package)}"
         for package in (ROOT / "compiler/kvc", ROOT / "passes/kvc_passes", ROOT / "models/kvc_models")
         for file in package.rglob("*")
-        if file.suffix == ".py" or file.name in ("py.typed", "sample_text.txt")
+        if file.suffix in (".py", ".j2") or file.name in ("py.typed", "sample_text.txt")
     }
     assert {name for name in names if not name.startswith(info)} == wanted
     assert {f"{name}/py.typed" for name in ("kvc", "kvc_passes", "kvc_models")} <= names
