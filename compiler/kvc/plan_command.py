@@ -28,9 +28,10 @@ Report = Callable[[str], None]
 def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int]:
     """What to print, and the exit status: 2 where no budget works. Raises kvc's errors."""
     if not options.budget:
-        raise InputError("the budget is missing; give --budget 8GB, or --budget auto")
+        raise InputError("the budget is missing; give --budget 8GB, or --budget auto (see kvc plan --help)")
     if not (options.workload or options.max_context or options.max_batch):
-        raise InputError("give a --workload, such as 8x256, or --max-context REQUESTS or --max-batch TOKENS")
+        wanted = "a --workload, such as 8x256, or --max-context REQUESTS or --max-batch TOKENS"
+        raise InputError(f"give {wanted} (see kvc plan --help)")
     if options.workload and (options.max_context or options.max_batch):
         raise InputError("--max-context and --max-batch find a workload: give no --workload beside them")
     for path in (options.plot, options.report):

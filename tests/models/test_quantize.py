@@ -133,7 +133,8 @@ def test_onnxruntimes_dynamic_quantization(
     out = quantize.dynamic(plain(), tmp_path / "q.onnx", per_channel=per_channel)
     assert operators(out).count("MatMulInteger") == 2 * 7 + 1
     assert "DynamicQuantizeLinear" in operators(out)
-    assert 0 < error(out, plain()) < 0.5
+    # Without VNNI, ONNX Runtime's products of bytes saturate in 16 bits.
+    assert 0 < error(out, plain()) < 1.0
 
 
 def test_onnxruntimes_static_quantization(plain: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, m
 from ..machine import Machine
 from ..pipeline import Runner
 from .budget import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
-from .knapsack import Item, Option, solve
+from .knapsack import Item, Option, smallest, solve
 from .times import Clock, Site, total
 from .work import work_of
 
@@ -225,8 +225,7 @@ def _best(parts: Sequence[_Parts], limit: int | None) -> Estimate | None:
         options.append(tuple(mine))
     groups = _alike(options, first.memory)
     items = [Item(key, len(sites)) for key, sites in groups]
-    smallest = sum(min(o.bytes for o in item.options) * item.count for item in items)
-    choice = solve(items, smallest if limit is None else limit - fixed)
+    choice = smallest(items) if limit is None else solve(items, limit - fixed)
     if choice is None:
         return None
     chosen = list(first.chosen)

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 _ROUNDING: Final = 1e-12
 """Relative difference of two sums of the same seconds."""
+_MOST: Final = 2**62
+"""Bytes that sums of 64 bits hold: more is treated as what does not fit."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ def solve(items: Sequence[Item], limit: int) -> Choice | None:
 
     Of choices that take as long, one of the fewest bytes.
     """
-    points = [_alike(item) for item in items]
-    rests = [_Relaxed.of(points[i + 1 :]) for i in range(len(points))]
-    whole = _Relaxed.of(points)
-    if whole.least > limit:
+    most = _MOST // max(sum(item.count for item in items), 1)
+    if smallest(items).bytes > min(limit, most):
         return None
+    points = [_alike(item, most) for item in items]
+    rests = [_Relaxed.of(points[i + 1 :]) for i in range(len(points))]
     known = _greedy(points, limit)
     states = _Points(np.zeros(1, np.int64), np.zeros(1), np.zeros((1, 0), np.int64))
     trail: list[NDArray[np.int64]] = []
@@ -83,13 +85,26 @@ def solve(items: Sequence[Item], limit: int) -> Choice | None:
     return Choice(tuple(reversed(counts)), total, time)
 
 
-def _alike(item: Item) -> _Points:
-    """All sums worth having of an item's `count` options; made: how many are each option."""
+def smallest(items: Sequence[Item]) -> Choice:
+    """The choice of the fewest bytes; of those, of the fewest seconds."""
+    counts, bytes_, seconds = [], 0, 0.0
+    for item in items:
+        least = min(item.options, key=lambda o: (o.bytes, o.seconds))
+        at = item.options.index(least)
+        counts.append(tuple(item.count * (i == at) for i in range(len(item.options))))
+        bytes_ += item.count * least.bytes
+        seconds += item.count * least.seconds
+    return Choice(tuple(counts), bytes_, seconds)
+
+
+def _alike(item: Item, most: int) -> _Points:
+    """All sums worth having of an item's `count` options of at most `most` bytes; made: how many are each."""
     columns = len(item.options)
+    small = [i for i, o in enumerate(item.options) if o.bytes <= most]
     one = _pruned(
-        np.array([o.bytes for o in item.options], np.int64),
-        np.array([o.seconds for o in item.options]),
-        np.eye(columns, dtype=np.int64),
+        np.array([item.options[i].bytes for i in small], np.int64),
+        np.array([item.options[i].seconds for i in small]),
+        np.eye(columns, dtype=np.int64)[small],
     )
     result = _Points(np.zeros(1, np.int64), np.zeros(1), np.zeros((1, columns), np.int64))
     count = item.count

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc.planning.knapsack import Choice, Item, Option, solve
+from kvc.planning.knapsack import Choice, Item, Option, smallest, solve
 
 
 def brute(items: list[Item], limit: int) -> float | None:
@@ -89,3 +89,12 @@ def test_eighty_layers_that_are_all_different() -> None:
         for a, b in itertools.product(items[i].options, items[j].options):
             if a.bytes + b.bytes - at[i].bytes - at[j].bytes <= room:
                 assert a.seconds + b.seconds >= at[i].seconds + at[j].seconds - 1e-9
+
+
+def test_sums_beyond_64_bits() -> None:
+    items = [Item((Option(10**19, 1.0), Option(3, 2.0)), 5), Item((Option(2**61, 0.5), Option(1, 1.0)), 5)]
+    found = solve(items, 7 * 10**18)
+    assert found is not None
+    assert (found.counts, found.bytes) == (((0, 5), (0, 5)), 20)
+    assert solve([Item((Option(10**25, 1.0),))], 2**63) is None
+    assert smallest([Item((Option(10**25, 1.0), Option(10**26, 0.1)), 3)]).bytes == 3 * 10**25
