@@ -11,10 +11,10 @@ rounds that alternate among the configurations. Reported for each budget:
 
 And the seconds to decide on a plan for a model of 80 layers of 8 kinds, from parts that are there already.
 
-    kvc profile && python -m benchmarks.plan_times [--only gpt2-124m ...] [--quick]
+    python -m benchmarks.plan_times [--only gpt2-124m ...] [--quick]
 
-Results are merged into benchmarks/results/plan_times.json. On a machine without measured rates the
-predictions are by nominal ones; `rates` in the result says which.
+`kvc profile` measures the machine before every model: the speed of a shared one drifts within an hour.
+Results are merged into benchmarks/results/plan_times.json.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def measured(name: str, options: Any) -> dict[str, Any]:
     from kvc.options import parse_workload
 
     path = exported(name, options.model)
+    run_python(["-m", "kvc.cli", "profile"])
     built, workload = kvc.planner(path), parse_workload(WORKLOAD)
     paged = tuple(forms[0] for forms in built.model.facts.forms)
     chunks = sorted(built.machine.chunks)
