@@ -29,6 +29,7 @@ from ..kernels.emit import compiled
 from ..kernels.matmul import packed_matmul
 from ..kernels.packing import packed_tensors
 from ..machine import CpuMachine
+from ..runtime.library import use_threads
 from .rates import ROWS, Rates
 
 _SIDE: Final = 4096
@@ -45,13 +46,17 @@ Report = Callable[[str], None]
 
 
 def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
-    """The rates of the machine that this process runs on, in about a minute; takes 0.5 GB of memory."""
+    """The rates of the machine that this process runs on, in about a minute; takes 0.5 GB of memory.
+
+    To be called before anything compiled runs in this process, which would settle how many threads run it.
+    """
+    traits = machine.products.traits
+    use_threads(traits.threads)
     products = {}
     for bits, format in _FORMATS.items():
         report(f"products with weights of {bits} bits")
         products[bits] = _products(machine, format)
     report("attention over keys and values")
-    traits = machine.products.traits
     grouped = AttentionShape(16, 4, 128, 128, 0.1)
     plain = AttentionShape(8, 8, 128, 128, 0.1)
     shared = AttentionShape(12, 1, 768, 768, 0.1, shared=True)

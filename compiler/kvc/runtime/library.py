@@ -104,15 +104,20 @@ times, and where other processes use the cores every yield takes milliseconds: e
 minutes."""
 
 
+def use_threads(threads: int) -> None:
+    """Give TVM's pool, which the first compiled call starts, so many threads; by default it may be one."""
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    os.environ["TVM_BIND_THREADS"] = "0"  # it would pin the interpreter's thread to core 0
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(_SPINS))
+
+
 def load_runtime(threads: int) -> ModuleType:
     """Load TVM's runtime and return the tvm_ffi module. Raises TargetError if TVM is not installed.
 
     TVM's thread pool starts with the calling thread's first compiled call; `threads` has no effect on a pool
     that runs already.
     """
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    os.environ["TVM_BIND_THREADS"] = "0"  # it would pin the interpreter's thread to core 0
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(_SPINS))
+    use_threads(threads)
     tvm_ffi = import_ffi()
     runtime_library()
     return tvm_ffi
