@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import functools
 import hashlib
@@ -17,8 +18,10 @@ import pytest
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
-# Plans must not depend on what `kvc profile` measured for the person who runs the tests.
-os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"kvc-tests-{os.getuid()}")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take the folder of the process that starts them
+    # Plans must not depend on what was measured for the person who runs the tests.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kvc-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 ModelFile = Callable[..., Path]

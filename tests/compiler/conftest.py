@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvc import cli
+from kvc.kernels.traits import CpuTraits
+from kvc.machine import CpuMachine
+from kvc.planning.rates import nominal
 
 from .cli_fixtures import BUDGET, Result, kvc
 
@@ -19,6 +22,14 @@ Run = Callable[..., Result]
 def llama(model_file: Callable[..., Path]) -> Path:
     """A Llama with 512 tokens and 256 positions, its tokenizer beside it. Not to be changed."""
     return model_file("llama")
+
+
+@pytest.fixture(scope="module")
+def fixed_rates() -> Iterator[None]:
+    """Plans of this process are for one CPU's rates: the same forms and chunks wherever tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuMachine, "rates", nominal(CpuTraits(8, 16, 2)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from support import OnnxRuntime
 
 from .cli_fixtures import Result
 
+pytestmark = pytest.mark.usefixtures("fixed_rates")
 ModelFile = Callable[..., Path]
 Run = Callable[..., Result]
 ROWS, WIDTH = 40, 64
@@ -29,7 +30,9 @@ def memories(*rows: int) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whisper(model_file: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> kvc.Artifact:
+def whisper(
+    model_file: ModelFile, tmp_path_factory: pytest.TempPathFactory, fixed_rates: None
+) -> kvc.Artifact:
     out = tmp_path_factory.mktemp("cross") / "whisper.kvc"
     return kvc.compile(model_file("tiny-whisper"), budget="300MB", workload=WORKLOAD, output=out)
 

@@ -18,6 +18,7 @@ from support import OnnxRuntime
 
 from .cli_fixtures import Result
 
+pytestmark = pytest.mark.usefixtures("fixed_rates")
 ModelFile = Callable[..., Path]
 FORMS = {"gpt2": "x_absorbed", "opt": "x_absorbed", "bloom": "x_absorbed", "mpt": "x_absorbed"}
 FORMS |= {"deepseek": "mla_latent", "phi": "k_plus_r"}

@@ -21,12 +21,13 @@ from support import OnnxRuntime
 
 from ..test_state_forms import rows
 
+pytestmark = pytest.mark.usefixtures("fixed_rates")
 ModelFile = Callable[..., Path]
 WORK = (Workload(32, 250),)
 
 
 @pytest.fixture(scope="module")
-def built(model_file: ModelFile) -> Planner:
+def built(model_file: ModelFile, fixed_rates: None) -> Planner:
     return kvc.planner(model_file("gpt2"))
 
 
@@ -36,7 +37,10 @@ def between(built: Planner) -> int:
     return next(p.bytes for p in points if "x1" in p.forms) + 4096
 
 
-def test_layers_may_differ_and_the_promise_is_theirs(built: Planner, tmp_path: Path) -> None:
+def test_layers_may_differ_and_the_promise_is_theirs(
+    built: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc.machine.measure", lambda *_, **__: built.runtime)  # 4096 bytes are to spare
     budget = between(built)
     plan = built.decide(budget, WORK).plan
     assert sorted(plan.forms) == ["paged_kv", "x_absorbed"]

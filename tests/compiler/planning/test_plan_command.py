@@ -17,6 +17,7 @@ from kvc_passes.errors import TargetError
 
 from ..cli_fixtures import Result
 
+pytestmark = pytest.mark.usefixtures("fixed_rates")
 Run = Callable[..., Result]
 ModelFile = Callable[..., Path]
 WORK = ("--workload", "32x250")
