@@ -79,13 +79,19 @@ def nominal(traits: CpuTraits) -> Rates:
     )
 
 
-_GPUS: Final = {"sm_80": (1.5e12, 310e12), "sm_89": (0.86e12, 330e12), "sm_90": (3.3e12, 900e12)}
-"""Bytes and 16-bit operations a second, as data sheets have them (A100, L40S, H100)."""
+_GPUS: Final = {
+    "sm_80": (1.5e12, 310e12),
+    "sm_86": (0.6e12, 125e12),
+    "sm_89": (0.86e12, 330e12),
+    "sm_90": (3.3e12, 900e12),
+    "sm_100": (8e12, 2200e12),
+}
+"""Bytes and 16-bit operations a second, as data sheets have them (A100, A10, L40S, H100, B200)."""
 
 
 def nominal_gpu(arch: str) -> Rates:
     """Rates of a GPU by its architecture: 0.8 of a data sheet's bandwidth and 0.6 of its operations."""
-    bandwidth, flops = _GPUS.get(arch, (8e12, 2200e12))
+    bandwidth, flops = _GPUS.get(arch, min(_GPUS.values()))  # of one that is not known, the slowest
     read, rate = 0.8 * bandwidth, 0.6 * flops
 
     def table(bits: int) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvc
+from kvc.cuda_machine import ARCHS
 from kvc.kernels.traits import CpuTraits
 from kvc.planning.rates import ROWS, Rates, measured, nominal, nominal_gpu, profile_file, save
 from kvc.planning.times import Clock, Site, answer_of
@@ -40,6 +41,14 @@ def test_products_take_longer_with_more_rows_and_never_more_for_each(bits: int) 
 def test_one_row_reads_the_weight_once() -> None:
     assert RATES.product(32, 1000, 1) == pytest.approx(4000 / RATES.read)
     assert nominal_gpu("sm_90").product(16, 1000, 1) == pytest.approx(2000 / nominal_gpu("sm_90").read)
+
+
+def test_a_gpu_that_is_not_known_is_no_faster_than_any_that_is() -> None:
+    unknown, known = nominal_gpu("sm_999"), [nominal_gpu(arch) for arch in ARCHS]
+    assert len({rates.read for rates in known}) == len(ARCHS)
+    for rates in known:
+        assert unknown.read <= rates.read
+        assert unknown.product(16, 1000, 512) >= rates.product(16, 1000, 512)
 
 
 def test_decode_reads_what_every_token_sees() -> None:
