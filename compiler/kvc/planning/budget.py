@@ -160,7 +160,8 @@ class Draft:
             longer = [w.context + -(-more * w.context // longest) for w in self.workload]
             capped = [min(context, limit or context) for context in longer]
             workload = [replace(w, context=context) for w, context in zip(self.workload, capped)]
-            return self.with_pages(self._pages(workload), max(capped))
+            # A window's pages may be fewer for longer contexts, of which a chunk holds fewer whole ones.
+            return self.with_pages(self._pages([*self.workload, *workload]), max(capped))
 
         def fits(more: int) -> bool:
             return grown(more).bytes.total <= self.budget

@@ -311,3 +311,11 @@ def test_a_chunk_of_several_contexts_has_their_windows_whole() -> None:
     near = least(given_, Workload(16, 40)).groups[0]
     whole, part = Reach(window=32).most_pages(16, 40, 40), Reach(window=32).most_pages(16, 40, 512 - 12 * 40)
     assert near.pages == 12 * whole + part + 3 * Reach(window=32).most_pages(16, 40, 1)
+
+
+def test_longer_contexts_do_not_take_pages_from_the_workload() -> None:
+    """A chunk of 512 computes two of 250 tokens and a part of a third, but just two of 256."""
+    given_ = costs(facts=mixed(256, window=32), chunks=(512,))
+    plan = make_plan(given_, 1 << 40, (Workload(32, 250),))
+    assert plan.max_context == 256
+    assert plan.groups[0].pages >= least(given_, Workload(32, 250)).groups[0].pages
