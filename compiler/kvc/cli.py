@@ -181,7 +181,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         "--state",
         metavar="FORM",
         help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r; "
-        "of cross-attention: encoder_output (what fits)",
+        "of cross-attention: encoder_output (the fastest that fits)",
     )
     parser.add_argument(
         "--target",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.table import Table
 
@@ -23,6 +23,7 @@ from .planning.saved import SavedPlan, save_plan
 from .targets import parse_target
 
 Report = Callable[[str], None]
+_PICTURES: Final = (".svg", ".png", ".html")
 
 
 def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int]:
@@ -34,9 +35,10 @@ def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int
         raise InputError(f"give {wanted} (see kvc plan --help)")
     if options.workload and (options.max_context or options.max_batch):
         raise InputError("--max-context and --max-batch find a workload: give no --workload beside them")
-    for path in (options.plot, options.report):
-        if path is not None:
-            _require_plots(path)
+    if options.plot is not None:
+        _require_plots(options.plot, _PICTURES, "pictures are written as .svg, .png or .html")
+    if options.report is not None:
+        _require_plots(options.report, (".html",), "a report is written as .html")
     machine = parse_target(options.target)
     budgets = [budget_of(text.strip(), machine) for text in options.budget.split(",")]
     alternatives = parse_workload(options.workload) if options.workload else None
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int
     )
     report("plan")
     if len(budgets) > 1:
-        return _compared(built, budgets, [alternatives or _found(built, b, options) for b in budgets])
+        return _compared(built, budgets, lambda budget: alternatives or _found(built, budget, options))
     workload = alternatives or _found(built, budgets[0], options)
     decision = built.decide(budgets[0], workload)
     return _shown(options, built, decision), 0
@@ -84,12 +86,12 @@ def _found(built: Planner, budget: int, options: argparse.Namespace) -> tuple[Wo
 
 
 def _compared(
-    built: Planner, budgets: Sequence[int], workloads: Sequence[tuple[Workload, ...]]
+    built: Planner, budgets: Sequence[int], workload_of: Callable[[int], tuple[Workload, ...]]
 ) -> tuple[Sequence[Table], int]:
     found: list[Decision | BudgetError] = []
-    for budget, workload in zip(budgets, workloads, strict=True):
+    for budget in budgets:
         try:
-            found.append(built.decide(budget, workload))
+            found.append(built.decide(budget, workload_of(budget)))
         except BudgetError as error:
             found.append(error)
     if all(isinstance(each, BudgetError) for each in found):
@@ -119,11 +121,12 @@ def _shown(options: argparse.Namespace, built: Planner, decision: Decision) -> S
     return [*plan_tables(plan, name), *reason_tables(plan, why)]
 
 
-def _require_plots(path: Path) -> None:
+def _require_plots(path: Path, kinds: Sequence[str], message: str) -> None:
+    """Raises InputError for another ending than `kinds`, which `message` says, and without matplotlib."""
     import importlib.util
 
-    if path.suffix not in (".svg", ".png", ".html"):
-        raise InputError(f"{path}: pictures are written as .svg, .png or .html")
+    if path.suffix not in kinds:
+        raise InputError(f"{path}: {message}")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{path}: pictures need matplotlib: pip install 'kvc[plot]'")
 

@@ -43,8 +43,18 @@ def test_budgets_side_by_side(run: Run, gpt2: Path) -> None:
 
 
 def test_budgets_none_of_which_works(run: Run, gpt2: Path) -> None:
-    message = run("plan", gpt2, "--budget", "10MB,20MB", *WORK).refusal()
-    assert "the smallest budget that works" in message
+    for wanted in (WORK, ("--max-context", "32"), ("--max-batch", "250")):
+        message = run("plan", gpt2, "--budget", "10MB,20MB", *wanted).refusal()
+        assert "the smallest budget that works" in message
+
+
+@pytest.mark.parametrize("wanted", [("--max-context", "32"), ("--max-batch", "250")])
+def test_a_budget_for_nothing_beside_one_that_works(run: Run, gpt2: Path, wanted: tuple[str, str]) -> None:
+    shown = run("plan", gpt2, "--budget", "10MB,90MB", *wanted)
+    assert (shown.status, shown.err) == (0, "")
+    workloads = next(line for line in shown.out.splitlines() if "workload" in line).split("│")[2:-1]
+    assert re.fullmatch(r"needs \d+\.\d MB", workloads[0].strip())
+    assert re.fullmatch(r"\d+x\d+", workloads[1].strip())
 
 
 def test_the_longest_context_and_the_most_requests(run: Run, gpt2: Path) -> None:
@@ -83,7 +93,10 @@ def test_a_control_group_leaves_less(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert available("llvm") == 2_500_000
 
 
-def test_a_saved_plan_is_compiled(run: Run, gpt2: Path, tmp_path: Path) -> None:
+def test_a_saved_plan_is_compiled(
+    run: Run, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc.machine.measure", lambda *_, **__: 70 << 20)  # as much both times
     path, out = tmp_path / "plan.json", tmp_path / "m.kvc"
     assert run("plan", gpt2, "--budget", "90MB", *WORK, "--save", path).status == 0
     saved = json.loads(path.read_text())
@@ -172,6 +185,7 @@ def test_the_report_in_a_browser(run: Run, gpt2: Path, tmp_path: Path) -> None:
         (("--budget", "1GB,x", *WORK), "'x' is not a size"),
         (("--budget", "1GB,2GB", *WORK, "--json"), "give one budget"),
         (("--budget", "1GB", *WORK, "--plot", "c.pdf"), "pictures are written as .svg, .png or .html"),
+        (("--budget", "1GB", *WORK, "--report", "r.svg"), "a report is written as .html"),
         (("--budget", "1GB", *WORK, "--report", "/nowhere/r.html"), "cannot be written"),
         (("--budget", "1GB", *WORK, "--save", "/nowhere/p.json"), "cannot be written"),
         (("--budget", "1GB", *WORK, "--allow", "window=64,window=32"), "is allowed, too; give one"),
