@@ -135,11 +135,15 @@ def reason_tables(plan: Plan, why: Explanation) -> list[Table]:
     for point in why.curve[:: max(1, len(why.curve) // 8)]:
         size = format_size(point.bytes)
         add_row(curve, point.forms, str(point.chunk), size, f"{point.seconds:.2f} s")
-    curve.caption, curve.caption_justify = Text(f"no choice is faster: gap {why.gap:.0%}"), "left"
+    curve.caption, curve.caption_justify = Text(_gap_text(why.gap)), "left"
     gains = _titled("what permissions would buy", ("--allow", "bytes less", "tokens of one request"), 1)
     for gain in why.gains:
         add_row(gains, gain.allow, format_size(gain.saved), f"{gain.context:,}")
     return [_times(plan), reasons, curve, *([gains] if why.gains else [])]
+
+
+def _gap_text(gap: float) -> str:
+    return f"no choice is faster by more than {gap:.2%}" if gap else "no choice is faster: gap 0%"
 
 
 def _times(plan: Plan) -> Table:

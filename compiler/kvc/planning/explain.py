@@ -10,8 +10,9 @@ from typing import Final
 from tvm import IRModule
 
 from kvc_passes.errors import InputError
-from kvc_passes.facts import Plan, Workload
+from kvc_passes.facts import Plan, StateForm, Workload
 from kvc_passes.place_arena import Arena
+from kvc_passes.state_forms import UNJUDGED
 
 from ..options import format_size
 from ..permissions import parse_permissions
@@ -55,7 +56,7 @@ class Explanation:
     curve: tuple[Point, ...]
     gains: tuple[Gain, ...]
     gap: float
-    """How much faster another choice could be at most, as a share: the choice is exact."""
+    """How much longer the plan takes, as a share, than the least that any choice could."""
 
 
 def explain(planner: Planner, decision: Decision) -> Explanation:
@@ -65,7 +66,7 @@ def explain(planner: Planner, decision: Decision) -> Explanation:
         reasons=_reasons(planner, plan),
         curve=curve(planner, plan.workload),
         gains=_gains(planner, plan),
-        gap=0.0,
+        gap=decision.gap,
     )
 
 
@@ -135,9 +136,17 @@ def _reasons(planner: Planner, plan: Plan) -> tuple[tuple[str, str, str], ...]:
             names = ", ".join(f"{f.name} ({f.token_bytes} bytes a token)" for f in smaller)
             why = f"it fits, and is predicted to be faster than {names}"
         else:
-            why = "no smaller form is legal (kvc inspect says why)"
+            why = _none_smaller(forms[site], own, planner.machine.forms)
         runs.setdefault((name, why), []).append(site)
     return tuple((ranges(sites), name, why) for (name, why), sites in runs.items())
+
+
+def _none_smaller(forms: Sequence[StateForm], own: StateForm, usable: Sequence[str]) -> str:
+    """Why there is no smaller form, as far as that is known."""
+    open_ = (f for f in forms if f.name in usable and f.detail.endswith(UNJUDGED))
+    if any(f.token_bytes < own.token_bytes for f in open_):
+        return "no smaller form is known to be legal; keys alone were not measured: --state k_plus_r would"
+    return "no smaller form is legal (kvc inspect says why)"
 
 
 def _gains(planner: Planner, plan: Plan) -> tuple[Gain, ...]:

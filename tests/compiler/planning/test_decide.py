@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import kvc
-from kvc.planning.decide import Planner
+from kvc.planning.decide import Chosen, Planner, Variant
 from kvc.planning.explain import curve, explain, longest, most_requests, timeline
-from kvc.planning.saved import SavedPlan, read_plan, save_plan
+from kvc.planning.saved import SavedPlan, checked, read_plan, save_plan
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import Workload
+from kvc_passes.facts import Plan, Workload
 from support import OnnxRuntime
 
 from ..test_state_forms import rows
@@ -112,6 +112,41 @@ def test_what_is_said_of_a_plan(built: Planner) -> None:
     alive = timeline(lowered, bounds)
     assert 0 < max(alive) <= decision.plan.bytes.arena
     assert alive[-1] == 0 or len(alive) > 10
+
+
+class Dear(Planner):
+    """Mixes take 64 MiB more than their parts."""
+
+    def variant(self, chosen: Chosen) -> Variant:
+        found = super().variant(chosen)
+        more = (64 << 20) * (len(set(chosen)) > 1)
+        return replace(found, costs=replace(found.costs, weights=found.costs.weights + more))
+
+
+def test_where_no_mix_fits_the_best_uniform_choice_does(built: Planner) -> None:
+    planner = Dear(built.model, built.machine, built.runtime, built.runner)
+    budget = between(built)
+    mixed, plain = built.decide(budget, WORK), planner.decide(budget, WORK)
+    assert set(plain.plan.forms) == {"x_absorbed"}
+    assert plain.plan.bytes.total <= budget
+    others = [planner.plan_of(planner.usual()[1], chunk, budget, WORK) for chunk in built.machine.chunks]
+    seconds = plain.plan.times[0].seconds
+    assert seconds == min(o.plan.times[0].seconds for o in others if o is not None)
+    assert (mixed.gap, explain(built, mixed).gap) == (0, 0)
+    bound = planner.estimate(budget, WORK, planner.usual())
+    assert bound is not None
+    assert explain(planner, plain).gap == pytest.approx(seconds / bound.seconds - 1)
+    assert plain.gap > 0
+    with pytest.raises(BudgetError) as refused:
+        planner.decide(80_000_000, WORK)
+    assert planner.decide(refused.value.needed, WORK).plan.bytes.total <= refused.value.needed
+
+
+def test_what_was_not_measured_is_not_called_illegal(model_file: ModelFile) -> None:
+    for family, why in (("phi", "--state k_plus_r would"), ("llama", "kvc inspect says why")):
+        planner = kvc.planner(model_file(family))
+        reasons = explain(planner, planner.decide(200_000_000, WORK)).reasons
+        assert [why in line[2] for line in reasons] == [True]
 
 
 MIXED = ["mla_latent", "paged_kv"]
