@@ -18,6 +18,8 @@ from .budget import Draft, check_workload
 from .decide import Decision, Planner
 
 _FORMAT: Final = 1
+_VARIATION: Final = 2 << 20
+"""Bytes by which the process may measure larger than when the plan was saved."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SavedPlan:
     """A plan and what else compiling by it takes.
 
     Of the plan, budget, workload, chunk, forms and the groups' pages and max_context are obeyed; all else
-    follows from them and is counted again.
+    follows from them and is counted again. Where the process takes more than it did, pages are given back.
     """
 
     model: str
@@ -63,6 +65,7 @@ def read_plan(path: Path) -> SavedPlan:
 def _check_numbers(plan: Plan) -> None:
     """Raises ValueError where a number that is obeyed makes no sense."""
     numbers = {"budget": plan.budget, "chunk": plan.chunk, "max_context": plan.max_context}
+    numbers |= {"the process's bytes": plan.bytes.runtime}
     numbers |= {f"pages of group {i}": group.pages for i, group in enumerate(plan.groups)}
     for w in plan.workload:
         numbers |= {f"the batch of {w}": w.batch, f"the context of {w}": w.context}
@@ -112,6 +115,11 @@ def checked(planner: Planner, saved: SavedPlan, where: Path) -> Decision:
     if facts.context is not None:
         context = min(context, facts.context)
     whole = draft.with_pages([group.pages for group in plan.groups], context)
+    more = whole.bytes.runtime - plan.bytes.runtime
+    if whole.bytes.total > plan.budget >= whole.bytes.total - more and more <= _VARIATION:
+        # Only the process takes more than when the plan filled its budget: it fills what is left.
+        pages = [min(a.pages, b.pages) for a, b in zip(plan.groups, draft.filled().groups)]
+        whole = draft.with_pages(pages, context)
     _check_budget(whole, where)
     return planner.finished(whole, variant, chosen)
 

@@ -205,6 +205,35 @@ def test_more_pages_and_a_smaller_chunk_may_be_asked_for(built: Planner, tmp_pat
     assert plan.bytes.total <= plan.budget
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_process_that_takes_more_is_given_pages(model_file: ModelFile, family: str, tmp_path: Path) -> None:
+    """Up to 2 MiB, as long as the workload keeps its own."""
+    planner, work = kvc.planner(model_file(family)), (Workload(64, 20),)
+    planner.runtime = 70 << 20
+    budget = planner.decide(1 << 30, work).plan.bytes.total - (1 << 20)  # less than the model's context takes
+    plan = planner.decide(budget, work).plan
+    saved = SavedPlan(planner.model.facts.name, "cpu", (), plan)
+
+    def again(more: int, saved: SavedPlan = saved) -> Plan:
+        grown = Planner(planner.model, planner.machine, planner.runtime + more, planner.runner)
+        return checked(grown, saved, tmp_path).plan
+
+    assert again(0) == plan
+    for more in (1 << 20, 2 << 20):
+        found = again(more)
+        assert (found.forms, found.chunk) == (plan.forms, plan.chunk)
+        assert budget - 2 * sum(g.page_bytes for g in plan.groups) - 16384 < found.bytes.total <= budget
+        assert sum(g.pages for g in found.groups) < sum(g.pages for g in plan.groups)
+    with pytest.raises(BudgetError, match="raise its budget"):
+        again(3 << 20)
+    groups = (*plan.groups[:-1], replace(plan.groups[-1], pages=plan.groups[-1].pages + 4000))
+    with pytest.raises(BudgetError, match="raise its budget"):  # too many, whatever the process takes
+        again(1 << 20, replace(saved, plan=replace(plan, groups=groups)))
+    tight = planner.decide(planner.least(work), work).plan
+    with pytest.raises(BudgetError, match="raise its budget"):
+        again(1 << 20, replace(saved, plan=tight))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
