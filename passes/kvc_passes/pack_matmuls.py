@@ -31,7 +31,7 @@ class PackMatmuls:
         `take(w, ids)`, or a cast of it, may read rows of the same weight, or of a dequantized one.
         `kvc.head_product(x, w)`.
     After: `call_tir(packed_matmul, x, *packed, [bias], [residual])`; parameters have the packed shapes.
-    Needs: FlattenTokens (x is [1, n, depth] or [n, depth]).
+    Needs: FlattenTokens (x is [.., n, depth], where all dimensions before n are 1).
     Refuses: nothing; a product that does not match stays a plain matmul.
     """
 
@@ -175,18 +175,17 @@ class PackMatmuls:
             )
             made[key] = builder.add_func(kernel, MATMUL)
         leading = dims(x)[:-1]
-        one = [tirx.IntImm("int64", 1)] if len(leading) == 1 else []
-        if one:
-            depth = tirx.IntImm("int64", weight.depth)
-            x = builder.emit(relax.op.reshape(x, relax.ShapeExpr([*one, *leading, depth])))
-        shape = [*one, *leading, tirx.IntImm("int64", weight.columns)]
-        if one and residual is not None:
+        one, depth, columns = (tirx.IntImm("int64", size) for size in (1, weight.depth, weight.columns))
+        shape, flat = [one, leading[-1], columns], len(leading) != 2
+        if flat:
+            x = builder.emit(relax.op.reshape(x, relax.ShapeExpr([one, leading[-1], depth])))
+        if flat and residual is not None:
             residual = builder.emit(relax.op.reshape(residual, relax.ShapeExpr(shape)))
         args = [x, *packed, *(value for value in (match.bias, residual) if value is not None)]
         result = relax.op.call_tir(made[key], args, relax.TensorType(shape, dtype))
-        if not one:
+        if not flat:
             return result
-        return relax.op.reshape(builder.emit(result), relax.ShapeExpr(shape[1:]))
+        return relax.op.reshape(builder.emit(result), relax.ShapeExpr([*leading, columns]))
 
 
 @dataclass(frozen=True)
@@ -226,9 +225,9 @@ def _product(graph: Graph, var: relax.Var, kernels: MatmulKernels) -> _Product |
     x = call.args[0]
     if x.ty.dtype.dtype != var.ty.dtype.dtype:
         return None
-    if isinstance(graph.resolve(x), GenericConst) or len(dims(x)) not in (2, 3):
+    if isinstance(graph.resolve(x), GenericConst) or len(dims(x)) < 2:
         return None
-    if len(dims(x)) == 3 and static(dims(x)[0]) != 1:
+    if any(static(d) != 1 for d in dims(x)[:-2]):
         return None
     weight = weight_of(graph, call.args[1])
     if weight is None:

@@ -34,10 +34,11 @@ def check(module: IRModule, weights: dict[str, np.ndarray], x: np.ndarray) -> di
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("rank", [2, 3, 4])
 def test_a_product_with_a_weight(bias: bool, transposed: bool, rank: int) -> None:
     columns = 40  # no multiple of a panel
-    x = X if rank == 3 else param("x", [N, 16])
+    leading = [1] * (rank - 2)
+    x = param("x", [*leading, N, 16])
     w = param("w", [columns, 16] if transposed else [16, columns])
     b = param("b", [columns])
 
@@ -52,7 +53,7 @@ def test_a_product_with_a_weight(bias: bool, transposed: bool, rank: int) -> Non
     assert ops(result.module)["matmul"] == ops(result.module)["add"] == 0
     assert ops(result.module)["call_tir"] == result.sites == 1
     weights = {p.name: floats(*(int(d) for d in p.ty.shape.values)) for p in params[1:]}
-    check(module, weights, floats(1, 7, 16)[0] if rank == 2 else floats(1, 7, 16))
+    check(module, weights, floats(*leading, 7, 16))
 
 
 @pytest.mark.parametrize("bias", [False, True])
