@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .checks import verify
     from .graphs import CompiledGraph, compile_graph
     from .runtime import Completion, SamplingParams, Session, load
+    from .tuning.api import tune
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "plan",
     "planner",
+    "tune",
     "verify",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     **dict.fromkeys(("Completion", "SamplingParams", "Session", "load"), ".runtime"),
     "Artifact": ".artifact",
     **dict.fromkeys(("CompiledGraph", "compile_graph"), ".graphs"),
+    "tune": ".tuning.api",
     "verify": ".checks",
 }
 

@@ -26,12 +26,14 @@ from .compilation import build_libraries, forced_forms, judged, packed_weights, 
 from .configuration import assets_of
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
-from .machine import Machine
+from .machine import CpuMachine, Machine
 from .pipeline import Runner
 from .planning.available import available
 from .planning.decide import Decision, Planner
 from .planning.saved import checked, read_plan
 from .targets import parse_target
+from .tuning.tasks import TASKS, tasks_text
+from .tuning.tuned import Choice, chosen_kernels, with_records
 
 Report = Callable[[str], None]
 
@@ -46,10 +48,12 @@ def compile(
     allow: str | Iterable[str] = (),
     state: str | None = None,
     plan: str | os.PathLike[str] | None = None,
+    tune_db: str | os.PathLike[str] | None = None,
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
     report: Report | None = None,
     timings: list[tuple[str, float, int]] | None = None,
+    kernels: list[tuple[str, Choice]] | None = None,
 ) -> Artifact:
     """Compile an ONNX decoder into an artifact that keeps to a memory budget.
 
@@ -68,10 +72,12 @@ def compile(
             exact forms and the prefill chunk with which the workload is predicted to take the least time.
         plan: a file that `kvc plan --save` wrote, perhaps edited: budget, workload, target, permissions and
             forms are taken from it, and everything is checked again.
+        tune_db: a folder of records of `kvc tune`, which kernels get their parameters from.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
         report: called with the name of every stage as it begins.
         timings: filled with (pass, seconds, changed places) of every pass.
+        kernels: with `tune_db`, filled with (kernel, where its parameters come from).
 
     Returns:
         the artifact; `kvc.load(artifact.path)` runs it.
@@ -88,7 +94,7 @@ def compile(
     destination = Path(output) if output is not None else source.with_suffix(".kvc")
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: the output would replace the model; give another --output")
-    decide = _wanted(source, budget, workload, target, allow, state, plan, runner)
+    decide = _wanted(source, budget, workload, target, allow, state, plan, tune_db, runner)
     with ArtifactWriter(destination, force=force) as writer:
         decision = decide()
         model, lowered = decision.variant.model, decision.variant.lowered
@@ -98,7 +104,11 @@ def compile(
         writer.functions(lowered.takes)
         writer.facts(decision.plan, model.facts)
         writer.assets(assets_of(source))
+        if isinstance(lowered.machine, CpuMachine):
+            writer.text(TASKS, tasks_text(decision, lowered.machine.products.traits))
         writer.commit()
+    if kernels is not None and isinstance(lowered.machine, CpuMachine):
+        kernels += chosen_kernels(decision, lowered.machine)
     return Artifact.open(destination, verify=False)
 
 
@@ -126,13 +136,14 @@ def planner(
     target: str = "cpu",
     allow: str | Iterable[str] = (),
     state: str | None = None,
+    tune_db: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> Planner:
     """A model, proved, to be planned for any budgets and workloads: `planner.decide(budget, workload)`.
 
     Arguments and errors as for `compile`; importing and proving is done once, here.
     """
-    source, machine = Path(path), parse_target(target)
+    source, machine = Path(path), _machine(target, tune_db)
     require_file(source)
     return planner_of(source, machine, parse_permissions(allow), state, _runner(None, report))
 
@@ -152,13 +163,14 @@ def _wanted(
     allow: str | Iterable[str],
     state: str | None,
     plan: str | os.PathLike[str] | None,
+    tune_db: str | os.PathLike[str] | None,
     runner: Runner,
 ) -> Callable[[], Decision]:
     """Check what was asked for; what is returned decides it."""
     if plan is None:
         if budget is None or workload is None:
             raise InputError("a budget and a workload are needed, or a saved plan")
-        machine = parse_target(target)
+        machine = _machine(target, tune_db)
         size, alternatives, allowed = (
             budget_of(budget, machine),
             parse_workload(workload),
@@ -172,8 +184,14 @@ def _wanted(
     if target != "cpu":
         raise InputError("--plan says the target, too: give one of them, or edit the plan")
     saved = read_plan(Path(plan))
-    machine, allowed = parse_target(saved.target), parse_permissions(saved.allow)
+    machine, allowed = _machine(saved.target, tune_db), parse_permissions(saved.allow)
     return lambda: checked(planner_of(source, machine, allowed, None, runner), saved, Path(plan))
+
+
+def _machine(target: str, tune_db: str | os.PathLike[str] | None) -> Machine:
+    """The target, with kernels as they were tuned for it. Raises TargetError, InputError."""
+    machine = parse_target(target)
+    return machine if tune_db is None else with_records(machine, Path(tune_db))
 
 
 def planner_of(

@@ -12,14 +12,19 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from kvc_passes.errors import Error, InputError, PlanningError
 from kvc_passes.facts import ModelFacts
 
 from . import __version__
+from .arguments import add_budget, add_model, add_plan, add_run, add_tune
+
+if TYPE_CHECKING:
+    from .tuning.tuned import Choice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    warnings.formatwarning = lambda message, *about, **more: f"kvc: note: {message}\n"
     with _signals() as interrupts:
         try:
             status: int = options.run(options)
@@ -119,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     compile_ = command("compile", _compile, "compile an ONNX decoder into an artifact that keeps to a budget")
-    _add_model(compile_)
-    _add_budget(compile_)
+    add_model(compile_)
+    add_budget(compile_)
     compile_.add_argument(
         "--plan",
         type=Path,
@@ -132,13 +138,17 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR")
     compile_.add_argument("--time-passes", action="store_true", help="show the time of every pass")
     plan = command("plan", _plan, "show how a budget would be spent, without compiling")
-    _add_model(plan)
-    _add_budget(plan)
-    _add_plan(plan)
+    add_model(plan)
+    add_budget(plan)
+    add_plan(plan)
+    tune = command("tune", _tune, "measure candidates for a model's kernels, and record the best")
+    add_model(tune, "[MODEL.onnx|MODEL.kvc]")
+    add_budget(tune)
+    add_tune(tune)
     profile = command("profile", _profile, "measure how fast this machine is, for the times of plans")
     profile.add_argument("--target", default="cpu", help="cpu, or cpu:NAME of a CPU that LLVM knows (cpu)")
     inspect = command("inspect", _inspect, "show what can be proved about an ONNX model")
-    _add_model(inspect)
+    add_model(inspect)
     inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
     verify = command("verify", _verify, "compare a compiled model with its ONNX file and its promise")
     verify.add_argument("artifact", type=Path, metavar="MODEL.kvc")
@@ -154,94 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="measure the perplexity of this text, too (with --allow: of one that comes with kvc)",
     )
-    _add_run(command("run", _run, "generate text with a compiled model"))
+    add_run(command("run", _run, "generate text with a compiled model"))
     return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="permissions to change results beyond rounding: window=N, sinks=N, kv-int8, kv-fp8, kv-int4, "
-        "token-scales",
-    )
-
-
-def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--budget", help="most memory to use: 8GB, 512MiB, bytes, or auto: what is free now")
-    parser.add_argument(
-        "--workload",
-        help="batch x context: 8x256, alternatives 8x256,1x2048, a common prefix 8x256/100, rows of an "
-        "encoder's output 4x448+1500",
-    )
-    parser.add_argument(
-        "--state",
-        metavar="FORM",
-        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r; "
-        "of cross-attention: encoder_output (the fastest that fits)",
-    )
-    parser.add_argument(
-        "--target",
-        default="cpu",
-        help="cpu, cpu:NAME of a CPU that LLVM knows, cuda, or cuda:sm_80,sm_90 (cpu)",
-    )
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument(
-        "--max-context",
-        metavar="REQUESTS",
-        help="not a workload: the longest context of so many requests",
-    )
-    wanted.add_argument(
-        "--max-batch", metavar="TOKENS", help="instead of a workload: the most requests of so many tokens"
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, for kvc compile --plan")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw memory against time: FILE.svg, .png or .html",
-    )
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows the plan")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path, metavar="MODEL.kvc")
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times"
-    )
-    prompts.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help="one prompt a line, all served at once"
-    )
-    parser.add_argument(
-        "--memory",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE.npy",
-        help="the encoder's output [rows, width] that a prompt comes with, for decoders that read one; once "
-        "for every prompt",
-    )
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put prompts into the model's chat template, or not (default: if it has one)",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-k", type=int, default=0, help="only the K likeliest tokens; 0: all (0)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="only the likeliest tokens of this share (1)"
-    )
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
 
 
 @contextlib.contextmanager
@@ -280,11 +204,12 @@ def _compile(options: argparse.Namespace) -> int:
 
     from .api import compile
     from .plan_report import plan_tables
-    from .report import timing_table
+    from .report import kernels_table, timing_table
 
     start = time.perf_counter()
     with _progress() as report:
         timings: list[tuple[str, float, int]] = []
+        kernels: list[tuple[str, Choice]] = []
         artifact = compile(
             options.model,
             budget=options.budget,
@@ -294,13 +219,17 @@ def _compile(options: argparse.Namespace) -> int:
             allow=options.allow,
             state=options.state,
             plan=options.plan,
+            tune_db=options.tune_db,
             force=options.force,
             dump=options.dump,
             report=report,
             timings=timings,
+            kernels=kernels,
         )
     if options.time_passes:
         _print(timing_table(timings))
+    if kernels:
+        _print(kernels_table(kernels))
     _print(*plan_tables(artifact.plan, artifact.facts.name))
     _notes(artifact.facts)
     print(f"{artifact.path}: compiled in {time.perf_counter() - start:.1f} s")
@@ -314,6 +243,13 @@ def _plan(options: argparse.Namespace) -> int:
         tables, status = run(options, report)
     _print(*tables)
     return status
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from .tuning.command import run
+
+    _print(*run(options))
+    return 0
 
 
 def _profile(options: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from .codegen.schedule_kernels import ScheduleForCuda
 from .kernels.cuda import rows
 from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
 from .kernels.cuda.host import PAGE_SIZE, CudaAttention, CudaProducts, Variants
+from .kernels.knobs import AttentionTimes
 from .machine import export
 from .pipeline import Phase, Runner
 from .planning.rates import Rates, nominal_gpu
@@ -66,6 +67,9 @@ class CudaMachine:
     @cached_property
     def rates(self) -> Rates:
         return nominal_gpu(self.archs[0])
+
+    def attention_times(self, site: AttentionSite) -> AttentionTimes:
+        return (), ()
 
     @cached_property
     def products(self) -> CudaProducts:

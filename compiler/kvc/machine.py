@@ -22,6 +22,8 @@ from .codegen.link import link
 from .codegen.schedule_kernels import ScheduleKernels
 from .kernels import packing
 from .kernels.cpu import PAGE_SIZE, CpuAttention, CpuProducts
+from .kernels.knobs import DEFAULTS, AttentionTimes, Knobs
+from .kernels.shapes import attention_shape
 from .kernels.traits import CpuTraits
 from .pipeline import Phase, Runner
 from .planning.rates import Rates, measured, nominal
@@ -60,6 +62,9 @@ class Machine(Protocol):
     def rates(self) -> Rates:
         """How fast it is."""
 
+    def attention_times(self, site: AttentionSite) -> AttentionTimes:
+        """What was measured of a site's kernels, in prefill and in decode."""
+
     @property
     def products(self) -> MatmulKernels: ...
 
@@ -94,6 +99,10 @@ class CpuMachine:
     page_size: int = PAGE_SIZE
     forms: tuple[FormName, ...] = STATE_FORMS
     fuse: tuple[Pass, ...] = ()
+    knobs: Knobs = DEFAULTS
+    """What of the kernels was tuned."""
+    given_rates: Rates | None = None
+    """Instead of those of the machine."""
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -107,8 +116,7 @@ class CpuMachine:
 
     @cached_property
     def rates(self) -> Rates:
-        traits = self.products.traits
-        return measured(self.key) or nominal(traits)
+        return self.given_rates or measured(self.key) or nominal(self.products.traits)
 
     @property
     def key(self) -> str:
@@ -117,10 +125,13 @@ class CpuMachine:
 
     @cached_property
     def products(self) -> CpuProducts:
-        return CpuProducts(CpuTraits.of(self.target))
+        return CpuProducts(CpuTraits.of(self.target), knobs=self.knobs)
+
+    def attention_times(self, site: AttentionSite) -> AttentionTimes:
+        return self.knobs.attention_times(attention_shape(site, self.page_size))
 
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CpuAttention:
-        return CpuAttention.for_sites(self.target, sites)
+        return CpuAttention.for_sites(self.target, sites, self.knobs)
 
     def schedule(self, phase: Phase) -> ScheduleKernels:
         return ScheduleKernels(self.target, phase != "decode")

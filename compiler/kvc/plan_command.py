@@ -45,7 +45,12 @@ def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int
     if len(budgets) > 1 and (options.json or options.save or options.plot or options.report):
         raise InputError("--json, --save, --plot and --report show one plan: give one budget")
     built = planner(
-        options.model, target=options.target, allow=options.allow, state=options.state, report=report
+        options.model,
+        target=options.target,
+        allow=options.allow,
+        state=options.state,
+        tune_db=options.tune_db,
+        report=report,
     )
     report("plan")
     if len(budgets) > 1:

@@ -17,6 +17,7 @@ from .options import format_size
 
 if TYPE_CHECKING:
     from .checks import Check
+    from .tuning.tuned import Choice
 
 
 def add_row(table: Table, *cells: str | Text) -> None:
@@ -169,4 +170,16 @@ def timing_table(timings: Sequence[tuple[str, float, int]]) -> Table:
         add_row(table, name, f"{seconds:.3f}", str(sites) if sites else "(unchanged)")
     table.add_section()
     add_row(table, "all", f"{sum(t[1] for t in timings):.3f}", "")
+    return table
+
+
+def kernels_table(kernels: Sequence[tuple[str, Choice]]) -> Table:
+    """Where the parameters of every kernel come from."""
+    table = Table(title="tuned kernels", title_justify="left")
+    for name in ("kernel", "record", "speedup", "parameters"):
+        table.add_column(name, justify="right" if name == "speedup" else "left")
+    for name, choice in kernels:
+        values = ", ".join(f"{n} {v}" for n, v in sorted(choice.values.items())) or "as by default"
+        speedup = f"{1 / choice.share:.3f}" if choice.source == "measured" else ""
+        add_row(table, name, choice.source, speedup, values)
     return table

@@ -17,6 +17,7 @@ from kvc_passes.facts import Sliced
 from . import vector_math
 from .attention_block import BlockKernel, normalized
 from .emit import Emitter, Expr, argument, chunks, f32, i64, size_var, splat, vec
+from .knobs import DECODE, DecodeKnobs
 from .stored import Stored
 from .traits import CpuTraits
 
@@ -121,8 +122,8 @@ def extras(shape: AttentionShape) -> dict[str, Any]:
     return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
 
 
-def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> tirx.PrimFunc:
-    """Attention of many tokens a sequence.
+def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys: int = 128) -> tirx.PrimFunc:
+    """Attention of many tokens a sequence, in tasks of `tile` tokens and blocks of `keys` keys.
 
     Arguments of the function: q f32[1, H, n, D], *pools(shape), positions i64[n], tiles i32[t, 3]
     (table row, first token, tokens <= tile), block_table i32[b, m], *extras(shape), out f32[1, n, H, Dv].
@@ -150,7 +151,7 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
                 e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
                 for at, name in enumerate(("row", "first", "tokens"))
             )
-            kernel = BlockKernel(e, shape, traits, tile * group, False, 128, state, table, row, more)
+            kernel = BlockKernel(e, shape, traits, tile * group, False, keys, state, table, row, more)
             position = e.bind("position", positions[first])
             end = position if shape.whole else position + tokens - 1
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
@@ -165,17 +166,17 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits) -> ti
     return e.function([*inputs, out], inputs, [out])
 
 
-def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | None = None) -> tirx.PrimFunc:
+def decode_attention(shape: AttentionShape, traits: CpuTraits, knobs: DecodeKnobs = DECODE) -> tirx.PrimFunc:
     """Attention of one token a sequence.
 
     Arguments of the function: q f32[1, H, b, D], *pools(shape), positions i64[b], block_table i32[b, m],
     *extras(shape), part f32[b, S, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share),
-    out f32[1, b, H, Dv]. S is `splits`, decode_splits by default.
+    out f32[1, b, H, Dv]. S is the knobs' splits, else decode_splits.
     """
     e = Emitter()
     pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
     group, heads, dim = shape.group, shape.kv_heads, shape.value_dim
-    shares = splits or decode_splits(heads, traits)
+    shares = knobs.splits or decode_splits(heads, traits)
     q = argument("q", (1, shape.heads, b, shape.query_dim))
     state = pools(shape, pages)
     positions = argument("positions", (b,), "int64")
@@ -190,7 +191,9 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, splits: int | Non
             row = e.bind("row", tirx.floordiv(task, i64(shares)))
             share = e.bind("share", tirx.floormod(task, i64(shares)))
             streaming = heads > 1 or not shape.shared  # one shared key for many heads is bound by arithmetic
-            kernel = BlockKernel(e, shape, traits, group, streaming, 128, state, table, row, more, share)
+            kernel = BlockKernel(
+                e, shape, traits, group, streaming, knobs.keys, state, table, row, more, share, knobs.ahead
+            )
             position = e.bind("position", positions[row])
             with e.loop("h", heads) as head:
                 with e.loop("g", group) as g:

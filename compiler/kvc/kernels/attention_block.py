@@ -33,6 +33,7 @@ class BlockKernel:
     keys: keys of a block, whose scores are kept between the two products.
     extras: the arguments attention.extras.
     share: which share of the keys the task has; scores that count once belong to the first.
+    ahead: of a streaming task, pages that are fetched ahead of their use, 0 for none.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class BlockKernel:
         row: Expr,
         extras: Mapping[str, Any],
         share: Expr | None = None,
+        ahead: int = 0,
     ) -> None:
         self.e, self.shape, self.lanes, self.registers = e, shape, traits.lanes, traits.registers
         self.extras, self.share, self.mask = extras, share, Mask(e, shape, traits.lanes)
         self.pools, self.form = pools, shape.form
         self.table, self.row = table, row
+        self.ahead, self._following = ahead, None
         tiles = -(-rows // traits.tile_rows)
         self.height = -(-rows // tiles) if tiles < 3 else traits.tile_rows
         self.padded = -(-rows // self.height) * self.height
@@ -132,15 +135,29 @@ class BlockKernel:
         e, heads, size = self.e, self.shape.kv_heads, self.shape.page_size
         tiles = self.padded // self.height
         with self._blocks(page, pages, position, position) as (start, count, keys, masked):
-            with e.loop("p", count) as p, e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
-                row = e.bind("top", head * self.padded + rt * self.height)
-                self._score(head, row, row, start + p, i64(1), p * size)
+            with e.loop("p", count) as p:
+                self._look_ahead(start + p, page + pages - 1)
+                with e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
+                    row = e.bind("top", head * self.padded + rt * self.height)
+                    self._score(head, row, row, start + p, i64(1), p * size)
             with e.loop("rt", heads * tiles) as rt:
                 row = e.bind("top", rt * self.height)
                 self._softmax(row, row, start, self._vectors(count), masked)
-            with e.loop("p", count) as p, e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
-                row = e.bind("top", head * self.padded + rt * self.height)
-                self._values(head, row, row, start + p, i64(1), keys - p * size, p * size)
+            with e.loop("p", count) as p:
+                self._look_ahead(start + p, page + pages - 1)
+                with e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
+                    row = e.bind("top", head * self.padded + rt * self.height)
+                    self._values(head, row, row, start + p, i64(1), keys - p * size, p * size)
+
+    def _look_ahead(self, page: Expr, last: Expr) -> None:
+        """Pages lie anywhere, so that hardware cannot know which comes after `page`."""
+        if self.ahead:
+            self._following = self.page(tirx.Min(page + self.ahead, last))
+
+    def _fetch(self, pool: str, *at: Expr) -> None:
+        """Fetch what will be read at the same place of a later page."""
+        if self._following is not None:
+            self.e.prefetch(self.pools[pool], self._following, *at)
 
     @contextmanager
     def _blocks(self, page: Expr, pages: Expr, first: Expr, last: Expr) -> Iterator[tuple[Expr, ...]]:
@@ -192,6 +209,8 @@ class BlockKernel:
                 with e.loop("d", depth // splits) as d:
                     for s in range(splits):
                         inner = d * splits + s
+                        for _, offset in vectors[sub : sub + width]:
+                            self._fetch("k", head, inner, i64(offset))
                         raw = [
                             self._loaded(self.pools["k"][page, head, inner, vec(i64(offset), lanes)])
                             for page, offset in vectors[sub : sub + width]
@@ -309,6 +328,8 @@ class BlockKernel:
             with e.loop("p", count) as p:
                 page = self.page(start + p)
                 with e.loop("k", tirx.Min(keys - p * size, i64(size))) as k:
+                    for offset, _ in group:
+                        self._fetch("x" if self.shape.shared else "v", head, k, i64(offset))
                     values = self._loaded_values(page, head, k, group)
                     scale = None
                     if self.form.name is not None:

@@ -13,6 +13,7 @@ from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import HeadProduct
 
 from . import append, attention, head_product, matmul, rebuilt
+from .knobs import DEFAULTS, Knobs
 from .packing import packed_tensors
 from .shapes import attention_shape
 from .traits import CpuTraits
@@ -34,19 +35,27 @@ class CpuAttention:
         traits: vector width and threads.
         tile: query tokens of one prefill task.
         page_size: tokens a page.
+        knobs: what was tuned.
     """
 
     traits: CpuTraits
     tile: int
     page_size: int = PAGE_SIZE
+    knobs: Knobs = DEFAULTS
     keys_transposed = True
     rebuilds = True
 
     @classmethod
-    def for_sites(cls, target: Target, sites: tuple[AttentionSite, ...]) -> CpuAttention:
+    def for_sites(
+        cls, target: Target, sites: tuple[AttentionSite, ...], knobs: Knobs = DEFAULTS
+    ) -> CpuAttention:
         """One tile size for all sites: the smallest that one of them is best with."""
         traits = CpuTraits.of(target)
-        return cls(traits, min(attention.choose_tile(s.group, traits, s.head_dim) for s in sites))
+        shapes = [attention_shape(site, PAGE_SIZE) for site in sites]
+        tile = min(
+            knobs.prefill(s).tile or attention.choose_tile(s.group, traits, s.head_dim) for s in shapes
+        )
+        return cls(traits, tile, knobs=knobs)
 
     def rebuilt(
         self,
@@ -69,7 +78,8 @@ class CpuAttention:
         return rebuilt.prefill_rebuilt(latent, made, self.traits)
 
     def splits(self, site: AttentionSite) -> int:
-        return attention.decode_splits(site.kv_heads, self.traits)
+        chosen = self.knobs.decode(attention_shape(site, self.page_size)).splits
+        return chosen or attention.decode_splits(site.kv_heads, self.traits)
 
     def append(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
         plain = attention.AttentionShape(  # what the mask and the scores are does not matter here
@@ -86,12 +96,12 @@ class CpuAttention:
         return _append_kv(plain, self.traits)
 
     def prefill(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
-        return attention.prefill_attention(attention_shape(site, self.page_size), self.tile, self.traits)
+        shape = attention_shape(site, self.page_size)
+        return attention.prefill_attention(shape, self.tile, self.traits, self.knobs.prefill(shape).keys)
 
     def decode(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
-        return attention.decode_attention(
-            attention_shape(site, self.page_size), self.traits, self.splits(site)
-        )
+        shape = attention_shape(site, self.page_size)
+        return attention.decode_attention(shape, self.traits, self.knobs.decode(shape))
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class CpuProducts:
     traits: CpuTraits
     dtypes: tuple[str, ...] = ("float32",)
     adds: bool = False
+    knobs: Knobs = DEFAULTS
 
     @property
     def panel(self) -> int:
@@ -120,7 +131,8 @@ class CpuProducts:
         dtype: str = "float32",
         residual: bool = False,
     ) -> PrimFunc:
-        return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat, format=format)
+        knobs = self.knobs.product(columns, depth, format)
+        return _packed_matmul(columns, depth, self.traits, bias=bias, flat=flat, format=format, knobs=knobs)
 
     def head_packed(self, heads: int, columns: int, depth: int, format: WeightFormat) -> TensorType:
         return head_product.packed_tensor(heads, columns, depth, format, self.traits)

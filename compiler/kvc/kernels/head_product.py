@@ -78,8 +78,7 @@ def head_product(
             product = _HeadProduct(e, n, k, traits, x, w, None, y, False, k, head, absorbed, first)
 
             def tile(rows: int, row: Expr, product: Product = product, block: Expr = block) -> None:
-                wanted = max(1, 8 // (2 * rows)) if k >= 8 else 1
-                product.tile(rows, block, row, i64(0), i64(k), 1 << (wanted.bit_length() - 1))
+                product.tile(rows, block, row, i64(0), i64(k), product.splits(rows))
 
             with e.when(m <= limit):
                 e.switch(m, range(1, limit + 1), lambda rows: tile(rows, i64(0)))

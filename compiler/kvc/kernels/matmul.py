@@ -15,6 +15,7 @@ from tvm import tirx
 from kvc_passes.facts import FLOAT32, WeightFormat
 
 from .emit import Emitter, Expr, argument, i64, size_var
+from .knobs import PRODUCT, FewRows, ManyRows, ProductKnobs
 from .packing import pack, packed_tensors
 from .product import Product
 from .traits import CpuTraits
@@ -24,12 +25,8 @@ __all__ = ["pack", "packed_embedding", "packed_matmul", "packed_shape", "panel"]
 
 _SERIAL = 16384
 """Weights up to this many elements are read faster than other workers wake up."""
-_ROW_BYTES = 448 * 1024
-"""Bytes of x that stay in the second-level cache while the panels pass."""
 _EXPANDED_BYTES = 16 * 1024
 """Codes of few rows become float32 in pieces of this size, which stay in the first-level cache."""
-_DEPTH = 1024
-"""Most k steps between two visits of an output tile."""
 
 
 def panel(traits: CpuTraits) -> int:
@@ -54,13 +51,13 @@ def _column_groups(panels: int, threads: int) -> int:
     return max(balanced)
 
 
-def _depth(n: int, k: int, format: WeightFormat, traits: CpuTraits) -> int:
+def _depth(n: int, k: int, most: int, format: WeightFormat, traits: CpuTraits) -> int:
     """Inputs of a block along k. Codes are expanded block by block, so they have blocks for every n."""
+    each = -(-k // -(-k // most))
     if format.coded:
-        each = -(-k // -(-k // _DEPTH))
-        unit = format.block if format.block <= _DEPTH // 8 and format.block % 2 == 0 else 2
+        unit = format.block if format.block <= most // 8 and format.block % 2 == 0 else 2
         return min(k, -(-each // unit) * unit)
-    return k if n % panel(traits) else -(-k // -(-k // _DEPTH))
+    return k if n % panel(traits) else each
 
 
 def packed_matmul(
@@ -72,6 +69,7 @@ def packed_matmul(
     max_rows: int | None = None,
     flat: bool = False,
     format: WeightFormat = FLOAT32,
+    knobs: ProductKnobs = PRODUCT,
 ) -> tirx.PrimFunc:
     """y = x w^T (+ bias) for any number of rows m >= 1 and any n and k.
 
@@ -85,34 +83,38 @@ def packed_matmul(
     w = Weights(e, n, k, format, traits.lanes)
     b = argument("bias", (n,)) if bias else None
     y = argument("y", (m, n) if flat else (1, m, n))
-    product = Product(e, n, k, traits, x, w, b, y, flat, _depth(n, k, format, traits))
+    depth = _depth(n, k, knobs.many.depth, format, traits)
+    product = Product(e, n, k, traits, x, w, b, y, flat, depth)
     limit = traits.tile_rows
     threads = 1 if n * k <= _SERIAL else traits.threads
     with e.loop("c", threads, parallel=threads > 1) as c:
         with e.when(m <= limit):
-            _few_rows(product, m, c, threads, min(limit, max_rows or limit))
+            _few_rows(product, m, c, threads, min(limit, max_rows or limit), knobs.few)
         if max_rows is None or max_rows > limit:
             with e.when(m > limit):
-                _many_rows(product, m, c, threads, limit)
+                _many_rows(product, m, c, threads, knobs.many)
     inputs = [x, *w.buffers, b] if bias else [x, *w.buffers]
     return e.function([*inputs, y], inputs, [y])
 
 
-def _few_rows(product: Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
+def _few_rows(product: Product, m: Expr, c: Expr, threads: int, limit: int, knobs: FewRows) -> None:
     """One register tile of m <= limit rows: each panel is read once, whole."""
     e, w = product.e, product.w
     low, high = _share(c, i64(threads), i64(w.panels))
     low = e.bind("low", low)
 
     def splits(rows: int) -> int:
-        wanted = max(1, 8 // (2 * rows)) if product.k >= 8 else 1
-        return 1 << (wanted.bit_length() - 1)
+        return product.splits(rows, knobs.accumulators)
 
     if not w.coded:
         with e.loop("b", high - low) as index:
             block = e.bind("block", low + index)
             whole = (i64(0), i64(0), i64(product.k))
-            e.switch(m, range(1, limit + 1), lambda rows: product.tile(rows, block, *whole, splits(rows)))
+            e.switch(
+                m,
+                range(1, limit + 1),
+                lambda rows: product.tile(rows, block, *whole, splits(rows), ahead=knobs.ahead),
+            )
     else:
         most = min(limit, product.coded_rows)
         with e.when(m <= most), e.loop("b", high - low) as index:
@@ -137,10 +139,10 @@ def _expanded_tile(product: Product, m: Expr, cases: range, block: Expr) -> None
         e.switch(m, cases, lambda rows: product.tile(rows, block, i64(0), start, depth, panel=expanded))
 
 
-def _many_rows(product: Product, m: Expr, c: Expr, threads: int, limit: int) -> None:
+def _many_rows(product: Product, m: Expr, c: Expr, threads: int, knobs: ManyRows) -> None:
     """Row tiles of nearly equal height, in blocks whose x stays in cache while the panels pass."""
-    e = product.e
-    groups = _column_groups(product.w.panels, threads)
+    e, limit = product.e, knobs.rows or product.traits.tile_rows
+    groups = math.gcd(knobs.groups, threads) if knobs.groups else _column_groups(product.w.panels, threads)
     low, high = _share(tirx.floormod(c, i64(groups)), i64(groups), i64(product.w.panels))
     low, high = e.bind("low", low), e.bind("high", high)
     tiles = e.bind("tiles", tirx.floordiv(m + (limit - 1), i64(limit)))
@@ -148,7 +150,7 @@ def _many_rows(product: Product, m: Expr, c: Expr, threads: int, limit: int) -> 
     extra = e.bind("extra", m - tiles * height)
     first, last = _share(tirx.floordiv(c, i64(groups)), i64(threads // groups), tiles)
     first, last = e.bind("first", first), e.bind("last", last)
-    step = max(1, _ROW_BYTES // (4 * product.depth * limit))
+    step = max(1, knobs.row_bytes // (4 * product.depth * limit))
     expanded = e.local("expanded", product.depth * 2 * product.lanes) if product.w.coded else None
     with e.loop("r", tirx.floordiv(last - first + (step - 1), i64(step))) as r:
         begin = e.bind("begin", first + r * step)

@@ -43,13 +43,27 @@ class Product:
         """Weights of input k for the v-th vector of a panel's outputs."""
         return self.w.vector(block, k, v)
 
+    def splits(self, rows: int, accumulators: int = 8) -> int:
+        """Independent accumulators of an element in a tile, of so many vectors in all: a power of two."""
+        wanted = max(1, accumulators // (2 * rows)) if self.k >= accumulators else 1
+        return 1 << (wanted.bit_length() - 1)
+
     def tile(
-        self, rows: int, block: Expr, row: Expr, start: Expr, depth: Expr, splits: int = 1, panel: Any = None
+        self,
+        rows: int,
+        block: Expr,
+        row: Expr,
+        start: Expr,
+        depth: Expr,
+        splits: int = 1,
+        panel: Any = None,
+        ahead: int = 0,
     ) -> None:
         """y[row .. row + rows, panel `block`] = x w, over k = start .. start + depth - 1.
 
         splits: independent accumulators of an element, for tiles too small to hide the latency of an FMA.
         panel: the weights k = start .. of the panel as float32, where they are not read from the format.
+        ahead: inputs that weights are prefetched ahead of their use, 0 for no prefetch.
         """
         e, lanes = self.e, self.lanes
         acc = e.local("acc", splits * rows * 2 * lanes)
@@ -59,6 +73,9 @@ class Product:
 
         def step(k: Expr, s: int) -> None:
             if panel is None:
+                if ahead:
+                    for v in range(2):
+                        e.prefetch(self.w.buffers[0], block, k + ahead, i64(v * lanes))
                 weights = [e.bind("wv", self.weight(block, k, v)) for v in range(2)]
             else:
                 weights = [

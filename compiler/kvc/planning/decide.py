@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Final
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.facts import Plan, StateForm, Workload
+from kvc_passes.facts import AttentionSite, Plan, StateForm, Workload
 from kvc_passes.state_forms import ABSORBED, KEYS, UNJUDGED
 
 from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
@@ -195,12 +195,15 @@ class Planner:
             clock = Clock(
                 prefill=work_of(lowered.functions["prefill"]),
                 decode=work_of(lowered.functions["decode"]),
-                sites=tuple(Site(kept, graph) for kept, graph in pairs),
+                sites=tuple(self._site(kept, graph) for kept, graph in pairs),
                 rates=self.machine.rates,
                 rebuilds=lowered.attention.rebuilds,
             )
             self._variants[chosen] = Variant(model, lowered, costs(model, lowered, self.runtime), clock)
         return self._variants[chosen]
+
+    def _site(self, kept: AttentionSite, graph: AttentionSite) -> Site:
+        return Site(kept, graph).as_measured(self.machine.rates, self.machine.attention_times(kept))
 
 
 def _gap(best: Estimate, first: Estimate | None) -> float:

@@ -130,7 +130,7 @@ def _decode(machine: CpuMachine, shape: AttentionShape) -> tuple[float, float]:
     """Bytes and operations a second of one token of each of 4 sequences that fill all pages."""
     traits, batch = machine.products.traits, 4
     splits = decode_splits(shape.kv_heads, traits)
-    kernel, state = compiled(decode_attention(shape, traits, splits), machine.target), _state(shape)
+    kernel, state = compiled(decode_attention(shape, traits), machine.target), _state(shape)
     width = _PAGES // batch
     length = width * shape.page_size
     table = np.arange(_PAGES, dtype=np.int32).reshape(batch, width)

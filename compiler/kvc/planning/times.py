@@ -8,6 +8,7 @@ from typing import Final
 
 from kvc_passes.facts import AttentionSite, Reach, Times, Workload
 
+from ..kernels.knobs import AttentionTimes
 from .rates import Rates
 from .work import Work
 
@@ -21,13 +22,23 @@ class Site:
 
     kept: AttentionSite
     plain: AttentionSite
+    factors: tuple[float, float] = (1.0, 1.0)
+    """What its kernels take, in prefill and in decode, over what rates say: 1 where nothing was measured."""
+
+    def as_measured(self, rates: Rates, times: AttentionTimes) -> Site:
+        """The site with its factors, the mean of what was measured."""
+        reach = self.kept.mask.reach
+        prefill = [s / self.prefill(rates, _last_pairs(reach, n, keys), 0.0) for n, keys, s in times[0]]
+        decode = [s / self.decode(rates, n, _seen(reach, keys)) for n, keys, s in times[1]]
+        return replace(self, factors=(_mean(prefill), _mean(decode)))
 
     def decode(self, rates: Rates, batch: int, keys: float) -> float:
         """Seconds of one step of `batch` sequences that each see so many keys."""
         kept = replace(self.kept, owner=None)
         flops = 2 * kept.heads * (kept.query_dim + kept.value_dim) * keys * batch
         rate = (rates.shared if kept.shared else rates.attention)[1]
-        return rates.call + max(kept.token_bytes() * keys * batch / rates.read, flops / rate)
+        seconds = rates.call + max(kept.token_bytes() * keys * batch / rates.read, flops / rate)
+        return seconds * self.factors[1]
 
     def prefill(self, rates: Rates, pairs: float, rebuilt: float) -> float:
         """Seconds for so many pairs of a query and a key that it sees; `rebuilt`: keys made again."""
@@ -38,7 +49,8 @@ class Site:
             pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
             return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
         rate = (rates.shared if site.shared else rates.attention)[0]
-        return rates.call + 2 * site.heads * (site.query_dim + site.value_dim) * pairs / rate
+        seconds = rates.call + 2 * site.heads * (site.query_dim + site.value_dim) * pairs / rate
+        return seconds * self.factors[0]
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,17 @@ def _seen(reach: Reach, position: float) -> float:
     if reach.window is not None:
         return min(position, reach.window + reach.sinks)
     return min(position, reach.chunk / 2) if reach.chunk is not None else position
+
+
+def _mean(factors: Sequence[float]) -> float:
+    return sum(factors) / len(factors) if factors else 1.0
+
+
+def _last_pairs(reach: Reach, tokens: int, keys: int) -> float:
+    """Pairs of the last `tokens` queries of sequences of `keys` tokens."""
+    sequences = max(1, -(-tokens // keys))
+    own = tokens / sequences
+    return tokens * _seen(reach, keys - own / 2)
 
 
 def _pairs(reach: Reach, tokens: int, memory: int) -> float:

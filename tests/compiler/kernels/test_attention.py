@@ -18,18 +18,27 @@ from kvc.kernels.attention import (
     prefill_attention,
 )
 from kvc.kernels.emit import compiled
+from kvc.kernels.knobs import DECODE, DecodeKnobs, PrefillKnobs
 
 
-def _decode_in(shares: int, name: str, traits: object) -> object:
-    return decode_attention(SHAPES[name], traits, shares)
+def _decode_in(knobs: DecodeKnobs, name: str, traits: object) -> object:
+    return decode_attention(SHAPES[name], traits, knobs)
 
 
-def prefill(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def _prefill_in(tile: int, keys: int, name: str, traits: object) -> object:
+    return prefill_attention(SHAPES[name], tile, traits, keys)
+
+
+def prefill(case: Case, knobs: PrefillKnobs | None = None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """q and out [tokens, heads, ...] of all sequences one after the other, and every sequence's positions."""
     shape = case.shape
     case.append()
     case.forget_what_no_query_sees()
     tile = choose_tile(shape.group, case.machine.traits)
+    kernel = case.build("prefill")
+    if knobs is not None:
+        tile = knobs.tile or tile
+        kernel = case.machine.build(_prefill_in, tile, knobs.keys, case.name)
     tiles, positions, at = [], [], 0
     for row, s in enumerate(case.sequences):
         tiles += [(row, at + i, min(tile, s.new - i)) for i in range(0, s.new, tile)]
@@ -37,7 +46,7 @@ def prefill(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         at += s.new
     q = 2 * case.normal(at, shape.heads, shape.query_dim)
     out = case.machine.call(
-        case.build("prefill"),
+        kernel,
         q.transpose(1, 0, 2)[None],
         *case.state.values(),
         np.concatenate(positions),
@@ -49,25 +58,25 @@ def prefill(case: Case) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     return q, out, positions
 
 
-def check_prefill(case: Case) -> None:
-    q, out, positions = prefill(case)
+def check_prefill(case: Case, knobs: PrefillKnobs | None = None) -> None:
+    q, out, positions = prefill(case, knobs)
     at = 0
     for s, where in zip(case.sequences, positions):
         case.check(q[at : at + s.new], out[at : at + s.new], s, where)
         at += s.new
 
 
-def decode(case: Case, shares: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def decode(case: Case, knobs: DecodeKnobs = DECODE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q and out [sequences, heads, ...], and the positions."""
     shape, count = case.shape, len(case.sequences)
     case.append()
     case.forget_what_no_query_sees()
     q = 2 * case.normal(count, shape.heads, shape.query_dim)
     positions = np.array([s.length - 1 for s in case.sequences])
-    splits = shares or decode_splits(shape.kv_heads, case.machine.traits)
+    splits = knobs.splits or decode_splits(shape.kv_heads, case.machine.traits)
     part = (count, splits, shape.heads, shape.value_dim + 2)
     out = case.machine.call(
-        case.build("decode") if shares is None else case.machine.build(_decode_in, shares, case.name),
+        case.machine.build(_decode_in, knobs, case.name),
         q.transpose(1, 0, 2)[None],
         *case.state.values(),
         positions,
@@ -79,8 +88,8 @@ def decode(case: Case, shares: int | None = None) -> tuple[np.ndarray, np.ndarra
     return q, out, positions
 
 
-def check_decode(case: Case, shares: int | None = None) -> None:
-    q, out, positions = decode(case, shares)
+def check_decode(case: Case, knobs: DecodeKnobs = DECODE) -> None:
+    q, out, positions = decode(case, knobs)
     for i, s in enumerate(case.sequences):
         case.check(q[i : i + 1], out[i : i + 1], s, positions[i : i + 1])
 
@@ -126,7 +135,39 @@ def test_sequences_that_end_beside_pages_chunks_and_windows(machine: Machine, sh
 
 @pytest.mark.parametrize("shape", ["learned sinks", "sink keys", "predicate, bfloat16"])
 def test_more_shares_than_pages(machine: Machine, shape: str) -> None:
-    check_decode(Case(machine, shape, [(1, 1), (33, 1), (150, 1)], 10), shares=5)
+    check_decode(Case(machine, shape, [(1, 1), (33, 1), (150, 1)], 10), DecodeKnobs(splits=5))
+
+
+TUNED = ["grouped", "window", "shared", "int8", "one head of four and a half vectors", "sink keys"]
+
+
+@pytest.mark.parametrize(
+    "knobs", [PrefillKnobs(keys=32), PrefillKnobs(1, 512), PrefillKnobs(50, 64)], ids=str
+)
+@pytest.mark.parametrize("shape", TUNED)
+def test_prefill_as_it_may_be_tuned(machine: Machine, shape: str, knobs: PrefillKnobs) -> None:
+    check_prefill(Case(machine, shape, [(600, 130), (33, 33), (1, 1)], 12), knobs)
+
+
+DECODE_KNOBS = [DecodeKnobs(keys=32, ahead=1), DecodeKnobs(1, 512, 4), DecodeKnobs(8, 64)]
+
+
+@pytest.mark.parametrize("knobs", DECODE_KNOBS, ids=str)
+@pytest.mark.parametrize("shape", TUNED)
+def test_decode_as_it_may_be_tuned(machine: Machine, shape: str, knobs: DecodeKnobs) -> None:
+    check_decode(Case(machine, shape, [(600, 1), (33, 1), (1, 1)], 13), knobs)
+
+
+def test_parameters_that_are_derived_may_be_given(machine: Machine) -> None:
+    """Zeros stand for what the template derives; nothing else of the kernel changes."""
+    traits, shape = machine.traits, SHAPES["grouped"]
+    default = decode_attention(shape, traits).script()
+    splits = decode_splits(shape.kv_heads, traits)
+    assert default == decode_attention(shape, traits, DecodeKnobs(splits, 128)).script()
+    assert default != decode_attention(shape, traits, DecodeKnobs(splits + 1)).script()
+    assert default != decode_attention(shape, traits, DecodeKnobs(keys=64)).script()
+    assert prefill_attention(shape, 8, traits).script() == prefill_attention(shape, 8, traits, 128).script()
+    assert prefill_attention(shape, 8, traits).script() != prefill_attention(shape, 8, traits, 64).script()
 
 
 # Ties in both directions, the largest that do not overflow, subnormal numbers, infinities, and NaN whose

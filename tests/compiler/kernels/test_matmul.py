@@ -7,6 +7,7 @@ from weight_cases import FORMATS, Case
 
 from kvc.kernels import matmul
 from kvc.kernels.emit import compiled
+from kvc.kernels.knobs import PRODUCT, FewRows, ManyRows, ProductKnobs
 from kvc.kernels.matmul import pack, packed_embedding, packed_matmul, packed_shape
 from kvc_passes.facts import WeightFormat
 
@@ -18,12 +19,28 @@ PRODUCTS = [
 ]
 
 
-def check(machine: Machine, n: int, k: int, m: int, options: dict[str, bool], seed: int = 0) -> None:
+KNOBS = [
+    ProductKnobs(FewRows(accumulators=4), ManyRows(rows=5, depth=256)),
+    ProductKnobs(FewRows(accumulators=16, ahead=16), ManyRows(depth=256, row_bytes=1)),
+    ProductKnobs(FewRows(accumulators=24, ahead=64), ManyRows(rows=3, depth=4096, groups=1)),
+    ProductKnobs(FewRows(ahead=8), ManyRows(rows=4, depth=512, row_bytes=64 * 1024, groups=2)),
+]
+
+
+def check(
+    machine: Machine,
+    n: int,
+    k: int,
+    m: int,
+    options: dict[str, bool],
+    seed: int = 0,
+    knobs: ProductKnobs = PRODUCT,
+) -> None:
     rng = np.random.default_rng(seed)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, m, k), (n, k)))
     bias = [rng.standard_normal(n).astype(np.float32)] if options.get("bias") else []
     y = np.full((m, n) if options.get("flat") else (1, m, n), np.nan, np.float32)
-    kernel = machine.build(_product, n, k, tuple(sorted(options.items())))
+    kernel = machine.build(_product, n, k, tuple(sorted(options.items())), knobs)
     result = machine.call(kernel, x, pack(w, machine.traits.lanes), *bias, y)[-1]
     exact = x[0].astype(float) @ w.T.astype(float) + sum(bias)
     # k products and k sums, each rounded once: error below (k + 2) eps sum |x w|.
@@ -31,14 +48,49 @@ def check(machine: Machine, n: int, k: int, m: int, options: dict[str, bool], se
     assert (np.abs(result.reshape(m, n) - exact) <= bound).all()
 
 
-def _product(n: int, k: int, options: tuple[tuple[str, bool], ...], traits: object) -> object:
-    return packed_matmul(n, k, traits, **dict(options))
+def _product(
+    n: int, k: int, options: tuple[tuple[str, bool], ...], knobs: ProductKnobs, traits: object
+) -> object:
+    return packed_matmul(n, k, traits, knobs=knobs, **dict(options))
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 def test_every_row_count_up_to_two_tiles(machine: Machine, product: tuple[int, int, dict[str, bool]]) -> None:
     for m in range(1, 2 * machine.traits.tile_rows + 2):
         check(machine, *product[:2], m, product[2])
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_products_as_they_may_be_tuned(
+    machine: Machine, product: tuple[int, int, dict[str, bool]], knobs: ProductKnobs
+) -> None:
+    limit = machine.traits.tile_rows
+    for m in (*range(1, limit + 2), 3 * limit + 2, 200):
+        check(machine, *product[:2], m, product[2], knobs=knobs)
+
+
+def test_parameters_that_are_derived_may_be_given(machine: Machine) -> None:
+    """Zeros stand for what the template derives; nothing else of the kernel changes."""
+
+    def text(few: FewRows, many: ManyRows) -> str:
+        return packed_matmul(320, 2304, traits, knobs=ProductKnobs(few, many)).script()
+
+    traits = machine.traits
+    default = packed_matmul(320, 2304, traits).script()
+    assert default == text(FewRows(8, 0), ManyRows(0, 1024, 448 * 1024, 0))
+    assert default == text(FewRows(), ManyRows(rows=traits.tile_rows))
+    panels = -(-320 // matmul.panel(traits))
+    groups = matmul._column_groups(panels, traits.threads)
+    assert default == text(FewRows(), ManyRows(groups=groups))
+    for few, many in (
+        (FewRows(4), ManyRows()),
+        (FewRows(ahead=8), ManyRows()),
+        (FewRows(), ManyRows(rows=traits.tile_rows - 1)),
+        (FewRows(), ManyRows(depth=4096)),
+        (FewRows(), ManyRows(row_bytes=1)),
+    ):
+        assert default != text(few, many)
 
 
 @settings(max_examples=25, deadline=None)
@@ -72,11 +124,13 @@ DEEP = ["bfloat16", "uint4, as ONNX exports have it", "uint4, odd blocks", "uint
 FORMATTED = [(name, 72, 71) for name in FORMATS if name != "float32"] + [(name, 41, 2307) for name in DEEP]
 
 
-def check_format(machine: Machine, name: str, n: int, k: int, m: int, seed: int = 0) -> None:
+def check_format(
+    machine: Machine, name: str, n: int, k: int, m: int, seed: int = 0, knobs: ProductKnobs = PRODUCT
+) -> None:
     rng = np.random.default_rng(seed)
     case = Case.random(n, k, FORMATS[name], rng)
     x = rng.standard_normal((1, m, k)).astype(np.float32)
-    kernel = machine.build(_formatted, n, k, name)
+    kernel = machine.build(_formatted, n, k, name, knobs)
     y = np.full((1, m, n), np.nan, np.float32)
     result = machine.call(kernel, x, *case.packed(machine.traits.lanes), y)[-1]
     # As for float32, and two more roundings an element: code - zero is exact, the scale is applied once, to
@@ -85,8 +139,8 @@ def check_format(machine: Machine, name: str, n: int, k: int, m: int, seed: int 
     assert (np.abs(result[0] - x[0].astype(float) @ case.value.T) <= bound).all()
 
 
-def _formatted(n: int, k: int, name: str, traits: object) -> object:
-    return packed_matmul(n, k, traits, format=FORMATS[name], bias=False)
+def _formatted(n: int, k: int, name: str, knobs: ProductKnobs, traits: object) -> object:
+    return packed_matmul(n, k, traits, format=FORMATS[name], bias=False, knobs=knobs)
 
 
 @pytest.mark.parametrize("case", FORMATTED, ids=str)
@@ -94,6 +148,14 @@ def test_formats_at_every_kind_of_row_count(machine: Machine, case: tuple[str, i
     limit = machine.traits.tile_rows
     for m in (*range(1, limit + 2), 3 * limit + 2, 200):
         check_format(machine, *case, m)
+
+
+@pytest.mark.parametrize("knobs", KNOBS[:2], ids=str)
+@pytest.mark.parametrize("name", DEEP)
+def test_formats_as_they_may_be_tuned(machine: Machine, name: str, knobs: ProductKnobs) -> None:
+    limit = machine.traits.tile_rows
+    for m in (1, 2, 4, limit, limit + 1, 40):
+        check_format(machine, name, 41, 2307, m, knobs=knobs)
 
 
 @settings(max_examples=25, deadline=None)
