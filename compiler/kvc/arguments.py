@@ -29,8 +29,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state",
         metavar="FORM",
-        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r; "
-        "of cross-attention: encoder_output (the fastest that fits)",
+        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r, "
+        "x_gemm; of cross-attention: encoder_output (the fastest that fits)",
     )
     parser.add_argument(
         "--tune-db", type=Path, metavar="DIR", help="use what kvc tune found for kernels, as recorded there"

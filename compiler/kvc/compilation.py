@@ -15,7 +15,7 @@ from kvc_passes.facts import FormName, ModelFacts, Plan, StateForm
 from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
-from kvc_passes.state_forms import ABSORBED, KEYS, UNJUDGED
+from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED
 from kvc_passes.weights import WeightPart
 
 from .codegen.lower import finish, join, lower
@@ -32,6 +32,7 @@ from .pipeline import (
     keep_keys,
     key_weights,
     prepare,
+    remake,
     serve,
     understand,
 )
@@ -154,6 +155,9 @@ def kept_in(model: Model, chosen: Sequence[StateForm], runner: Runner) -> Model:
         understood = absorb(understood, absorbed, runner)
     if keys:
         understood = keep_keys(understood, keys, runner)
+    remade = frozenset(i for i, form in by_site.items() if form.name == LAST)
+    if remade:
+        understood = remake(understood, remade, runner)
     return replace(model, understood=understood, facts=replace(model.facts, sites=understood.sites))
 
 

@@ -38,6 +38,7 @@ from kvc_passes.positions_to_input import PositionsToInput
 from kvc_passes.prove_memory import ProveMemory
 from kvc_passes.prove_tokenwise import ProveTokenwise
 from kvc_passes.recognize_attention import RecognizeAttention
+from kvc_passes.remake_keys import RemakeKeys
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
 from kvc_passes.state_forms import Forms, Illegal
@@ -188,6 +189,12 @@ def keep_keys(model: Understood, rest: Mapping[int, int], runner: Runner) -> Und
     done = runner.apply(model.module, KeepKeys(model.sites, rest))
     sites, weights = done.facts
     return replace(model, module=done.module, sites=sites, key_weights=weights)
+
+
+def remake(model: Understood, sites: frozenset[int], runner: Runner) -> Understood:
+    """Keep at `sites` what keys and values are made of again whenever they are read, where that is legal."""
+    done = runner.apply(model.module, RemakeKeys(model.sites, sites))
+    return replace(model, module=done.module, sites=done.facts)
 
 
 def prepare(model: Understood, products: MatmulKernels, widens: bool, runner: Runner) -> Understood:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .conditions import Unprovable
 from .emitting import head_columns, indices, replaced, shape, shared_columns
 from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
 from .markers import ATTENTION, LATENT, HeadProduct, Latent, marker
+from .own_query import own_query
 from .provenance import Piece
 from .rebuild import rebuild
 from .state_forms import Forms, kept_site
@@ -56,7 +56,7 @@ class AbsorbProjections:
                 return None
             old = graph.definitions[var]
             latent, site = latents[int(value.args[4].value)], self.sites[int(value.args[4].value)]
-            query = _own_query(builder, forms, old.args[1], latent, values)
+            query = own_query(builder, forms, old.args[1], {latent.key.product, latent.value.product}, values)
             given = value.args[1] if query is None else query
             return _attention(builder, given, latent, site, dims(old.args[2])[2], values)
 
@@ -122,38 +122,3 @@ def _attention(
     )
     bias = builder.emit(relax.op.reshape(typed(bias), shape(1, 1, heads, latent.value_piece.width)))
     return relax.op.add(result, bias)
-
-
-def _own_query(
-    builder: relax.BlockBuilder,
-    forms: Forms,
-    query: relax.Expr,
-    latent: Kept,
-    values: dict[relax.Var, relax.Expr],
-) -> relax.Expr | None:
-    """The query by a product of its own, where it is a part of the keys' or the values' product."""
-    try:
-        pieces = forms.provenance.pieces(query)
-    except Unprovable:
-        return None
-    (piece, *others), (_, heads, n, width) = pieces, dims(query)
-    projection = piece.projection
-    if others or projection is None or projection.product not in (latent.key.product, latent.value.product):
-        return None
-    own_columns = indices(head_columns(piece, int(heads.value), 1))
-    x, weight = replaced(projection.x, values), replaced(projection.weight, values)
-    x = builder.emit(relax.op.reshape(x, shape(1, n, projection.depth)))
-    own = builder.emit(relax.op.take(weight, own_columns, axis=1, mode="clip"))
-    product = builder.emit(relax.op.matmul(x, own))
-    if projection.bias is not None:
-        bias = builder.emit(
-            relax.op.take(replaced(projection.bias, values), own_columns, axis=0, mode="clip")
-        )
-        if bias.ty.dtype.dtype != product.ty.dtype.dtype:
-            product = builder.emit(relax.op.astype(product, bias.ty.dtype.dtype))
-        product = builder.emit(relax.op.add(product, bias))
-    product = builder.emit(relax.op.reshape(product, shape(1, n, heads, width)))
-    product = builder.emit(relax.op.permute_dims(product, [0, 2, 1, 3]))
-    wanted = str(query.ty.dtype.dtype)
-    same = str(product.ty.dtype.dtype) == wanted
-    return product if same else builder.emit(relax.op.astype(product, wanted))

@@ -7,6 +7,7 @@ from tvm import relax, tirx
 
 from .graph import dims
 from .provenance import Piece
+from .rotations import Rotation
 
 
 def shared_columns(builder: relax.BlockBuilder, source: relax.Expr, piece: Piece, n: tirx.Var) -> relax.Expr:
@@ -15,6 +16,39 @@ def shared_columns(builder: relax.BlockBuilder, source: relax.Expr, piece: Piece
     end = piece.first + piece.width
     part = builder.emit(relax.op.strided_slice(source, [last], [piece.first], [end], assume_inbound=True))
     return builder.emit(relax.op.reshape(part, shape(1, 1, n, piece.width)))
+
+
+_FINE = 256.0
+"""Parts of a cosine are kept in steps of a 256th, which every float holds, and what is left."""
+
+
+def angles(
+    builder: relax.BlockBuilder,
+    rotation: Rotation,
+    n: tirx.Var,
+    dtype: str,
+    values: dict[relax.Var, relax.Expr],
+    *,
+    fine: bool,
+) -> list[relax.Expr]:
+    """Cosines and sines as a row keeps them, each [1, 1, n, half] of `dtype`; if fine, then the rest."""
+
+    def typed(value: relax.Expr) -> relax.Expr:
+        same = str(value.ty.dtype.dtype) == dtype
+        return value if same else builder.emit(relax.op.astype(value, dtype))
+
+    found = []
+    for var, first in (rotation.cosine, rotation.sine):
+        angle = Piece(0, rotation.half, var, first, 0)
+        found.append(shared_columns(builder, replaced(var, values), angle, n))
+    if not fine:
+        return [typed(each) for each in found]
+    unit = relax.const(_FINE, str(found[0].ty.dtype.dtype))
+    scaled = [builder.emit(relax.op.multiply(angle, unit)) for angle in found]
+    whole = [builder.emit(relax.op.floor(each)) for each in scaled]
+    coarse = [builder.emit(relax.op.divide(each, unit)) for each in whole]
+    left = [builder.emit(relax.op.subtract(a, b)) for a, b in zip(scaled, whole)]
+    return [typed(each) for each in (*coarse, *left)]
 
 
 def head_columns(piece: Piece, heads: int, group: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
-FormName = Literal["paged_kv", "x_absorbed", "mla_latent", "k_only", "k_plus_r", "encoder_output"]
+FormName = Literal["paged_kv", "x_absorbed", "mla_latent", "k_only", "k_plus_r", "x_gemm", "encoder_output"]
 STATE_FORMS: tuple[FormName, ...] = get_args(FormName)
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
@@ -131,6 +131,24 @@ class Sliced:
 
 
 @dataclass(frozen=True)
+class Remade:
+    """A kept value of a token that its keys and values are made from again when they are read.
+
+    What is kept: `depth` elements, then `half` cosines and `half` sines; if `fine`, as many of these again, a
+    256th of which is added. The first 2 * half elements of every key are turned as Sliced says; none if 0.
+    """
+
+    depth: int
+    half: int
+    fine: bool
+
+    @property
+    def width(self) -> int:
+        """Elements that are kept of a token."""
+        return self.depth + 2 * self.half * (2 if self.fine else 1)
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention layer: softmax(softcap(scale * q k^T) masked) v, as found in the graph."""
 
@@ -161,11 +179,14 @@ class AttentionSite:
     of, which then is the one key of all heads, and its value. mla_latent: that, and elements of the keys that
     all heads share; the value is the first value_dim elements. k_only: the keys of all heads, before they are
     turned, and their cosines and sines; all but those are the value. k_plus_r: that, and some directions of
-    what keys are projections of. encoder_output: of cross-attention, as x_absorbed, for several layers."""
+    what keys are projections of. x_gemm: the value that both are projections of, and cosines and sines; they
+    are made again. encoder_output: of cross-attention, as x_absorbed, for several layers."""
     sliced: Sliced | None = None
     """How a query meets its own part of what is kept, where that is keys; else it meets all of it."""
     owner: int | None = None
     """The site that keeps the state for this one; None for its own."""
+    remade: Remade | None = None
+    """What is kept in the place of keys and values that are made again; they are as the site says."""
 
     @property
     def shared(self) -> bool:
@@ -190,6 +211,8 @@ class AttentionSite:
         """
         if self.owner is not None:
             return {}
+        if self.remade is not None:
+            return {"x": (self.kv_dtype, (1, page, self.remade.width))}
         if self.shared:
             return {"x": (self.kv_dtype, (self.kv_heads, page, self.head_dim))}
         dtypes: dict[str | None, str] = {None: self.kv_dtype, "int8": "int8", "fp8": "uint8", "int4": "uint8"}
@@ -212,6 +235,9 @@ class AttentionSite:
             keys, angles = self.sliced.count * self.sliced.dim, self.head_dim - self.value_dim
             rest = f" + {self.sliced.rest}" if self.sliced.rest else ""
             names[self.kept] = f"K [{keys}{rest} + {angles} of angles]"
+        if self.remade is not None:
+            depth, angles = self.remade.depth, self.remade.width - self.remade.depth
+            names[self.kept] = f"X [{depth} + {angles} of angles] for K and V"
         return f"paged {names[self.kept]}, {self.stored or self.kv_dtype}"
 
     def token_bytes(self) -> int:
@@ -442,7 +468,9 @@ def facts_from_json(text: str) -> ModelFacts:
 def _site(data: dict[str, Any]) -> AttentionSite:
     lists = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
     sliced = None if data["sliced"] is None else Sliced(**data["sliced"])
-    return AttentionSite(**{**data, **lists, "mask": MaskFact(**data["mask"]), "sliced": sliced})
+    remade = None if data.get("remade") is None else Remade(**data["remade"])
+    parts = {"mask": MaskFact(**data["mask"]), "sliced": sliced, "remade": remade}
+    return AttentionSite(**{**data, **lists, **parts})
 
 
 def plan_from_json(text: str) -> Plan:

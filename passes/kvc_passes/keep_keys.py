@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .emitting import head_columns, indices, replaced, shape, shared_columns
+from .emitting import angles, head_columns, indices, replaced, shape
 from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
 from .markers import ATTENTION, HEAD_PRODUCT, HeadProduct, marker
@@ -16,9 +16,6 @@ from .provenance import Piece, Projection
 from .rebuild import rebuild
 from .state_forms import Forms, Keys, sliced_site
 from .weights import Source, weight_of
-
-_FINE = 256.0
-"""Parts of a cosine are kept in steps of a 256th, which every float holds, and what is left."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def _row(
 ) -> relax.Expr:
     """What is kept of every token, [1, 1, n, width], in float32 or the type of the keys."""
     assert site.sliced is not None
-    piece, half = keys.rotation.key, site.sliced.half
+    piece = keys.rotation.key
     source = replaced(piece.source, values)
     dtype = str(source.ty.dtype.dtype)
 
@@ -165,18 +162,8 @@ def _row(
             weak = builder.emit(relax.op.astype(weak, x.ty.dtype.dtype))
         rest = builder.emit(relax.op.matmul(x, weak))
         parts.append(typed(builder.emit(relax.op.reshape(rest, shape(1, 1, n, site.sliced.rest)))))
-    angles = []
-    for var, first in (keys.rotation.cosine, keys.rotation.sine):
-        angle = Piece(0, half, var, first, 0)
-        angles.append(shared_columns(builder, replaced(var, values), angle, n))
-    if not site.sliced.fine:
-        return builder.emit(relax.op.concat([*parts, *map(typed, angles)], axis=3))
-    unit = relax.const(_FINE, str(angles[0].ty.dtype.dtype))
-    scaled = [builder.emit(relax.op.multiply(angle, unit)) for angle in angles]
-    whole = [builder.emit(relax.op.floor(each)) for each in scaled]
-    coarse = [builder.emit(relax.op.divide(each, unit)) for each in whole]
-    left = [builder.emit(relax.op.subtract(a, b)) for a, b in zip(scaled, whole)]
-    return builder.emit(relax.op.concat([*parts, *map(typed, coarse), *map(typed, left)], axis=3))
+    kept = angles(builder, keys.rotation, n, dtype, values, fine=site.sliced.fine)
+    return builder.emit(relax.op.concat([*parts, *kept], axis=3))
 
 
 def _attention(

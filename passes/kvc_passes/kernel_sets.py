@@ -61,6 +61,19 @@ class AttentionKernels(Protocol):
         [1,n,h,f]); e is the width of `key` and of what x has beside its first elements, f that of `value`.
         """
 
+    def remade(
+        self,
+        site: AttentionSite,
+        key_format: WeightFormat,
+        value_format: WeightFormat,
+        *,
+        biases: tuple[bool, bool],
+        decodes: bool,
+    ) -> PrimFunc:
+        """Attention of a site of facts.Remade: as `prefill` or, if it decodes, `decode`, but for W_K, W_V and
+        biases [g*e], [g*f] behind the extras, W_K and W_V as MatmulKernels.head_packed.
+        """
+
     def splits(self, site: AttentionSite) -> int:
         """Parts that decode splits a context into."""
 

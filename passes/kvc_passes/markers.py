@@ -3,7 +3,8 @@
 A marker is `relax.op.call_pure_packed(NAME, *tensors, attrs, ty_args=type)`; `attrs` is JSON in a StringImm.
 `kvc.sdpa`, `kvc.rotary` and `kvc.dequantize` come from the importer, where the file has one operator for
 what others spell out; `kvc.attention` is what RecognizeAttention puts in the place of every attention,
-`kvc.head_product` and `kvc.latent_attention` what other forms of the state put there.
+`kvc.head_product`, `kvc.latent_attention` and `kvc.remade_attention` what other forms of the state put
+there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROTARY = "kvc.rotary"
 DEQUANTIZE = "kvc.dequantize"
 HEAD_PRODUCT = "kvc.head_product"
 LATENT = "kvc.latent_attention"
+REMADE = "kvc.remade_attention"
 HEAD_WEIGHT = "kvc.head_weight"
 
 Extra = Literal["mask", "lengths", "sinks"]
@@ -108,11 +110,16 @@ class Latent:
     Attention with keys [x W_K, the rest of x] and values x W_V: W_K [d, ..] and W_V [d, ..] as HeadProduct
     takes them, the first d elements of x. `kvc.head_weight(W)` with the attributes of a HeadProduct is the
     weight as its kernels take it.
+
+    Also of `kvc.remade_attention(q, row [1,1,n,w], W_K, W_V, *biases, site)`: keys x W_K + b_K, which are
+    then turned, and values x W_V + b_V, row being x and angles as facts.Remade says; biases [heads * width].
     """
 
     site: int
     key: HeadProduct
     value: HeadProduct
+    biases: tuple[bool, bool] = (False, False)
+    """Whether keys and values have a bias, which is then an operand."""
 
 
 Attrs = TypeVar("Attrs", Sdpa, Rotary, Dequantize, HeadProduct, Latent)

@@ -12,14 +12,15 @@ import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .facts import AttentionSite
-from .graph import dims, graph_of, op_name
+from .facts import AttentionSite, WeightFormat
+from .graph import Graph, dims, graph_of, op_name
 from .kernel_sets import AttentionKernels
 from .markers import (
     ATTENTION,
     HEAD_PRODUCT,
     HEAD_WEIGHT,
     LATENT,
+    REMADE,
     HeadProduct,
     Latent,
     attributes,
@@ -42,8 +43,8 @@ def is_input(name: str) -> bool:
 class PageAttention:
     """Keys and values live in pages that the function is given and updates in place.
 
-    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`, or
-        `kvc.latent_attention(q, x, W_K, W_V)`.
+    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`,
+        `kvc.latent_attention(q, x, W_K, W_V)` or `kvc.remade_attention(q, row, W_K, W_V, *biases)`.
     After: k and v are appended to the site's pools at `slots`, then attention reads the pages of a block
         table. Sites that keep other tokens have slots and a table of their own, numbered as `grouped` does.
         New parameters behind positions: slots_0 [n], ..., in prefill tiles [t,3], block_table_0 [b,m], ...;
@@ -73,6 +74,8 @@ class PageAttention:
                 return self._attend(
                     builder, calls, inputs, self.sites[int(index.value)], query, key, new_value
                 )
+            if op_name(value) == REMADE:
+                return self._remade(builder, calls, inputs, value, graph, graph.definitions[var])
             if op_name(value) != LATENT:
                 return None
             attrs = attributes(value, Latent)
@@ -161,13 +164,43 @@ class PageAttention:
             "prefill_rebuilt",
             lambda: self.kernels.rebuilt(site, attrs.key, attrs.value, *formats),
         )
-        packed = [
-            builder.emit(marker(HEAD_WEIGHT, [weight], part, relax.TensorType(ndim=3, dtype=format.dtype)))
-            for weight, part, format in zip(weights, (attrs.key, attrs.value), formats, strict=True)
-        ]
+        packed = _packed(builder, weights, attrs, formats)
         n = dims(inputs[0])[2]
         out = relax.TensorType((1, n, site.heads, attrs.value.width), dtype_of(inputs[0]))
         return relax.op.call_tir(kernel, [*inputs, *packed], out)
+
+    def _remade(
+        self,
+        builder: relax.BlockBuilder,
+        calls: PagedCalls,
+        inputs: _Inputs,
+        value: relax.Call,
+        graph: Graph,
+        of_file: relax.Call,
+    ) -> relax.Expr:
+        """Attention that makes keys and values again from what is kept, in both phases."""
+        attrs, (query, row, *others) = attributes(value, Latent), tensors(value)
+        site, weights, biases = self.sites[attrs.site], others[:2], others[2:]
+        found = zip(tensors(of_file)[2:4], (attrs.key, attrs.value))
+        heads = [head_weight_of(graph, weight, part) for weight, part in found]
+        formats = tuple(weight.format for weight in heads if weight is not None)
+        decodes = self.phase == "decode"
+        kernel = calls.named(
+            builder,
+            ("remade", *calls.geometry(site), attrs.biases, formats),
+            f"{self.phase}_remade",
+            lambda: self.kernels.remade(site, *formats, biases=attrs.biases, decodes=decodes),
+        )
+        state = calls.append(builder, site, row, row, inputs.slots[calls.group_of[site.index]])
+        places = [*inputs.places(calls, site), *_extras(site)]
+        operands = [query, *state, *places, *_packed(builder, weights, attrs, formats), *biases]
+        n, size = dims(query)[2], site.value_dim
+        out = relax.TensorType((1, n, site.heads, size), dtype_of(query))
+        if not decodes:
+            return relax.op.call_tir(kernel, operands, out)
+        part = relax.TensorType((n, self.kernels.splits(site), site.heads, size + 2), "float32")
+        both = builder.emit(relax.op.call_tir(kernel, operands, [part, out]))
+        return relax.TupleGetItem(both, 1)
 
 
 @dataclass(frozen=True)
@@ -193,6 +226,19 @@ class _Inputs:
         assert of is not None
         tiles = [] if self.tiles is None else [self.tiles]
         return [of, *tiles, self.tables[calls.group_of[site.index]]]
+
+
+def _packed(
+    builder: relax.BlockBuilder,
+    weights: Sequence[relax.Expr],
+    attrs: Latent,
+    formats: Sequence[WeightFormat],
+) -> list[relax.Expr]:
+    """W_K and W_V as kernels take them."""
+    return [
+        builder.emit(marker(HEAD_WEIGHT, [weight], part, relax.TensorType(ndim=3, dtype=format.dtype)))
+        for weight, part, format in zip(weights, (attrs.key, attrs.value), formats, strict=True)
+    ]
 
 
 def _extras(site: AttentionSite) -> list[relax.Expr]:

@@ -61,7 +61,8 @@ class PagedCalls:
             "prefill_attention": self.kernels.prefill,
             "decode_attention": self.kernels.decode,
         }
-        key = (kind, dtype, *form, geometry[1:4] if kind == "append_kv" else geometry)
+        kept = (*geometry[1:4], site.remade)
+        key = (kind, dtype, *form, kept if kind == "append_kv" else geometry)
         return self.named(builder, key, kind, lambda: make[kind](site, dtype))
 
     def named(self, builder: relax.BlockBuilder, key: Any, name: str, make: Any) -> Any:
@@ -84,6 +85,7 @@ class PagedCalls:
             site.sinks is not None,
             site.guarded,
             site.sliced,
+            site.remade,
             site.kv_dtype,
         )
 

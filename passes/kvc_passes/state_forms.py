@@ -9,7 +9,7 @@ from typing import Final
 from tvm import relax
 
 from .conditions import Unprovable
-from .facts import FLOAT_BYTES, AttentionSite, FloatName, FormName, Sliced, StateForm
+from .facts import FLOAT_BYTES, AttentionSite, FloatName, FormName, Remade, Sliced, StateForm
 from .graph import Graph, op_name
 from .markers import ATTENTION
 from .nodes import NodeNames
@@ -62,9 +62,48 @@ class Keys:
     """Whether cosines and sines take two elements each: targets may compute them in more than 16 bits."""
 
 
+@dataclass(frozen=True)
+class Remaking:
+    """The value that keys, which may be turned, and values are projections of, to be made again."""
+
+    key_piece: Piece
+    """Before they are turned."""
+    value_piece: Piece
+    rotation: Rotation | None
+    source: relax.Var
+    """The value: a 16-bit float where that is what is projected, in whatever type."""
+
+    @property
+    def key(self) -> Projection:
+        assert self.key_piece.projection is not None
+        return self.key_piece.projection
+
+    @property
+    def value(self) -> Projection:
+        assert self.value_piece.projection is not None
+        return self.value_piece.projection
+
+    @property
+    def dtype(self) -> FloatName:
+        """What is kept of it."""
+        name: FloatName = str(self.source.ty.dtype.dtype)  # type: ignore[assignment]
+        return name
+
+    @property
+    def kept(self) -> Remade:
+        half = 0 if self.rotation is None else self.rotation.half
+        return Remade(self.key.depth, half, half > 0 and self.dtype != "float32")
+
+    @property
+    def token_bytes(self) -> int:
+        return self.kept.width * FLOAT_BYTES[self.dtype]
+
+
 ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", "encoder_output")
 KEYS: Final[tuple[FormName, ...]] = ("k_only", "k_plus_r")
-OF_TOKENS: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", *KEYS)
+LAST: Final[FormName] = "x_gemm"
+"""What is chosen only where no other form fits: a decode step makes all keys and values again."""
+OF_TOKENS: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", *KEYS, LAST)
 """Forms of what attention over the model's own tokens keeps, other than K and V."""
 UNJUDGED: Final = "the rounding of its weights was not measured"
 
@@ -80,6 +119,7 @@ class Forms:
         self.graph, self.names = graph, names
         self.provenance = Provenance(graph)
         self._owners: dict[relax.Var, int] = {}
+        self._rotations: dict[relax.Expr, Rotation | str] = {}
 
     def markers(self) -> dict[int, relax.Call]:
         """The attentions by the index of their site."""
@@ -93,7 +133,8 @@ class Forms:
             others = _illegal(OF_TOKENS, "it reads an encoder's output")
             return plain, self._memory_form(marker, site), *others
         others = _illegal(("encoder_output",), "it reads the model's own tokens")
-        return plain, *self._latent_forms(marker, site), *self._key_forms(marker, site), *others
+        latents, keys = self._latent_forms(marker, site), self._key_forms(marker, site)
+        return plain, *latents, *keys, self._remade_form(marker, site), *others
 
     def _memory_form(self, marker: relax.Call, site: AttentionSite) -> StateForm:
         try:
@@ -138,10 +179,7 @@ class Forms:
         kept = site.kv_heads * site.head_dim
         if kept < v.depth:  # before the rotation is read, which takes long
             raise Illegal(f"K has {kept} elements, fewer than the {v.depth} that V is a projection of")
-        try:
-            rotation = Rotations(self.graph, self.provenance).read(key, key_pieces)
-        except Unprovable as reason:
-            raise Illegal(f"K {reason}") from None
+        rotation = self._rotation(key, key_pieces)
         k = rotation.projection
         self._check_weights(k, v)
         if site.sinks is not None and (k.bias is not None or v.bias is not None):
@@ -150,6 +188,52 @@ class Forms:
             if bias is not None and bias not in self.graph.function.params:
                 raise Illegal("a bias of K or V is no parameter of the file")
         return Keys(rotation, v, value_pieces[0], fine=site.kv_dtype != "float32")
+
+    def _rotation(self, key: relax.Expr, pieces: tuple[Piece, ...]) -> Rotation:
+        """How keys are turned, read once. Raises Illegal with the reason."""
+        if key not in self._rotations:
+            try:
+                self._rotations[key] = Rotations(self.graph, self.provenance).read(key, pieces)
+            except Unprovable as reason:
+                self._rotations[key] = f"K {reason}"
+        found = self._rotations[key]
+        if isinstance(found, str):
+            raise Illegal(found)
+        return found
+
+    def _remade_form(self, marker: relax.Call, site: AttentionSite) -> StateForm:
+        try:
+            found = self.remaking(marker, site)
+        except Illegal as reason:
+            return StateForm(LAST, 0, str(reason), False)
+        angles = ", its cosines and sines" if found.rotation is not None else ""
+        detail = f"{found.kept.width} elements: what K and V are projections of{angles}; they are made again"
+        return StateForm(LAST, found.token_bytes, detail)
+
+    def remaking(self, marker: relax.Call, site: AttentionSite) -> Remaking:
+        """What keys and values can be made from again. Raises Illegal with the reason."""
+        _, key, value, _ = marker.args[1:]
+        key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
+        if site.stored is not None:
+            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        v = value_pieces[0].projection
+        if len(value_pieces) != 1 or v is None:
+            raise Illegal("V is not one projection of one value")
+        source, piece, rotation = self._narrowest(v.x), key_pieces[0], None
+        found = Remaking(value_pieces[0], value_pieces[0], None, source)
+        self._check_smaller(found, site)  # before the rotation is read, which takes long
+        if len(key_pieces) != 1 or piece.projection is None:
+            rotation = self._rotation(key, key_pieces)
+            piece = rotation.key
+        found = replace(found, key_piece=piece, rotation=rotation)
+        self._check_weights(found.key, v)
+        self._check_smaller(found, site)
+        return found
+
+    def _check_smaller(self, found: Remaking, site: AttentionSite) -> None:
+        if found.token_bytes >= site.token_bytes():
+            what = f"{found.kept.width} elements of {found.dtype}, {found.token_bytes} bytes"
+            raise Illegal(f"{what}, are no smaller than keys and values, {site.token_bytes()} bytes")
 
     def _check_weights(self, k: Projection, v: Projection) -> None:
         if k.x != v.x:
@@ -233,3 +317,8 @@ def kept_site(site: AttentionSite, latent: Latent, owner: int | None = None) -> 
         kept=latent.form,
         owner=owner,
     )
+
+
+def remade_site(site: AttentionSite, found: Remaking) -> AttentionSite:
+    """The same attention, whose keys and values are made again."""
+    return replace(site, kv_dtype=found.dtype, kept=LAST, remade=found.kept)

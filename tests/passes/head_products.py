@@ -12,9 +12,9 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from kvc_passes.facts import AttentionSite
-from kvc_passes.markers import HEAD_PRODUCT, LATENT, HeadProduct
-from support import attend
+from kvc_passes.facts import AttentionSite, Sliced
+from kvc_passes.markers import HEAD_PRODUCT, LATENT, REMADE, HeadProduct
+from support import attend, turned
 
 
 @functools.cache
@@ -58,4 +58,31 @@ def _define_latent() -> None:
 def define_latent(sites: Sequence[AttentionSite]) -> None:
     """`kvc.latent_attention` by its definition, for these sites."""
     _define_latent()
+    _SITES[:] = sites
+
+
+@functools.cache
+def _define_remade() -> None:
+    @tvm_ffi.register_global_func(REMADE)
+    def remade(q: Any, row: Any, w_key: Any, w_value: Any, *others: Any) -> Any:
+        """Keys and values made of rows and turned, then attention over them."""
+        a, biases = json.loads(others[-1]), list(others[:-1])
+        site = _SITES[a["site"]]
+        assert site.remade is not None
+        rows, kept = row.numpy()[:, 0].astype(float), site.remade
+        x, angles = rows[..., : kept.depth], rows[..., kept.depth :]
+        made = []
+        for weight, part, has in zip((w_key, w_value), (a["key"], a["value"]), a["biases"]):
+            of = HeadProduct(**part)
+            columns = (of.first + np.arange(site.kv_heads)[:, None] * of.stride + np.arange(of.width)).ravel()
+            made.append(x @ weight.numpy()[:, columns] + (biases.pop(0).numpy() if has else 0.0))
+        sliced = Sliced(site.kv_heads, site.head_dim, 0, kept.half, kept.fine)
+        keys = turned(np.concatenate([made[0], angles], axis=-1), sliced)
+        values = made[1].reshape(*made[1].shape[:2], site.kv_heads, -1).transpose(0, 2, 1, 3)
+        return tvm.runtime.tensor(attend(q.numpy(), keys, values, site).astype(np.float32))
+
+
+def define_remade(sites: Sequence[AttentionSite]) -> None:
+    """`kvc.remade_attention` by its definition, for these sites."""
+    _define_remade()
     _SITES[:] = sites

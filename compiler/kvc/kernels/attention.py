@@ -210,14 +210,14 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, knobs: DecodeKnob
             with e.loop("h", heads) as head, e.loop("g", group) as g:
                 kernel.store_part(head * kernel.padded + g, part, [row, share, head * group + g])
     with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
-        _merge(e, shape, part, row, h, out, traits.lanes)
+        merge(e, shape, part, row, h, out, traits.lanes)
     with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
-        _merge(e, shape, part, row, h, out, traits.lanes)
+        merge(e, shape, part, row, h, out, traits.lanes)
     inputs = [q, *state.values(), positions, table, *more.values()]
     return e.function([*inputs, part, out], inputs, [part, out])
 
 
-def _merge(e: Emitter, shape: AttentionShape, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -> None:
+def merge(e: Emitter, shape: AttentionShape, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -> None:
     """out[0, row, head] = the shares put together."""
     shares, dim = int(part.shape[1]), shape.value_dim
     top = part[row, i64(0), head, i64(dim)]

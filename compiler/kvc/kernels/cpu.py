@@ -12,7 +12,7 @@ from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import HeadProduct
 
-from . import append, attention, head_product, matmul, rebuilt
+from . import append, attention, head_product, matmul, rebuilt, remade
 from .knobs import DEFAULTS, Knobs
 from .packing import packed_tensors
 from .shapes import attention_shape
@@ -77,16 +77,33 @@ class CpuAttention:
         )
         return rebuilt.prefill_rebuilt(latent, made, self.traits)
 
+    def remade(
+        self,
+        site: AttentionSite,
+        key_format: WeightFormat,
+        value_format: WeightFormat,
+        *,
+        biases: tuple[bool, bool],
+        decodes: bool,
+    ) -> PrimFunc:
+        assert site.remade is not None
+        shape = attention_shape(site, self.page_size)
+        remaking = remade.Remake(site.remade, key_format, value_format, biases)
+        if decodes:
+            return remade.decode_remade(shape, remaking, self.traits, self.splits(site))
+        return remade.prefill_remade(shape, remaking, self.traits)
+
     def splits(self, site: AttentionSite) -> int:
         chosen = self.knobs.decode(attention_shape(site, self.page_size)).splits
         return chosen or attention.decode_splits(site.kv_heads, self.traits)
 
     def append(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
+        sizes = (site.kv_heads, site.head_dim, site.value_dim)
+        if site.remade is not None:
+            sizes = (1, site.remade.width, site.remade.depth)
         plain = attention.AttentionShape(  # what the mask and the scores are does not matter here
             site.heads,
-            site.kv_heads,
-            site.head_dim,
-            site.value_dim,
+            *sizes,
             scale=1.0,
             kv_dtype=site.kv_dtype,
             stored=site.stored,

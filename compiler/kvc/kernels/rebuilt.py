@@ -19,7 +19,7 @@ from .traits import CpuTraits
 from .weights import Weights
 
 _KEYS = 4
-_ROWS = 512
+ROWS = 512
 """Query rows of a task: what a block of keys and values costs to make is shared by so many."""
 _BLOCK_BYTES = 512 * 1024
 """Rows of x that a block is made of, as float32."""
@@ -43,7 +43,7 @@ def prefill_rebuilt(latent: AttentionShape, made: Made, traits: CpuTraits) -> ti
 
     Arguments of the function: q f32[1, H, n, key + rest], *pools(latent), positions i64[n], tiles i32[t, 3],
     block_table i32[b, m], *extras(latent), W_K and W_V as head_product.packed_tensor has them (absorbed, and
-    not), out f32[1, n, H, value]. A task is a sequence and a KV head: its tiles' rows, _ROWS at a time.
+    not), out f32[1, n, H, value]. A task is a sequence and a KV head: its tiles' rows, ROWS at a time.
     """
     e = Emitter()
     n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
@@ -60,18 +60,18 @@ def prefill_rebuilt(latent: AttentionShape, made: Made, traits: CpuTraits) -> ti
         tensor = packed_tensor(heads, size, inner, format, traits)
         packed.append(argument(name, tensor.shape, tensor.dtype))
     out = argument("out", (1, n, latent.heads, made.value))
-    tokens = max(_ROWS // group, 1)
+    tokens = max(ROWS // group, 1)
     with e.loop("c", traits.threads, parallel=True) as c:
         count = tirx.floordiv(t * heads - c + (traits.threads - 1), i64(traits.threads))
         with e.loop("i", count) as i:
             task = c + i * traits.threads
             tile = e.bind("tile", tirx.floordiv(task, i64(heads)))
             head = e.bind("head", tirx.floormod(task, i64(heads)))
-            row, first, length = _segment(e, tiles, t, tile)
+            row, first, length = segment(e, tiles, t, tile)
             with e.loop("part", tirx.floordiv(length + (tokens - 1), i64(tokens))) as part:
                 begin = e.bind("begin", first + part * tokens)
                 here = e.bind("here", tirx.Min(length - part * tokens, i64(tokens)))
-                kernel = _Rebuilder(
+                kernel = Rebuilder(
                     e, latent, made, traits, tokens * group, state, table, row, more, packed, head
                 )
                 position = e.bind("position", positions[begin])
@@ -88,7 +88,7 @@ def prefill_rebuilt(latent: AttentionShape, made: Made, traits: CpuTraits) -> ti
     return e.function([*inputs, out], inputs, [out])
 
 
-def _segment(e: Emitter, tiles: Any, t: Expr, tile: Expr) -> tuple[Expr, Expr, Expr]:
+def segment(e: Emitter, tiles: Any, t: Expr, tile: Expr) -> tuple[Expr, Expr, Expr]:
     """Table row, first token and tokens of the sequence that `tile` is the first tile of, else no tokens."""
     found = e.local("segment", 2, "int64")
     row = e.bind("row", tirx.Cast("int64", tiles[tile, i64(0)]))
@@ -102,7 +102,7 @@ def _segment(e: Emitter, tiles: Any, t: Expr, tile: Expr) -> tuple[Expr, Expr, E
     return row, e.bind("first", found[i64(0)]), e.bind("length", found[i64(1)])
 
 
-class _Rebuilder(BlockKernel):
+class Rebuilder(BlockKernel):
     """Attention of one KV head over keys and values that are made block by block."""
 
     def __init__(
@@ -118,6 +118,7 @@ class _Rebuilder(BlockKernel):
         more: Mapping[str, Any],
         packed: list[Any],
         head: Expr,
+        share: Expr | None = None,
     ) -> None:
         size, wide = latent.page_size, made.key + made.rest
         plain = replace(
@@ -131,7 +132,7 @@ class _Rebuilder(BlockKernel):
         )
         keys = max(min(128, _BLOCK_BYTES // (4 * made.depth)), 2 * size)
         keys = keys // (2 * size) * 2 * size
-        super().__init__(e, plain, traits, rows, False, keys, {}, table, row, more)
+        super().__init__(e, plain, traits, rows, False, keys, {}, table, row, more, share)
         self.made, self.latent, self.packed, self.head = made, latent, packed, head
         self.state, self.traits, self.start = state["x"], traits, i64(0)
         self.stride = -(-made.depth // (2 * self.lanes)) * 2 * self.lanes
@@ -145,10 +146,10 @@ class _Rebuilder(BlockKernel):
         return page - self.start
 
     def prepare(self, start: Expr, count: Expr) -> None:
-        self.start = start
+        made, self.start = self.made, start
         self._load(start, count)
-        self._keys(count)
-        self._values_of(count)
+        self.make_keys(count)
+        self.product(count, made.value, made.value_format, self.packed[1], self.pools["v"])
 
     def _load(self, start: Expr, count: Expr) -> None:
         """Rows of x as float32, and what keys have beside their products."""
@@ -166,7 +167,7 @@ class _Rebuilder(BlockKernel):
                     raw = self.latent.form.element(self.state[page, i64(0), k, j + made.depth], 0)
                     e.store(self.pools["k"], raw, p, i64(0), j + made.key, k)
 
-    def _keys(self, count: Expr) -> None:
+    def make_keys(self, count: Expr) -> None:
         """keys[page, 0, d, key] = x . column d of W_K: vectors along x, summed up at the end."""
         e, made, size = self.e, self.made, self.shape.page_size
         tall = max(1, min(self.registers * 3 // 4 // _KEYS, made.key))
@@ -203,14 +204,14 @@ class _Rebuilder(BlockKernel):
             totals = fold_four(e, [acc[at(i, v)] for v in range(_KEYS)])
             e.store(self.pools["k"], totals, page, i64(0), d + i, vec(first, _KEYS))
 
-    def _values_of(self, count: Expr) -> None:
-        """values[page, 0, key, :] = x W_V, in register tiles."""
+    def product(self, count: Expr, width: int, format: WeightFormat, packed: Any, to: Any) -> None:
+        """to[page, 0, key, :] = x times the head's `packed` weight of `width` columns, in register tiles."""
         e, made, lanes = self.e, self.made, self.lanes
-        w = Weights(e, made.value, made.depth, made.value_format, lanes)
-        w.buffers = [self.packed[1]]
-        panels = -(-made.value // (2 * lanes))
-        product = _Values(
-            e, made.value, made.depth, self.traits, self.x, w, None, self.pools["v"], False, made.depth,
+        w = Weights(e, width, made.depth, format, lanes)
+        w.buffers = [packed]
+        panels = -(-width // (2 * lanes))
+        product = _Rows(
+            e, width, made.depth, self.traits, self.x, w, None, to, False, made.depth,
             self.stride, self.shape.page_size, self.head * panels,
         )  # fmt: skip
         rows = count * self.shape.page_size
@@ -220,8 +221,8 @@ class _Rebuilder(BlockKernel):
 
 
 @dataclass(frozen=True)
-class _Values(Product):
-    """Values of a block, as Product computes them."""
+class _Rows(Product):
+    """Keys or values of a block, as Product computes them."""
 
     stride: int = 0
     page: int = 16

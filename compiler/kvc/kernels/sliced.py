@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from kvc_passes.facts import Sliced
 
-from .emit import Expr, chunks, f32, fold, fold_four, i64, splat, vec
+from .emit import Emitter, Expr, chunks, f32, fold, fold_four, i64, splat, vec
 
 if TYPE_CHECKING:
     from .attention_block import BlockKernel
@@ -37,13 +38,7 @@ class SlicedKeys:
                 def element(at: Expr, width: int, page: Expr = page, k: Expr = k) -> Expr:
                     return e.bind("x", form.element(pool[page, i64(0), k, vec(at, width)], 0))
 
-                for part, to in enumerate((self.cosine, self.sine)):
-                    for offset, width in chunks(half, self.lanes):
-                        at = sliced.value_dim + part * half + offset
-                        angle = element(i64(at), width)
-                        if sliced.fine:
-                            angle = angle + element(i64(at + 2 * half), width) * splat(f32(1 / 256), width)
-                        e.store(to, angle, vec(i64(offset), width))
+                load_angles(e, element, sliced.value_dim, sliced.fine, self.lanes, (self.cosine, self.sine))
                 key = e.bind("key", (p * size + k) * self.row)
                 with e.loop("g", sliced.count) as g:
                     first = e.bind("first", g * sliced.dim)
@@ -89,3 +84,22 @@ class SlicedKeys:
                         qv = block.query[vec(query + whole * lanes + offset, width)]
                         total = total + fold(kv * qv, lambda a, b: a + b)
                     e.store(block.scores, total, to + v)
+
+
+def load_angles(
+    e: Emitter,
+    element: Callable[[Expr, int], Expr],
+    first: int,
+    fine: bool,
+    lanes: int,
+    to: tuple[Any, Any],
+) -> None:
+    """Fill buffers with the cosines and sines of a row, from `first` on; element(at, width) reads it."""
+    half = int(to[0].shape[0])
+    for part, buffer in enumerate(to):
+        for offset, width in chunks(half, lanes):
+            at = first + part * half + offset
+            angle = element(i64(at), width)
+            if fine:
+                angle = angle + element(i64(at + 2 * half), width) * splat(f32(1 / 256), width)
+            e.store(buffer, angle, vec(i64(offset), width))

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
 
-from kvc_passes.errors import BudgetError
-from kvc_passes.facts import AttentionSite, Plan, StateForm, Workload
-from kvc_passes.state_forms import ABSORBED, KEYS, UNJUDGED
+from kvc_passes.facts import AttentionSite, FormName, Plan, StateForm, Workload
+from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED
 
 from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
 from ..machine import Machine
@@ -77,7 +76,8 @@ class Planner:
             decision = self._settled(budget, workload, tried)
             if decision is not None:
                 return decision
-        raise self._refusal(budget, workload, tried)
+        failed = (refused(self.variant(chosen).costs, budget, workload) for chosen in tried)
+        raise min(failed, key=lambda error: error.needed)
 
     def plan_of(
         self, chosen: Chosen, chunk: int, budget: int, workload: tuple[Workload, ...]
@@ -117,26 +117,22 @@ class Planner:
         unjudged = any(f.detail.endswith(UNJUDGED) for forms in self.model.facts.forms for f in forms)
         if unjudged and set(KEYS) & set(self.machine.forms) and self._floor(budget, workload) <= budget:
             self.model = judged(self.model, self.runner)
-            yield [smallest_forms(self.model, self.machine.forms)]
+            yield [smallest_forms(self.model, self._judged)]
+        chosen = smallest_forms(self.model, self.machine.forms)
+        if any(form.name == LAST for form in chosen):
+            yield [chosen]
+
+    @property
+    def _judged(self) -> list[FormName]:
+        """Forms that are weighed where their weights were judged: all but the last resort."""
+        return [form for form in self.machine.forms if form != LAST]
 
     def _floor(self, budget: int, workload: tuple[Workload, ...]) -> int:
-        """Bytes without which no form of the state will do, by what the model needs with K and V."""
+        """Bytes without which no form but the last will do, by what the model needs with K and V."""
         needed: int = refused(self.variant(self._paged).costs, budget, workload).needed
         tokens, rows = max(w.batch * w.context for w in workload), max(w.batch * w.memory for w in workload)
-        saved = rows * most_saved(self.model, self.machine.forms, memory=True)
-        return needed - tokens * most_saved(self.model, self.machine.forms) - saved
-
-    def _refusal(self, budget: int, workload: tuple[Workload, ...], tried: Sequence[Chosen]) -> BudgetError:
-        """The refusal with the smallest budget that works; and what keys alone, if not tried, may do with."""
-        failed = [refused(self.variant(chosen).costs, budget, workload) for chosen in tried]
-        best = min(failed, key=lambda error: error.needed)
-        if self.forced:
-            return best
-        least = self._floor(budget, workload)
-        if not best.given < least < best.needed:
-            return best
-        advice = f"with --state k_plus_r, if its weights allow that, it needs {least} bytes or more"
-        return BudgetError(f"{best}; {advice}", needed=best.needed, given=best.given)
+        saved = rows * most_saved(self.model, self._judged, memory=True)
+        return needed - tokens * most_saved(self.model, self._judged) - saved
 
     def _settled(
         self, budget: int, workload: tuple[Workload, ...], known: Sequence[Chosen]

@@ -12,7 +12,7 @@ from tvm import IRModule
 from kvc_passes.errors import InputError
 from kvc_passes.facts import Plan, StateForm, Workload
 from kvc_passes.place_arena import Arena
-from kvc_passes.state_forms import UNJUDGED
+from kvc_passes.state_forms import LAST, UNJUDGED
 
 from ..options import format_size
 from ..permissions import parse_permissions
@@ -125,9 +125,11 @@ def _reasons(planner: Planner, plan: Plan) -> tuple[tuple[str, str, str], ...]:
     for site, name in enumerate(plan.forms):
         legal = [f for f in forms[site] if f.legal and f.name in planner.machine.forms]
         (own,) = [f for f in legal if f.name == name]
-        smaller = [f for f in legal if f.token_bytes < own.token_bytes]
+        smaller = [f for f in legal if f.token_bytes < own.token_bytes and f.name != LAST]
         if planner.forced:
             why = "asked for"
+        elif name == LAST:
+            why = "no other form fits; a step makes all keys and values again"
         elif name != "paged_kv":
             first = forms[site][0].token_bytes
             share = own.token_bytes / first if first else 1.0
@@ -143,10 +145,12 @@ def _reasons(planner: Planner, plan: Plan) -> tuple[tuple[str, str, str], ...]:
 
 def _none_smaller(forms: Sequence[StateForm], own: StateForm, usable: Sequence[str]) -> str:
     """Why there is no smaller form, as far as that is known."""
+    last = any(f.name == LAST and f.legal and f.token_bytes < own.token_bytes for f in forms)
+    none = f"no smaller form but {LAST}, for where nothing else fits," if last else "no smaller form"
     open_ = (f for f in forms if f.name in usable and f.detail.endswith(UNJUDGED))
     if any(f.token_bytes < own.token_bytes for f in open_):
-        return "no smaller form is known to be legal; keys alone were not measured: --state k_plus_r would"
-    return "no smaller form is legal (kvc inspect says why)"
+        return f"{none} is known to be legal; keys alone were not measured: --state k_plus_r would"
+    return f"{none} is legal (kvc inspect says why)"
 
 
 def _gains(planner: Planner, plan: Plan) -> tuple[Gain, ...]:

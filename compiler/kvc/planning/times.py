@@ -36,16 +36,18 @@ class Site:
         """Seconds of one step of `batch` sequences that each see so many keys."""
         kept = replace(self.kept, owner=None)
         flops = 2 * kept.heads * (kept.query_dim + kept.value_dim) * keys * batch
-        rate = (rates.shared if kept.shared else rates.attention)[1]
-        seconds = rates.call + max(kept.token_bytes() * keys * batch / rates.read, flops / rate)
-        return seconds * self.factors[1]
+        rate = (rates.shared if kept.shared and kept.remade is None else rates.attention)[1]
+        made = _products(kept, kept.remade.depth) * keys * batch if kept.remade is not None else 0.0
+        read = kept.token_bytes() * keys * batch / rates.read
+        return (rates.call + made / rates.rebuild + max(read, flops / rate)) * self.factors[1]
 
     def prefill(self, rates: Rates, pairs: float, rebuilt: float) -> float:
         """Seconds for so many pairs of a query and a key that it sees; `rebuilt`: keys made again."""
         site = self.kept
-        if site.kept in ("x_absorbed", "mla_latent", "encoder_output") and rebuilt:
+        if site.kept in ("x_absorbed", "mla_latent", "encoder_output", "x_gemm") and rebuilt:
             plain = self.plain
-            products = 2 * plain.kv_heads * (plain.head_dim + plain.value_dim) * site.value_dim * rebuilt
+            depth = site.value_dim if site.remade is None else site.remade.depth
+            products = _products(plain, depth) * rebuilt
             pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
             return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
         rate = (rates.shared if site.shared else rates.attention)[0]
@@ -105,6 +107,11 @@ class Clock:
         rebuilt = behind * per_request * workload.batch if self.rebuilds else 0.0
         prefill = site.prefill(self.rates, pairs, rebuilt) + (calls - 1) * self.rates.call
         return prefill, decode
+
+
+def _products(plain: AttentionSite, depth: int) -> int:
+    """Operations that make the keys and values of one token from `depth` elements."""
+    return 2 * plain.kv_heads * (plain.head_dim + plain.value_dim) * depth
 
 
 def answer_of(workload: Workload) -> int:

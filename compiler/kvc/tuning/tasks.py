@@ -176,6 +176,8 @@ def _attention(decision: Decision) -> Iterator[Found]:
     plan, variant = decision.plan, decision.variant
     rebuilds = variant.lowered.attention.rebuilds
     for site in variant.model.facts.sites:
+        if site.remade is not None:  # whose kernels have no parameters
+            continue
         parameters = shape_parameters(attention_shape(site, plan.page_size))
         for workload in plan.workload:
             keys, tokens, chunks = _sizes(plan, workload)

@@ -16,7 +16,7 @@ from kvc.kernels.traits import CpuTraits
 from kvc.planning.rates import ROWS, Rates, measured, nominal, nominal_gpu, profile_file, save
 from kvc.planning.times import Clock, Site, answer_of
 from kvc.planning.work import Work
-from kvc_passes.facts import AttentionSite, MaskFact, Workload
+from kvc_passes.facts import AttentionSite, MaskFact, Remade, Workload
 
 ModelFile = Callable[..., Path]
 RATES = nominal(CpuTraits(16, 32, 2))
@@ -62,6 +62,18 @@ def test_decode_reads_what_every_token_sees() -> None:
     busy = replace(RATES, attention=(1e6, 1e6), call=0.0)
     flops = answer * 3 * (750 + 125) * 2 * 8 * 128
     assert clock(SITE, busy).times(work, 512).decode_seconds == pytest.approx(flops / 1e6)
+
+
+def test_keys_that_are_made_again_take_their_products_in_every_step() -> None:
+    made = replace(SITE, kept="x_gemm", remade=Remade(100, 8, fine=False))
+    rates = replace(RATES, rebuild=1e6, read=1e18, attention=(1e18, 1e18), shared=(1.0, 1.0), call=0.0)
+    work = Workload(3, 1000)
+    each = 2 * 2 * (64 + 64) * 100  # operations of a token's keys and values, of 2 heads
+    times = clock(made, rates).times(work, 1000)
+    assert times.decode_seconds == pytest.approx(each * 250 * 3 * (750 + 125) / 1e6)
+    assert times.prefill_seconds == pytest.approx(each * 750 * 3 / 1e6)
+    halves = clock(made, rates).times(work, 375)
+    assert halves.prefill_seconds == pytest.approx(each * (375 + 187.5) * 2 * 3 / 1e6)
 
 
 @pytest.mark.parametrize(

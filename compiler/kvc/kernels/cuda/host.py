@@ -122,6 +122,17 @@ class CudaAttention:
     ) -> PrimFunc:
         raise PlanningError("there is no kernel that makes keys and values again on a GPU")
 
+    def remade(
+        self,
+        site: AttentionSite,
+        key_format: WeightFormat,
+        value_format: WeightFormat,
+        *,
+        biases: tuple[bool, bool],
+        decodes: bool,
+    ) -> PrimFunc:
+        raise PlanningError("there is no kernel that makes keys and values again on a GPU")
+
     def splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
         seen = min(self.context, site.mask.window or _LONG, site.mask.chunk or _LONG)
