@@ -14,7 +14,9 @@ from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.overwrite_inputs import OverwriteInputs
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
 from kvc_passes.remat.solve import Solution
-from kvc_passes.rematerialize import Rematerialize, tensors_of
+from kvc_passes.remat.views import without_views
+from kvc_passes.rematerialize import Operations, Rematerialize, tensors_of
+from kvc_passes.split_chains import SplitChains, Splits
 
 from .codegen.lower import allocated, fused, to_vm
 from .codegen.schedule_kernels import own_buffers
@@ -41,6 +43,7 @@ class CompiledGraph:
         outputs: bytes of what it returns.
         natural: bytes of the temporaries as the graph stands.
         solution: how the operations were put in order, None where they are as they stand.
+        splits: chains of kernels that are computed slice by slice.
     """
 
     executable: Any
@@ -49,6 +52,7 @@ class CompiledGraph:
     outputs: int
     natural: int
     solution: Solution | None
+    splits: int = 0
 
     @property
     def peak(self) -> int:
@@ -75,12 +79,13 @@ def compile_graph(
         budget: most bytes of temporaries and results, "40MB" or a number; None takes what the graph takes as
             it stands.
         bounds: for every symbol in a shape its largest value.
-        fixed_order: compute again, but leave operations where they are.
+        fixed_order: compute again, but leave operations where they are, and split no chains.
         certify: prove how much better another schedule could be (with `fixed_order`).
         seconds: that the search may take.
 
     Raises:
-        BudgetError: no schedule fits; `needed` is the lowest that was reached.
+        BudgetError: no schedule fits, with chains of kernels in slices either; `needed` is the lowest that
+            was reached.
         InputError, TargetError: a budget that is no size, another target than a CPU.
         PlanningError: a symbol without a bound, a call that is no kernel.
     """
@@ -91,10 +96,10 @@ def compile_graph(
     outputs = sum(_whole(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
     lowering = _Lowering(machine, bounds, runner, outputs)
     base = lowering.of(fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner))
-    chosen, solution = base, None
+    chosen, solution, splits = base, None, 0
     if size is not None and base.peak > size:
         search = _Search(fixed_order, certify, seconds)
-        chosen, solution = _within(base, size, lowering, search)
+        chosen, solution, splits = _within(base, size, lowering, search)
     placed = runner.apply(allocated(chosen.kernels, runner), PlaceArena(bounds, leave=True))
     executable = tvm.compile(
         relax.transform.AttachGlobalSymbol()(to_vm(placed.module, runner)),
@@ -102,7 +107,7 @@ def compile_graph(
         relax_pipeline=tvm.transform.Sequential([]),
         tir_pipeline="default",
     )
-    return CompiledGraph(executable, placed.facts, chosen.workspace, outputs, base.arena, solution)
+    return CompiledGraph(executable, placed.facts, chosen.workspace, outputs, base.arena, solution, splits)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,48 @@ class _Search:
 
 
 def _within(
+    base: _Lowered, budget: int, lowering: _Lowering, search: _Search
+) -> tuple[_Lowered, Solution | None, int]:
+    """The module within `budget` bytes, and the chains that had to be split for that."""
+    lowest: BudgetError | None = None
+    if search.fixed_order or _conceivable(base, budget, lowering):
+        try:
+            return *_ordered(base, budget, lowering, search), 0
+        except BudgetError as error:
+            if search.fixed_order:
+                raise
+            lowest = error
+    wanted = _room(budget - base.outputs - base.workspace)
+    refused: dict[Splits, BudgetError] = {}
+    # With less than is needed where places leave gaps, and at last all the way: what that reaches is what a
+    # refusal names, and does not depend on the budget.
+    for limit in (wanted, wanted * 9 // 10, 0):
+        split = lowering.runner.apply(base.module, SplitChains(max(0, limit), lowering.bounds))
+        if split.sites and split.facts not in refused:
+            parts = lowering.of(split.module)
+            if limit and not _conceivable(parts, budget, lowering):
+                continue
+            try:
+                return *_ordered(parts, budget, lowering, search), split.sites
+            except BudgetError as error:
+                refused[split.facts] = error
+        if limit == 0 and split.facts in refused:
+            lowest = min((e for e in (lowest, refused[split.facts]) if e), key=lambda e: e.needed)
+    if lowest is None:  # nothing could be split: why it does not fit without
+        return *_ordered(base, budget, lowering, search), 0
+    raise lowest
+
+
+def _conceivable(lowered: _Lowered, budget: int, lowering: _Lowering) -> bool:
+    """Whether no operation by itself takes more than the budget; its output may lie over an input."""
+    # Only here: numba takes half a second to import.
+    from kvc_passes.remat.lowest import least_conceivable
+
+    core = without_views(Operations(lowered.module, lowering.bounds, {}).problem)
+    return least_conceivable(core) + lowered.outputs + lowered.workspace <= budget
+
+
+def _ordered(
     base: _Lowered, budget: int, lowering: _Lowering, search: _Search
 ) -> tuple[_Lowered, Solution | None]:
     """The module within `budget` bytes: where places leave gaps, less may be alive."""
