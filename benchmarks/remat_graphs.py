@@ -3,7 +3,7 @@
 graphs   a U-Net, a ResNet-50 and a BERT-base forward, and a step of training of a residual network and of a
          transformer through Relax's gradients, at 90, 80, 60 and 40 % of the natural peak (temporaries and
          results): what was promised, what a fresh process was measured to take, the time against the graph
-         as it stands, the largest difference of a result
+         as it stands, the largest difference of a result, and how many chains of kernels run in slices
 arenas   temporaries of the decoder Llama-3-8B's shapes, float16, for prompts of 4k to 128k tokens (planned;
          of the graph as it was exported a prompt of 16k would take 50 to 65 GiB)
 
@@ -192,6 +192,7 @@ def graph(name: str, quick: bool) -> dict[str, Any]:
         off = max(float(np.max(np.abs(a - b))) for a, b in zip(results, expected, strict=True))
         row = {"part": part, "promised": compiled.peak, **own, "slower": own["seconds"] / again["seconds"]}
         row |= {"off": off, "overhead": solution.overhead if solution else 0.0, "compile_seconds": took}
+        row["splits"] = compiled.splits
         rows.append(row)
         print(f"{name} {part}: {row}", file=sys.stderr)
     return {"natural": base.peak, "results": base.outputs, "rows": rows}
@@ -235,11 +236,20 @@ def main() -> int:
             f"{row['peak']:,}" if "peak" in row else "refused: the lowest",
             f"{row['slower']:.2f}" if "slower" in row else "",
             f"{row['off']:.1e}" if "off" in row else "",
+            str(row.get("splits", "")),
         ]
         for name, found in body["graphs"].items()
         for row in found["rows"]
     ]
-    columns = ["graph", "of the natural peak", "promised, bytes", "measured", "times as long", "difference"]
+    columns = [
+        "graph",
+        "of the natural peak",
+        "promised, bytes",
+        "measured",
+        "times as long",
+        "difference",
+        "splits",
+    ]
     show("graphs under a budget", columns, rows)
     show(
         "temporaries of a prompt, Llama-3-8B's shapes",
