@@ -170,8 +170,8 @@ def _within(
     refused: dict[Splits, BudgetError] = {}
     # With less than is needed where places leave gaps, and at last all the way: what that reaches is what a
     # refusal names, and does not depend on the budget.
-    for limit in (wanted, wanted * 9 // 10, 0):
-        split = lowering.runner.apply(base.module, SplitChains(max(0, limit), lowering.bounds))
+    for limit in dict.fromkeys(max(0, part) for part in (wanted, wanted * 9 // 10, 0)):
+        split = lowering.runner.apply(base.module, SplitChains(limit, lowering.bounds))
         if split.sites and split.facts not in refused:
             parts = lowering.of(split.module)
             if limit and not _conceivable(parts, budget, lowering):

@@ -11,8 +11,11 @@ from .loads import Loads, Sketch, Step
 from .operation_boxes import OperationBoxes, count
 from .rematerialize import CALL, Operations
 
+Members = tuple[int, ...]
 _KERNELS: Final = 10
 """Kernels in a chain, at most."""
+_AGAIN: Final = 5
+"""Operations in a row that a chain computes again, at most."""
 _AHEAD: Final = 12
 """Operations behind one that are looked at for the last of a chain around it."""
 
@@ -25,11 +28,19 @@ class Chain:
         members: their numbers, in order.
         axis: of the last one's output, which is computed in parts along it.
         slices: the number of parts.
+        again: members that others read, too, of what is computed where it stands; that does not wait for the
+            chain.
     """
 
     members: tuple[int, ...]
     axis: int
     slices: int
+    again: tuple[int, ...] = ()
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The members that are computed in the chain alone."""
+        return tuple(op for op in self.members if op not in self.again)
 
     @property
     def exit(self) -> int:
@@ -50,14 +61,37 @@ class Chains:
         self.of = OperationBoxes(operations)
         self.problem = problem = operations.problem
         self.once, self.kept = set(problem.once), set(problem.kept)
-        self.users: list[list[int]] = [[] for _ in operations.vars]
+        self.users: list[list[int]] = []
+        self._readers: list[set[int]] = [set() for _ in operations.vars]
         for user, read in enumerate(problem.inputs):
             for op in read:
-                self.users[op].append(user)
+                self._readers[op].add(user)
         self._boxes: dict[Chain, tuple[dict[int, Box], ...] | None] = {}
         self._over: dict[Chain, int] = {}
         self._extra: dict[Chain, int] = {}
-        self._steps: dict[Chain, list[list[Step]]] = {}
+        self._steps: dict[tuple[Chain, int], list[list[Step]]] = {}
+        self.assume([])
+
+    def assume(self, chains: Sequence[Chain]) -> bool:
+        """Take these as split: users are who reads the value where it stands. Whether all are chains."""
+        inside = {op: chain for chain in chains for op in chain.own}
+        self.users = [[] for _ in self.problem.inputs]
+        for user in reversed(range(len(self.users))):
+            chain = inside.get(user)
+            if self.is_dead(user):
+                continue
+            for op in self.problem.inputs[user]:
+                if chain is None or op not in chain.again:
+                    self.users[op].insert(0, user)
+            if chain is not None and user == chain.exit:
+                for op in (op for again in chain.again for op in self.problem.inputs[again]):
+                    if op not in chain.members and user not in self.users[op]:
+                        self.users[op].insert(0, user)
+        return all(set(chain.members).issuperset(self.users[op]) for chain in chains for op in chain.own[:-1])
+
+    def is_dead(self, op: int) -> bool:
+        """Whether nothing reads it any more, since chains compute it themselves."""
+        return not self.users[op] and op not in self.kept and op not in self.once
 
     def boxes(self, chain: Chain) -> tuple[dict[int, Box], ...] | None:
         """For every slice the boxes of the members' values; None where one cannot be computed by itself."""
@@ -82,6 +116,20 @@ class Chains:
                     found[tuple(part)] = None
         return list(found)
 
+    def repeating(self, members: Members, op: int) -> list[tuple[Members, Members]]:
+        """These with `op`, which they read, and with more and more of what it is computed from."""
+        found, again = [], {op}
+        for _ in range(_AGAIN):
+            if not all(self._fits(each) and not self.of.views[each] for each in again):
+                break
+            whole_ = tuple(sorted({*members, *again}))
+            found.append((whole_, tuple(sorted(again - set(members)))))
+            more = {source for each in again for source in self.problem.inputs[each]} - again
+            if not more:
+                break
+            again |= more
+        return found
+
     def like(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Other chains of the same kernels, as far from each other."""
         names = [self.of.names[op] for op in members]
@@ -99,7 +147,7 @@ class Chains:
             return None
         first, last = boxes[0], boxes[-1]
         full = [op for op in chain.members if first[op] == last[op] == whole(self.of.shape(op))]
-        if not full:
+        if not full or chain.again:
             return chain
         members = self._cone(chain.exit, chain.members[0], frozenset(full))
         if chain.exit in full or len(members) < 2:
@@ -114,8 +162,9 @@ class Chains:
         if chain not in self._over:
             outside = {op for member in chain.members for op in self.problem.inputs[member]}
             fitting = (op for op in sorted(outside - set(chain.members)) if self._may_go(op, chain))
-            self._over[chain] = next(fitting, -1)
-        return self._over[chain]
+            self._over[chain] = -1 if chain.again else next(fitting, -1)
+        over = self._over[chain]
+        return over if over >= 0 and set(self.users[over]) <= set(chain.members) else -1
 
     def extra(self, chain: Chain) -> int:
         """Nanoseconds that computing it by slices costs more."""
@@ -126,35 +175,40 @@ class Chains:
             for op, box in part.items():
                 share = count(extents(box)) / max(1, count(self.of.shape(op)))
                 total += 0 if self.of.views[op] else CALL + round(share * max(0, costs[op] - CALL))
-        found = self._extra[chain] = total - sum(costs[op] for op in chain.members)
+        found = self._extra[chain] = total - sum(costs[op] for op in chain.own)
         return found
 
     def loads(self, chains: Sequence[Chain]) -> Loads:
         """What is alive with these chains in slices."""
         problem = self.problem
-        inside = {op: chain for chain in chains for op in chain.members}
+        inside = {op: chain for chain in chains for op in chain.own}
         sketch = Sketch()
         for op, read in enumerate(problem.inputs):
             chain = inside.get(op)
+            if self.is_dead(op):
+                continue
             if chain is None:
                 old = problem.overwrites[op]
                 step = Step(op, problem.sizes[op], read, problem.alias[op], -1 if old in inside else old)
                 sketch.add(step)
             elif op == chain.exit:
+                standing = {again: sketch.at[again] for again in chain.again if again in sketch.at}
                 for part in self._sliced_steps(chain):
                     for step in part:
                         sketch.add(step)
                     if (over := self.over(chain)) >= 0:
                         sketch.at[over] = sketch.at[op]
+                sketch.at.update(standing)
         return sketch.loads(problem.kept)
 
     def _sliced_steps(self, chain: Chain) -> list[list[Step]]:
-        if chain not in self._steps:
+        key = (chain, self.over(chain))
+        if key not in self._steps:
             parts = enumerate(self.boxes(chain) or ())
-            self._steps[chain] = [
+            self._steps[key] = [
                 [self._step(chain, op, number, part) for op in chain.members] for number, part in parts
             ]
-        return self._steps[chain]
+        return self._steps[key]
 
     def _step(self, chain: Chain, op: int, number: int, part: dict[int, Box]) -> Step:
         """An operation of a chain for one slice."""
@@ -194,7 +248,7 @@ class Chains:
         private = (
             op not in self.kept | self.once and min(self.problem.sizes[op], self.problem.sizes[last]) > 0
         )
-        if not (alike and private and self.of.arguments[op] and set(self.users[op]) <= set(chain.members)):
+        if not (alike and private and self.of.arguments[op] and self._readers[op] <= set(chain.members)):
             return False
         access = self.of.accesses[last]
         places = [i for i, source in enumerate(self.of.arguments[last]) if source == op]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,7 +21,9 @@ from .slice_kernels import sliced
 _SLICES: Final = (2, 3, 4, 6, 8, 12, 16)
 _WORTH: Final = 64
 """What is alive has to fall by one part in so many, or a chain stays whole."""
-_TRIES: Final = 2000
+_WAITING: Final = 16
+"""A value that waits is computed again where it is more than one part in so many of what is alive."""
+_TRIES: Final = 5000
 """Chains that are looked at, in all."""
 
 
@@ -47,6 +49,7 @@ class SplitChains:
         """Facts of the result: Splits."""
         chains = Chains(Operations(mod, self.bounds, {}))
         chosen = _Search(chains, self.bytes).run()
+        chains.assume(chosen)
         peak = chains.loads(chosen).peak
         if not chosen:
             return Result(mod, 0, Splits((), peak))
@@ -91,8 +94,8 @@ class _Search:
     def _repeated(self, chosen: list[Chain], loads: Loads) -> tuple[list[Chain], Loads]:
         """The chain that was found last, also where its kernels stand again: layers repeat."""
         found = chosen[-1]
-        for other in self.chains.like(found.members):
-            if any(set(c.members) & set(other) for c in chosen) or loads.most(other) <= self.limit:
+        for other in [] if found.again else self.chains.like(found.members):
+            if any(set(c.own) & set(other) for c in chosen) or loads.most(other) <= self.limit:
                 continue
             more = [*chosen, Chain(other, found.axis, found.slices)]
             if self.chains.boxes(more[-1]) is None:
@@ -107,16 +110,14 @@ class _Search:
         best: _Try | None = None
         current = before.most([owner])
         seen: set[Chain] = set()
-        for members in self.chains.around(owner):
-            if not self._promising(members, owner, current):
-                continue
+        for members, again in self._candidates(owner, current):
             for axis, size in enumerate(self.chains.of.shape(members[-1])):
                 for slices in self._counts(size):
-                    chain = self.chains.without_whole(Chain(members, axis, slices))
-                    if chain is None or chain in seen or owner not in chain.members:
+                    chain = self.chains.without_whole(Chain(members, axis, slices, again))
+                    if chain is None or chain in seen or not (again or owner in chain.members):
                         continue
                     seen.add(chain)
-                    found = self._tried(chain, before)
+                    found = self._tried(chain, owner, before)
                     if found is None:
                         continue
                     if found.local < current - current // _WORTH and (
@@ -125,7 +126,23 @@ class _Search:
                         best = found
                     if found.local <= self.limit:
                         break
+        self.chains.assume(self.chosen if best is None else best.chosen)
         return None if best is None else (best.chosen, best.loads)
+
+    def _candidates(self, owner: int, current: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Members of chains, and which of them they compute again."""
+        for members in self.chains.around(owner):
+            if self._promising(members, owner, current):
+                yield members, ()
+        problem = self.chains.problem
+        for op in range(owner):  # what waits for a later chain, which may compute it again
+            users = self.chains.users[op]
+            if problem.sizes[op] <= current // _WAITING or not users or users[-1] <= owner:
+                continue
+            bases = [(c.members, c.again) for c in self.chosen if users[-1] in c.own and op not in c.members]
+            for members, before in bases or [(m, ()) for m in self.chains.around(users[-1]) if op not in m]:
+                for more, again in self.chains.repeating(members, op):
+                    yield more, tuple(sorted({*again, *before}))
 
     def _counts(self, size: int) -> list[int]:
         """Numbers of slices: equal ones, such as of heads, or many elements in each."""
@@ -138,17 +155,19 @@ class _Search:
             owner in chain.members for chain in self.chosen
         )
 
-    def _tried(self, chain: Chain, before: Loads) -> _Try | None:
+    def _tried(self, chain: Chain, owner: int, before: Loads) -> _Try | None:
         """The chain in slices, instead of those that share operations; None where more is alive by that."""
         self.tries += 1
         if self.chains.boxes(chain) is None:
             return None
-        touching = [c for c in self.chosen if not set(c.members).isdisjoint(chain.members)]
+        touching = [c for c in self.chosen if not set(c.own).isdisjoint(chain.own)]
         chosen = [*(c for c in self.chosen if c not in touching), chain]
-        loads = self.chains.loads(chosen)
-        if loads.peak > max(before.peak, self.limit):
+        valid = self.chains.assume(chosen)
+        loads = self.chains.loads(chosen) if valid else before
+        self.chains.assume(self.chosen)
+        if not valid or loads.peak > max(before.peak, self.limit):
             return None
-        local = loads.most(op for c in (*touching, chain) for op in c.members)
+        local = loads.most([owner, *(op for c in (*touching, chain) for op in c.own)])
         extra = self.chains.extra(chain) - sum(map(self.chains.extra, touching))
         share = max(0, extra) / max(1, self.chains.problem.cost)
         return _Try(chosen, loads, local, (max(local, self.limit) * (1 + share), extra))
@@ -172,7 +191,7 @@ class _Writer:
 
     def __init__(self, mod: IRModule, chains: Chains, chosen: list[Chain]) -> None:
         self.mod, self.chains = mod, chains
-        self.inside = {op: chain for chain in chosen for op in chain.members}
+        self.inside = {op: chain for chain in chosen for op in chain.own}
         self.builder = relax.BlockBuilder(
             IRModule({v: f for v, f in mod.functions_items() if v.name_hint != "main"})
         )
@@ -187,6 +206,8 @@ class _Writer:
                 for var in graph.order:
                     op = self.chains.of.number.get(var, -1)
                     chain = self.inside.get(op)
+                    if op >= 0 and self.chains.is_dead(op):
+                        continue
                     if chain is None:
                         value = substitute(graph.definitions[var], self.values)
                         self.values[var] = self.builder.emit(value, name_hint=var.name)
