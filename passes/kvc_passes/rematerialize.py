@@ -111,6 +111,7 @@ class Operations:
         self.vars = [v for v in self.graph.order if not isinstance(self.graph.definitions[v], relax.Tuple)]
         self.functions, self._bounds, self._costs = mod.functions, bounds, costs
         self._found: dict[Any, tuple[int, ...]] = {}
+        self._bases: dict[relax.Var, relax.Var | None] = {}
         number = {var: i for i, var in enumerate(self.vars)}
         outputs, fixed = set(self.storages(function.body.body)), self._fixed()
         reads = [sorted({number[o] for o in self._reads(v) if o in number}) for v in self.vars]
@@ -151,6 +152,11 @@ class Operations:
 
     def _base(self, var: relax.Var) -> relax.Var | None:
         """The binding whose storage a value lies in; None for storage of its own, or a parameter's."""
+        if var not in self._bases:  # a chain of updates asks for all before it, each time
+            self._bases[var] = self._found_base(var)
+        return self._bases[var]
+
+    def _found_base(self, var: relax.Var) -> relax.Var | None:
         value = self.graph.definitions[var]
         if isinstance(value, relax.Var):
             return value
