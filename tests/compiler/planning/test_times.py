@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import kvc
-from kvc.cuda_machine import ARCHS
 from kvc.kernels.traits import CpuTraits
-from kvc.planning.rates import ROWS, Rates, measured, nominal, nominal_gpu, profile_file, save
+from kvc.planning.rates import Rates, nominal
 from kvc.planning.times import Clock, Site, answer_of
 from kvc.planning.work import Work
 from kvc_passes.facts import AttentionSite, MaskFact, Remade, Workload
@@ -27,28 +25,6 @@ NOTHING = Work(())
 
 def clock(site: AttentionSite, rates: Rates = RATES) -> Clock:
     return Clock(NOTHING, NOTHING, (Site(site, site),), rates, True)
-
-
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_products_take_longer_with_more_rows_and_never_more_for_each(bits: int) -> None:
-    times = [RATES.product(bits, 1 << 20, rows) for rows in range(1, 1200, 7)]
-    assert times == sorted(times)
-    each = [t / rows for t, rows in zip(times, range(1, 1200, 7))]
-    assert all(later <= earlier * 1.0001 for earlier, later in itertools.pairwise(each))
-    assert RATES.product(bits, 1 << 20, ROWS[3]) == pytest.approx(RATES.products[bits][3] * (1 << 20))
-
-
-def test_one_row_reads_the_weight_once() -> None:
-    assert RATES.product(32, 1000, 1) == pytest.approx(4000 / RATES.read)
-    assert nominal_gpu("sm_90").product(16, 1000, 1) == pytest.approx(2000 / nominal_gpu("sm_90").read)
-
-
-def test_a_gpu_that_is_not_known_is_no_faster_than_any_that_is() -> None:
-    unknown, known = nominal_gpu("sm_999"), [nominal_gpu(arch) for arch in ARCHS]
-    assert len({rates.read for rates in known}) == len(ARCHS)
-    for rates in known:
-        assert unknown.read <= rates.read
-        assert unknown.product(16, 1000, 512) >= rates.product(16, 1000, 512)
 
 
 def test_decode_reads_what_every_token_sees() -> None:
@@ -114,15 +90,3 @@ def test_the_work_of_a_model_is_its_weights(model_file: ModelFile) -> None:
     held = sum(math.prod(t.shape) for t in packed)
     assert sizes["prefill"] == sizes["decode"]
     assert sizes["decode"] == pytest.approx(held, rel=0.01)
-
-
-def test_measured_rates_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert measured("a") is None
-    save(replace(RATES, source="measured"), "a")
-    save(RATES, "b")
-    assert measured("a") == replace(RATES, source="measured")
-    assert measured("b") == RATES
-    for text in ("{", "[]", '{"a": {"products": {"32": [1]}}}', '{"a": 3}'):
-        profile_file().write_text(text)
-        assert measured("a") is None
