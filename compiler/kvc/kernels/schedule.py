@@ -50,6 +50,9 @@ class _Scheduler:
     def __init__(self, func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> None:
         self.traits, self.parallel = traits, parallel
         self.symbol = "main"
+        # A schedule writes into a body that another function holds, too: it asks only whether parts of it are
+        # held elsewhere.
+        func = s_tir.renew_defs(func)
         module = tvm.IRModule({self.symbol: func.with_attr("global_symbol", self.symbol)})
         self.name = func.attrs.get("global_symbol", None) if func.attrs is not None else None
         self.s = s_tir.Schedule(module)

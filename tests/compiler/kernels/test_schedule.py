@@ -144,3 +144,12 @@ def test_a_function_without_blocks_comes_back(machine: Machine) -> None:
     x = tirx.decl_buffer((n,), "float32", "x")
     func = tirx.PrimFunc([x], tirx.BufferStore(x, tirx.const(1.0, "float32"), [tirx.const(0, "int64")]))
     assert schedule_elementwise(func, machine.traits, True).same_as(func)
+
+
+def test_what_is_scheduled_stays_as_it_was(machine: Machine) -> None:
+    """TVM's schedules write into a body that another function holds, too."""
+    for model in (softmax, rms_norm, gather):
+        for func in functions(model):
+            before = func.script()
+            schedule_elementwise(func, machine.traits, True)
+            assert func.script() == before
