@@ -33,12 +33,15 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "x_gemm; of cross-attention: encoder_output (the fastest that fits)",
     )
     parser.add_argument(
-        "--tune-db", type=Path, metavar="DIR", help="use what kvc tune found for kernels, as recorded there"
-    )
-    parser.add_argument(
         "--target",
         default="cpu",
         help="cpu, cpu:NAME of a CPU that LLVM knows, cuda, or cuda:sm_80,sm_90 (cpu)",
+    )
+
+
+def add_records(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tune-db", type=Path, metavar="DIR", help="use what kvc tune found for kernels, as recorded there"
     )
 
 

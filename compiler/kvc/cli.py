@@ -21,7 +21,7 @@ from kvc_passes.errors import Error, InputError, PlanningError
 from kvc_passes.facts import ModelFacts
 
 from . import __version__
-from .arguments import add_budget, add_model, add_plan, add_run, add_tune
+from .arguments import add_budget, add_model, add_plan, add_records, add_run, add_tune
 
 if TYPE_CHECKING:
     from .tuning.tuned import Choice
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_ = command("compile", _compile, "compile an ONNX decoder into an artifact that keeps to a budget")
     add_model(compile_)
     add_budget(compile_)
+    add_records(compile_)
     compile_.add_argument(
         "--plan",
         type=Path,
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show how a budget would be spent, without compiling")
     add_model(plan)
     add_budget(plan)
+    add_records(plan)
     add_plan(plan)
     tune = command("tune", _tune, "measure candidates for a model's kernels, and record the best")
     add_model(tune, "[MODEL.onnx|MODEL.kvc]")

@@ -70,7 +70,6 @@ class _State:
     best: Values = field(default_factory=dict)
     share: float = 1.0
     default: float | None = None
-    pending: int = 0
     exhausted: bool = False
 
     def take(self, record: Record) -> None:
@@ -165,7 +164,6 @@ class Search:
                 values = propose(state.task, state.choices, state.best, state.tried, self.rng)
                 if values is not None:
                     state.tried.add(frozen(values))
-                    state.pending += 1
                     self.handed += 1
                     return state, values
                 state.exhausted = True

@@ -39,11 +39,12 @@ def space(task: Task, traits: CpuTraits, tiles: bool) -> dict[str, tuple[int, ..
         accumulators = (8, 4, 16, 24) if 2 * rows <= 24 else (8,)
         return {"accumulators": accumulators, "ahead": (0,) if weight.coded else (0, 8, 16, 32, 64)}
     if task.kernel == "product_many":
-        most, depth = traits.tile_rows, task.weight()[1]
+        most, (columns, depth, format) = traits.tile_rows, task.weight()
+        blocked = format.coded or columns % (2 * traits.lanes) == 0
         groups = tuple(g for g in range(1, traits.threads + 1) if traits.threads % g == 0)
         return {
             "rows": (0, *range(most - 1, max(2, most // 2 - 2), -1)),
-            "depth": (1024, *(d for d in (256, 512, 2048, 4096) if d // 2 < depth)),
+            "depth": (1024, *(d for d in (256, 512, 2048, 4096) if blocked and d // 2 < depth)),
             "row_bytes": tuple(k * 1024 for k in (448, 64, 128, 256, 896, 1792)),
             "groups": (0, *groups),
         }

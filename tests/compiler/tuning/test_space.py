@@ -86,7 +86,7 @@ def test_every_candidate_makes_parameters_of_its_kernel(task: Task) -> None:
 
 def test_a_parameter_that_there_is_not() -> None:
     with pytest.raises(TypeError):
-        knobs_of("decode", {"rows": 8})
+        knobs_of("decode", {"gone": 8})
 
 
 def test_codes_are_not_prefetched() -> None:

@@ -52,7 +52,7 @@ def test_parameters_reach_the_kernels_that_they_were_measured_for() -> None:
     wanted = ProductKnobs(FewRows(16, 32), ManyRows(3, 256, 65536, 2))
     assert records.product(64, 48, FLOAT32) == wanted
     assert records.prefill(SHAPE) == PrefillKnobs(5, 32)
-    assert records.decode(SHAPE) == DecodeKnobs(3, 64)
+    assert records.decode(SHAPE) == DecodeKnobs(3, 64, 2)
     assert records.product(64, 48, CODES) == PRODUCT
 
 

@@ -51,7 +51,7 @@ OTHERS: dict[Kernel, Values] = {
     "product_few": {"accumulators": 16, "ahead": 32},
     "product_many": {"rows": 3, "depth": 256, "row_bytes": 65536, "groups": 2},
     "prefill": {"tile": 5, "keys": 32},
-    "decode": {"splits": 3, "keys": 64},
+    "decode": {"splits": 3, "keys": 64, "ahead": 2},
 }
 """Of every kernel parameters none of which is as by default."""
 
