@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> Sequence[Any]:
         if options.model is not None:
             raise InputError("--merge joins databases: give no model")
         added = Database(options.db).merge(*(Database(path) for path in options.merge))
-        return [f"{options.db}: {added} records added"]
+        return [Text(f"{options.db}: {added} records added")]
     if options.model is None:
         raise InputError("which model? give an ONNX file or an artifact (see kvc tune --help)")
     if options.plot is not None:
@@ -44,8 +44,10 @@ def run(options: argparse.Namespace) -> Sequence[Any]:
     left_out = f", {failed} of them without a valid result" if failed else ""
     return [
         table_of(outcome),
-        f"{outcome.database}: {len(trials)} candidates measured{left_out}; "
-        f"kvc compile --tune-db {outcome.database.parent} uses the best",
+        Text(
+            f"{outcome.database}: {len(trials)} candidates measured{left_out}; "
+            f"kvc compile --tune-db {outcome.database.parent} uses the best"
+        ),
     ]
 
 
@@ -96,11 +98,10 @@ def table_of(outcome: Outcome) -> Table:
     """Every kernel with its default and best time, heaviest first."""
     known = [t for t in outcome.tasks if t.default is not None]
     whole = max(outcome.predicted, sum(t.default or 0.0 for t in known))
-    table = Table(title="kernels", title_justify="left")
-    for name in ("kernel", "default us", "best us", "speedup", "share of the model", "trials", "parameters"):
-        table.add_column(
-            name, justify="left" if name in ("kernel", "parameters") else "right", no_wrap=name == "kernel"
-        )
+    table = Table(title="kernels, and their share of the model's time", title_justify="left")
+    for name in ("kernel", "default us", "best us", "speedup", "share", "trials", "parameters"):
+        words = name in ("kernel", "parameters")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     for tuned in sorted(outcome.tasks, key=lambda t: -(t.default or 0.0)):
         add_row(table, *_row(tuned, whole))
     after = sum((t.default or 0.0) * t.best for t in known)

@@ -58,7 +58,8 @@ class Operands:
         """How many of the cold operands there are."""
         if not self.streams:
             return 2
-        each = sum(_bytes(t) for t in [*self.cold.values(), *self.results])
+        # Not by workspaces, which parameters change: the default runs on the same copies.
+        each = sum(_bytes(t) for t in [*self.cold.values(), self.results[-1]])
         return max(1, min(_MOST_COPIES, -(-_COLD_BYTES // max(each, 1))))
 
 

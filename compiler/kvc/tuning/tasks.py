@@ -74,7 +74,7 @@ class Task:
     def name(self) -> str:
         """For people."""
         data = json.loads(self.parameters)
-        rows = "/".join(str(b.rows) for b in self.buckets)
+        rows = "/".join(dict.fromkeys(str(b.rows) for b in self.buckets))
         if self.kernel in KERNELS["gemm"]:
             return f"product {data['columns']}x{data['depth']} {data['format']['dtype']}, {rows} rows"
         shared = " shared" if data["shared"] else ""

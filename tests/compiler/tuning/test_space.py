@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvc.kernels.traits import CpuTraits
+from kvc.tuning.programs import operands
 from kvc.tuning.space import KNOBS, Values, default_of, frozen, knobs_of, propose, space
 from kvc.tuning.tasks import Bucket, Task
 
@@ -123,3 +124,16 @@ def test_a_tile_of_many_tokens_of_a_small_group() -> None:
     for heads in (2, 64, 254):
         task = attention("prefill", replace(SHAPE, heads=heads))
         assert all(tile >= 1 for tile in space(task, TRAITS, True)["tile"][1:])
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("length", [100, 224, 1920])
+def test_every_candidate_runs_on_the_operands_of_the_default(task: Task, length: int) -> None:
+    """As many copies, of the same sizes."""
+    keys = length if task.kernel in ("prefill", "decode") else 0
+    bucket = Bucket(task.buckets[0].rows, keys, 1.0)
+    default = operands(task, bucket, {}, TRAITS)
+    for values in proposals(task, {}):
+        other = operands(task, bucket, values, TRAITS)
+        assert (other.copies, other.cold) == (default.copies, default.cold)
+        assert other.results[-1] == default.results[-1]
