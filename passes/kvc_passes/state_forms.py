@@ -169,13 +169,7 @@ class Forms:
 
     def keys(self, marker: relax.Call, site: AttentionSite) -> Keys:
         """Keys that are turned, and from which values can be made again. Raises Illegal with the reason."""
-        _, key, value, _ = marker.args[1:]
-        key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
-        if site.stored is not None:
-            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
-        v = value_pieces[0].projection
-        if len(value_pieces) != 1 or v is None:
-            raise Illegal("V is not one projection of one value")
+        key, key_pieces, value_piece, v = self._parts(marker, site)
         kept = site.kv_heads * site.head_dim
         if kept < v.depth:  # before the rotation is read, which takes long
             raise Illegal(f"K has {kept} elements, fewer than the {v.depth} that V is a projection of")
@@ -187,7 +181,20 @@ class Forms:
         for bias in (k.bias, v.bias):
             if bias is not None and bias not in self.graph.function.params:
                 raise Illegal("a bias of K or V is no parameter of the file")
-        return Keys(rotation, v, value_pieces[0], fine=site.kv_dtype != "float32")
+        return Keys(rotation, v, value_piece, fine=site.kv_dtype != "float32")
+
+    def _parts(
+        self, marker: relax.Call, site: AttentionSite
+    ) -> tuple[relax.Expr, tuple[Piece, ...], Piece, Projection]:
+        """K and its pieces, and V, which has to be one projection. Raises Illegal with the reason."""
+        _, key, value, _ = marker.args[1:]
+        key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
+        if site.stored is not None:
+            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        v = value_pieces[0].projection
+        if len(value_pieces) != 1 or v is None:
+            raise Illegal("V is not one projection of one value")
+        return key, key_pieces, value_pieces[0], v
 
     def _rotation(self, key: relax.Expr, pieces: tuple[Piece, ...]) -> Rotation:
         """How keys are turned, read once. Raises Illegal with the reason."""
@@ -212,15 +219,9 @@ class Forms:
 
     def remaking(self, marker: relax.Call, site: AttentionSite) -> Remaking:
         """What keys and values can be made from again. Raises Illegal with the reason."""
-        _, key, value, _ = marker.args[1:]
-        key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
-        if site.stored is not None:
-            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
-        v = value_pieces[0].projection
-        if len(value_pieces) != 1 or v is None:
-            raise Illegal("V is not one projection of one value")
+        key, key_pieces, value_piece, v = self._parts(marker, site)
         source, piece, rotation = self._narrowest(v.x), key_pieces[0], None
-        found = Remaking(value_pieces[0], value_pieces[0], None, source)
+        found = Remaking(value_piece, value_piece, None, source)
         self._check_smaller(found, site)  # before the rotation is read, which takes long
         if len(key_pieces) != 1 or piece.projection is None:
             rotation = self._rotation(key, key_pieces)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,31 @@ def prefill_rebuilt(latent: AttentionShape, made: Made, traits: CpuTraits) -> ti
         tensor = packed_tensor(heads, size, inner, format, traits)
         packed.append(argument(name, tensor.shape, tensor.dtype))
     out = argument("out", (1, n, latent.heads, made.value))
-    tokens = max(ROWS // group, 1)
+
+    def kernel(rows: int, row: Expr, head: Expr) -> Rebuilder:
+        return Rebuilder(e, latent, made, traits, rows, state, table, row, more, packed, head)
+
+    attend(e, traits, heads, group, q, positions, tiles, out, kernel)
+    inputs = [q, *state.values(), positions, tiles, table, *more.values(), *packed]
+    return e.function([*inputs, out], inputs, [out])
+
+
+def attend(
+    e: Emitter,
+    traits: CpuTraits,
+    heads: int,
+    group: int,
+    q: Any,
+    positions: Any,
+    tiles: Any,
+    out: Any,
+    kernel: Callable[[int, Expr, Expr], BlockKernel],
+) -> None:
+    """Attention of many tokens a sequence; a task is a sequence and a KV head: its tiles' rows, ROWS at once.
+
+    kernel: makes what attends, of so many rows, for a table row and a KV head.
+    """
+    t, tokens = tiles.shape[0], max(ROWS // group, 1)
     with e.loop("c", traits.threads, parallel=True) as c:
         count = tirx.floordiv(t * heads - c + (traits.threads - 1), i64(traits.threads))
         with e.loop("i", count) as i:
@@ -71,21 +95,16 @@ def prefill_rebuilt(latent: AttentionShape, made: Made, traits: CpuTraits) -> ti
             with e.loop("part", tirx.floordiv(length + (tokens - 1), i64(tokens))) as part:
                 begin = e.bind("begin", first + part * tokens)
                 here = e.bind("here", tirx.Min(length - part * tokens, i64(tokens)))
-                kernel = Rebuilder(
-                    e, latent, made, traits, tokens * group, state, table, row, more, packed, head
-                )
+                own = kernel(tokens * group, row, head)
                 position = e.bind("position", positions[begin])
+                last = e.bind("last", position + here - 1)
                 with e.loop("g", group) as g, e.loop("k", here) as k:
-                    at = [i64(0), head * group + g, begin + k]
-                    kernel.load_query(q, at, k * group + g, position + k)
-                kernel.pad(here * group, position + here - 1)
-                last = position + here - 1
-                page, end = kernel.mask.pages_of(position, last)
-                kernel.run_head(i64(0), here * group, page, end - page + 1, position, last)
+                    own.load_query(q, [i64(0), head * group + g, begin + k], k * group + g, position + k)
+                own.pad(here * group, last)
+                page, end = own.mask.pages_of(position, last)
+                own.run_head(i64(0), here * group, page, end - page + 1, position, last)
                 with e.loop("k", here) as k, e.loop("g", group) as g:
-                    kernel.store_output(k * group + g, out, [i64(0), begin + k, head * group + g])
-    inputs = [q, *state.values(), positions, tiles, table, *more.values(), *packed]
-    return e.function([*inputs, out], inputs, [out])
+                    own.store_output(k * group + g, out, [i64(0), begin + k, head * group + g])
 
 
 def segment(e: Emitter, tiles: Any, t: Expr, tile: Expr) -> tuple[Expr, Expr, Expr]:

@@ -18,7 +18,7 @@ from .attention import AttentionShape, extras, merge, pools
 from .attention_block import BlockKernel
 from .emit import Emitter, Expr, argument, chunks, i64, size_var, vec
 from .head_product import packed_tensor
-from .rebuilt import ROWS, Made, Rebuilder, segment
+from .rebuilt import Made, Rebuilder, attend
 from .sliced import load_angles
 from .traits import CpuTraits
 
@@ -87,27 +87,11 @@ def prefill_remade(shape: AttentionShape, remaking: Remake, traits: CpuTraits) -
     positions, tiles = argument("positions", (n,), "int64"), argument("tiles", (t, 3), "int32")
     table = argument("block_table", (b, m), "int32")
     out = argument("out", (1, n, shape.heads, shape.value_dim))
-    tokens = max(ROWS // group, 1)
-    with e.loop("c", traits.threads, parallel=True) as c:
-        count = tirx.floordiv(t * heads - c + (traits.threads - 1), i64(traits.threads))
-        with e.loop("i", count) as i:
-            task = c + i * traits.threads
-            tile = e.bind("tile", tirx.floordiv(task, i64(heads)))
-            head = e.bind("head", tirx.floormod(task, i64(heads)))
-            row, first, length = segment(e, tiles, t, tile)
-            with e.loop("part", tirx.floordiv(length + (tokens - 1), i64(tokens))) as part:
-                begin = e.bind("begin", first + part * tokens)
-                here = e.bind("here", tirx.Min(length - part * tokens, i64(tokens)))
-                kernel = call.kernel(tokens * group, table, row, head)
-                position = e.bind("position", positions[begin])
-                last = e.bind("last", position + here - 1)
-                with e.loop("g", group) as g, e.loop("k", here) as k:
-                    kernel.load_query(q, [i64(0), head * group + g, begin + k], k * group + g, position + k)
-                kernel.pad(here * group, last)
-                page, end = kernel.mask.pages_of(position, last)
-                kernel.run_head(i64(0), here * group, page, end - page + 1, position, last)
-                with e.loop("k", here) as k, e.loop("g", group) as g:
-                    kernel.store_output(k * group + g, out, [i64(0), begin + k, head * group + g])
+
+    def kernel(rows: int, row: Expr, head: Expr) -> _Remaker:
+        return call.kernel(rows, table, row, head)
+
+    attend(e, traits, heads, group, q, positions, tiles, out, kernel)
     inputs = [q, *call.state.values(), positions, tiles, table, *call.more.values(), *call.weights]
     return e.function([*inputs, out], inputs, [out])
 
