@@ -14,7 +14,7 @@ from kvc.cuda_machine import parse_archs
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import attention, products
 from kvc.kernels.cuda.device import DeviceKernel, compile_kernel
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 SHAPES = {
     "D64": AttentionShape(32, 8, 64, 64, 0.125, kv_dtype="float16", page_size=64),

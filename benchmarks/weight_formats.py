@@ -71,7 +71,7 @@ def _targets() -> dict[str, Any]:
 
 
 def _formats() -> dict[str, Any]:
-    from kvc_passes.facts import WeightFormat
+    from kvc_passes.weight_format import WeightFormat
 
     return {
         "float32": WeightFormat(),

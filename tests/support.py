@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm import IRModule, relax, tirx
 
 from kvc_passes.conditions import Choice
-from kvc_passes.facts import AttentionSite, MaskFact, Sliced
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.nodes import NodeNames
 from kvc_passes.predicates import holds
+from kvc_passes.sites import AttentionSite, MaskFact, Sliced
 
 
 def symbol(name: str) -> tirx.Var:

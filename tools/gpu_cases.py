@@ -23,7 +23,7 @@ class AttentionCase:
     dim: int
     dtype: str = "float16"
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of kvc_passes.facts.MaskFact and AttentionSite: window, softcap."""
+    """Fields of kvc_passes.sites.MaskFact and AttentionSite: window, softcap."""
 
 
 @dataclass(frozen=True)

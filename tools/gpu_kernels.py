@@ -11,7 +11,8 @@ from tvm import IRModule, relax, tirx
 
 from kvc.cuda_machine import CudaMachine
 from kvc.pipeline import Runner
-from kvc_passes.facts import AttentionSite, MaskFact, WeightFormat
+from kvc_passes.sites import AttentionSite, MaskFact
+from kvc_passes.weight_format import WeightFormat
 
 CONTEXT = 1 << 17
 """Most tokens of a sequence, which says how many shares decode splits it into."""

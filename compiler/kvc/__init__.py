@@ -14,7 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvc_passes.errors import BudgetError, Error, InputError, PlanningError, TargetError, UnsupportedModel
-from kvc_passes.facts import ModelFacts, Plan, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan, Workload
 
 if TYPE_CHECKING:
     from .api import compile, inspect, plan, planner

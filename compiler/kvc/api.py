@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvc_passes.errors import InputError, TargetError
-from kvc_passes.facts import STATE_FORMS, FormName, ModelFacts, Plan, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan, Workload
+from kvc_passes.sites import STATE_FORMS, FormName
 
 from .artifact import Artifact, ArtifactWriter
 from .options import parse_size, parse_workload

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 import kvc
 from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import ModelFacts, Plan, facts_from_json, plan_from_json, to_json
+from kvc_passes.facts import ModelFacts, facts_from_json, to_json
+from kvc_passes.plans import Plan, plan_from_json
 
 from .weights_file import TensorSpec, Weight, map_weights, read_layout, write_weights
 

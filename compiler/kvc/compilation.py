@@ -11,10 +11,12 @@ import numpy as np
 from tvm import IRModule, tirx
 
 from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import FormName, ModelFacts, Plan, StateForm
+from kvc_passes.facts import ModelFacts, StateForm
 from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
+from kvc_passes.plans import Plan
+from kvc_passes.sites import FormName
 from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED
 from kvc_passes.weights import WeightPart
 

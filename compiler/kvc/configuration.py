@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvc_passes.facts import AttentionSite
+from kvc_passes.sites import AttentionSite
 
 
 def assets_of(path: Path) -> Path:

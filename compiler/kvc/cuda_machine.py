@@ -18,9 +18,9 @@ from tvm_ffi import structural_map, structural_walk
 
 from kvc_passes.base import Pass
 from kvc_passes.errors import TargetError
-from kvc_passes.facts import AttentionSite, FormName
 from kvc_passes.fuse_rows import FuseRows
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.sites import AttentionSite, FormName
 from kvc_passes.weights import WeightPart
 
 from .codegen.cuda_modules import cuda_module, prepare

@@ -14,8 +14,8 @@ from tvm import IRModule
 from tvm.target import Target
 
 from kvc_passes.base import Pass
-from kvc_passes.facts import STATE_FORMS, AttentionSite, FormName
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels, TensorType
+from kvc_passes.sites import STATE_FORMS, AttentionSite, FormName
 from kvc_passes.weights import WeightPart
 
 from .codegen.link import link

@@ -8,9 +8,10 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from kvc_passes.errors import UnsupportedModel
-from kvc_passes.facts import FLOAT_BYTES, FloatName, ModelFacts
+from kvc_passes.facts import ModelFacts
 from kvc_passes.graph import Graph, dims, graph_of, op_name, operands, scalar, static
 from kvc_passes.markers import DEQUANTIZE
+from kvc_passes.sites import FLOAT_BYTES, FloatName
 from kvc_passes.weights import table_of, weight_of
 
 from .configuration import Configuration

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from kvc_passes.errors import InputError
-from kvc_passes.facts import AttentionSite, MaskFact, StoredName
+from kvc_passes.sites import AttentionSite, MaskFact, StoredName
 
 KNOWN: Final = {
     "token-scales": "activations that a graph quantizes by one scale for all tokens get one for each token",

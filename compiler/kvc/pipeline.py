@@ -24,7 +24,7 @@ from kvc_passes.compute_in_float32 import ComputeInFloat32
 from kvc_passes.encode_memory import EncodeMemory
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.expand_markers import ExpandMarkers
-from kvc_passes.facts import AttentionSite, StateForm
+from kvc_passes.facts import StateForm
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.graph import graph_of
 from kvc_passes.keep_keys import KeepKeys, KeyWeights
@@ -41,6 +41,7 @@ from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.remake_keys import RemakeKeys
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
+from kvc_passes.sites import AttentionSite
 from kvc_passes.state_forms import Forms, Illegal
 from kvc_passes.weights import PackedWeight, WeightPart
 from kvc_passes.write_logits import WriteLogits

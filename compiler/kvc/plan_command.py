@@ -10,7 +10,8 @@ from typing import Any, Final
 from rich.table import Table
 
 from kvc_passes.errors import BudgetError, InputError, TargetError
-from kvc_passes.facts import Workload, to_json
+from kvc_passes.facts import to_json
+from kvc_passes.plans import Workload
 
 from .api import budget_of, planner
 from .machine import CpuMachine

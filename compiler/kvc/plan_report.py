@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.facts import Plan, Reach, Workload
+from kvc_passes.plans import Plan, Workload
+from kvc_passes.sites import Reach
 
 from .options import format_size
 from .planning.explain import Explanation

@@ -14,8 +14,9 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from kvc_passes.facts import FLOAT_BYTES, StateForm
+from kvc_passes.facts import StateForm
 from kvc_passes.keep_keys import KeyWeights
+from kvc_passes.sites import FLOAT_BYTES
 from kvc_passes.weights import Source
 
 Array = np.ndarray[Any, Any]

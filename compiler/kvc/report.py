@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from kvc_passes.facts import AttentionSite, ModelFacts, StateForm
+from kvc_passes.facts import ModelFacts, StateForm
+from kvc_passes.sites import AttentionSite
 
 from .options import format_size
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from kvc_passes.facts import WeightFormat
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import Dequantize
+from kvc_passes.weight_format import WeightFormat
 from kvc_passes.weights import HeadWeight, Source, WeightPart
 
 Array = np.ndarray[Any, Any]

@@ -12,13 +12,14 @@ from tvm import relax, tirx
 from .conditions import Unprovable
 from .element import Elements, Index
 from .errors import UnsupportedModel
-from .facts import AttentionSite, Roles
+from .facts import Roles
 from .graph import Graph, dims, op_name, operands, same_shape, static
 from .indices import bind_index, int64
 from .markers import SDPA
 from .nodes import NodeNames
 from .scores import At, ScoreReader, Symbols, Unread
 from .site_masks import MaskProver
+from .sites import AttentionSite
 
 _LAYOUT = ("reshape", "permute_dims", "expand_dims", "broadcast_to", "squeeze")
 

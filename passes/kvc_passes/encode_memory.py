@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .facts import AttentionSite
 from .flatten_tokens import ROWS
 from .graph import dims, graph_of, op_name
 from .kernel_sets import AttentionKernels
 from .markers import ATTENTION, LATENT, Latent, attributes, tensors
 from .paged_calls import PagedCalls, dtype_of
 from .rebuild import drop_unused, substitute, tidy
+from .sites import AttentionSite
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from tvm import IRModule, relax, tirx
 
 from .base import Result
 from .emitting import angles, head_columns, indices, replaced, shape
-from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
 from .markers import ATTENTION, HEAD_PRODUCT, HeadProduct, marker
 from .provenance import Piece, Projection
 from .rebuild import rebuild
+from .sites import AttentionSite
 from .state_forms import Forms, Keys, sliced_site
 from .weights import Source, weight_of
 

@@ -7,8 +7,9 @@ from typing import NamedTuple, Protocol
 
 from tvm.tirx import PrimFunc
 
-from .facts import AttentionSite, WeightFormat
 from .markers import HeadProduct
+from .sites import AttentionSite
+from .weight_format import WeightFormat
 
 
 class TensorType(NamedTuple):

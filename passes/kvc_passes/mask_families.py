@@ -8,8 +8,8 @@ from typing import Any
 
 from tvm import tirx
 
-from .facts import MaskFact
 from .indices import int64
+from .sites import MaskFact
 
 _MOST = 12
 """Constants of a predicate that are tried as a size; masks have one or two."""

@@ -14,10 +14,10 @@ from tvm import relax, tirx
 from .affine import Affine, slope
 from .conditions import Choice, Unprovable, as_condition, both, either, lift, negate
 from .element import Elements
-from .facts import MaskFact
 from .indices import int64, replaced
 from .mask_families import decoder_families, other_families, sizes
 from .predicates import CAUSAL, counter_example, to_text
+from .sites import MaskFact
 
 HIDDEN = -1e4
 """Scores at or below this have no weight: products of activations do not come near it, and exp(-1e4) is 0."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from tvm import IRModule, relax
 
 from .base import Result
-from .facts import WeightFormat
 from .graph import Graph, dims, graph_of, op_name, operands, static
 from .rebuild import rebuild, substitute
+from .weight_format import WeightFormat
 from .weights import weight_of
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from tvm import IRModule, relax, tirx
 
 from .base import Result
-from .facts import AttentionSite, WeightFormat
 from .graph import Graph, dims, graph_of, op_name
 from .kernel_sets import AttentionKernels
 from .markers import (
@@ -29,6 +28,8 @@ from .markers import (
 )
 from .paged_calls import PagedCalls, dtype_of
 from .rebuild import drop_unused, insert_params, rebuild
+from .sites import AttentionSite
+from .weight_format import WeightFormat
 from .weights import HeadWeight, head_weight_of
 
 _INPUT = re.compile(r"tokens|positions|tiles|rows|memory_last|(slots|block_table)_\d+")

@@ -7,8 +7,8 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from .facts import AttentionSite, grouped
 from .kernel_sets import AttentionKernels
+from .sites import AttentionSite, grouped
 
 
 class PagedCalls:

@@ -8,12 +8,12 @@ from tvm import IRModule, relax
 
 from .base import Result
 from .emitting import angles, head_columns, indices, replaced, shape
-from .facts import AttentionSite
 from .graph import dims, graph_of, op_name
 from .markers import ATTENTION, REMADE, HeadProduct, Latent, marker
 from .own_query import own_query
 from .provenance import Piece, Projection
 from .rebuild import rebuild
+from .sites import AttentionSite
 from .state_forms import Forms, Remaking, remade_site
 
 

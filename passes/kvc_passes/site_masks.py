@@ -11,7 +11,7 @@ from tvm import relax, tirx
 
 from .conditions import Unprovable, both
 from .element import Elements, Index
-from .facts import MaskFact, Roles
+from .facts import Roles
 from .graph import Graph, dims, static
 from .indices import bind_index, int64, replaced
 from .masks import (
@@ -26,6 +26,7 @@ from .masks import (
     with_padding,
 )
 from .scores import Scores, Symbols
+from .sites import MaskFact
 from .tables import read_table
 
 Proved = tuple[MaskFact, tuple[float, ...] | None]

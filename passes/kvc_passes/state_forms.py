@@ -9,12 +9,13 @@ from typing import Final
 from tvm import relax
 
 from .conditions import Unprovable
-from .facts import FLOAT_BYTES, AttentionSite, FloatName, FormName, Remade, Sliced, StateForm
+from .facts import StateForm
 from .graph import Graph, op_name
 from .markers import ATTENTION
 from .nodes import NodeNames
 from .provenance import Piece, Projection, Provenance
 from .rotations import Rotation, Rotations
+from .sites import FLOAT_BYTES, AttentionSite, FloatName, FormName, Remade, Sliced
 from .weights import weight_of
 
 

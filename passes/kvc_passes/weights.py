@@ -10,9 +10,9 @@ from typing import Any, Literal
 from tvm import relax
 from tvm.ir import GenericConst
 
-from .facts import FLOAT32, WeightFormat
 from .graph import Graph, dims, op_name, operands, static
 from .markers import DEQUANTIZE, Dequantize, HeadProduct, attributes, tensors
+from .weight_format import FLOAT32, WeightFormat
 
 _FLOATS = ("float32", "float16", "bfloat16")
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import kvc
-from kvc_passes.facts import plan_from_json, to_json
+from kvc_passes.facts import to_json
+from kvc_passes.plans import plan_from_json
 
 from .cli_fixtures import environment, files_in
 

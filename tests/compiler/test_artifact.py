@@ -22,7 +22,9 @@ from safetensors import safe_open
 from kvc.artifact import FORMAT, Artifact, ArtifactWriter
 from kvc.weights_file import ALIGNMENT
 from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
+from kvc_passes.sites import AttentionSite, MaskFact, Reach
 
 MASK = MaskFact("causal", None, "test")
 FACTS = ModelFacts(

@@ -12,7 +12,7 @@ import kvc
 from kvc import cli
 from kvc.configuration import Configuration
 from kvc_models import quantize
-from kvc_passes.facts import MaskFact
+from kvc_passes.sites import MaskFact
 from support import site
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

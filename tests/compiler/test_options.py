@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvc.options import format_size, parse_size, parse_workload
 from kvc_passes.errors import InputError
-from kvc_passes.facts import Workload
+from kvc_passes.plans import Workload
 
 
 @pytest.mark.parametrize(

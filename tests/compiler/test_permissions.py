@@ -16,7 +16,7 @@ from kvc.runtime.executor import Executor
 from kvc.runtime.sequences import Sequences
 from kvc_models.tiny import make_tiny
 from kvc_passes.errors import InputError
-from kvc_passes.facts import AttentionSite, MaskFact, Reach
+from kvc_passes.sites import AttentionSite, MaskFact, Reach
 from support import OnnxRuntime
 
 CAUSAL = AttentionSite(0, "n0", 4, 2, 32, 32, 0.1, None, MaskFact("causal", None, "given"), None)

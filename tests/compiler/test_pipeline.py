@@ -24,7 +24,7 @@ from kvc.runtime.overhead import measure
 from kvc.runtime.sequences import Sequences
 from kvc_passes.base import Result
 from kvc_passes.errors import PlanningError
-from kvc_passes.facts import AttentionSite
+from kvc_passes.sites import AttentionSite
 from support import OnnxRuntime, module_of, param, symbol
 
 ATOL = 2e-5

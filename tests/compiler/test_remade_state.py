@@ -13,7 +13,8 @@ from kvc.planning.decide import Planner
 from kvc.planning.explain import explain
 from kvc.widen import widen
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import Remade, Workload
+from kvc_passes.plans import Workload
+from kvc_passes.sites import Remade
 from support import OnnxRuntime
 
 from .cli_fixtures import Result

@@ -16,7 +16,9 @@ from kvc.options import format_size, parse_size, parse_workload
 from kvc.plan_report import plan_tables
 from kvc.report import check_table, model_tables, timing_table
 from kvc_passes.errors import InputError
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
+from kvc_passes.sites import AttentionSite, MaskFact, Reach
 
 CAUSAL = MaskFact("causal", None, "SMT: mask == (key <= query)")
 SITE = AttentionSite(0, "/layers.0/Softmax", 4, 2, 32, 32, 0.125, None, CAUSAL, "rotate_half")

@@ -13,8 +13,8 @@ from kvc.kernels import packing
 from kvc.kernels.cpu import CpuProducts
 from kvc.kernels.traits import CpuTraits
 from kvc.stored_weights import codes_of, scales_of, stored, zeros_of
-from kvc_passes.facts import WeightFormat
 from kvc_passes.markers import Dequantize
+from kvc_passes.weight_format import WeightFormat
 from kvc_passes.weights import PackedWeight, Source, WeightPart
 
 PRODUCTS = CpuProducts(CpuTraits(lanes=4, registers=16, threads=2))

@@ -12,8 +12,8 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from kvc_passes.facts import AttentionSite, Sliced
 from kvc_passes.markers import HEAD_PRODUCT, LATENT, REMADE, HeadProduct
+from kvc_passes.sites import AttentionSite, Sliced
 from support import attend, turned
 
 

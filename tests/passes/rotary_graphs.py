@@ -9,8 +9,8 @@ import numpy as np
 from tvm import IRModule, relax
 from tvm.relax import op
 
-from kvc_passes.facts import AttentionSite
 from kvc_passes.markers import ATTENTION
+from kvc_passes.sites import AttentionSite
 from support import Draft, floats, module_of, param, site, symbol
 
 HEADS, KV_HEADS, DIM, WIDTH, HALF = 4, 2, 12, 20, 4

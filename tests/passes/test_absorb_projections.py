@@ -13,10 +13,10 @@ from tvm import IRModule, relax
 from tvm.relax import op
 
 from kvc_passes.absorb_projections import AbsorbProjections
-from kvc_passes.facts import AttentionSite
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.markers import ATTENTION, LATENT, HeadProduct, Latent, attributes
 from kvc_passes.rebuild import tidy
+from kvc_passes.sites import AttentionSite
 from kvc_passes.state_forms import Forms, Illegal
 from support import Draft, floats, module_of, ops, param, params_of, run_markers, site, symbol
 

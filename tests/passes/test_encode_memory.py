@@ -13,9 +13,9 @@ from tvm.relax import op
 
 from kvc_passes.absorb_projections import AbsorbProjections
 from kvc_passes.encode_memory import EncodeMemory
-from kvc_passes.facts import AttentionSite, MaskFact
 from kvc_passes.markers import ATTENTION
 from kvc_passes.page_attention import PageAttention
+from kvc_passes.sites import AttentionSite, MaskFact
 from support import Compiled, Draft, floats, module_of, ops, param, params_of, shape_of, site, symbol
 
 WIDTH, ROWS, PAGES = 16, 21, 4

@@ -12,10 +12,10 @@ from rotary_graphs import DIM, HALF, HEADS, arrays, attention
 from tvm.relax import op
 
 from kvc.reconstruction import WithKeyWeights
-from kvc_passes.facts import Sliced
 from kvc_passes.graph import Graph
 from kvc_passes.keep_keys import KeepKeys
 from kvc_passes.markers import HEAD_PRODUCT
+from kvc_passes.sites import Sliced
 from kvc_passes.state_forms import Forms, Illegal
 from support import ops, params_of, run_markers
 

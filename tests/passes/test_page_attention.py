@@ -20,11 +20,11 @@ from flat_graphs import (
 )
 from tvm import IRModule, relax, tirx
 
-from kvc_passes.facts import MaskFact
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.markers import ATTENTION
 from kvc_passes.page_attention import PageAttention
 from kvc_passes.select_rows import SelectRows
+from kvc_passes.sites import MaskFact
 from support import Compiled, ops, params_of, run_markers, shape_of
 
 PAGE = ATTENTION_KERNELS.page_size

@@ -12,11 +12,11 @@ from rotary_graphs import DIM, HALF, HEADS, KV_HEADS, WIDTH, Draft, arrays, atte
 from tvm import relax
 from tvm.relax import op
 
-from kvc_passes.facts import Remade
 from kvc_passes.graph import Graph, op_name
 from kvc_passes.markers import ATTENTION, REMADE, HeadProduct, Latent, attributes, tensors
 from kvc_passes.rebuild import tidy
 from kvc_passes.remake_keys import RemakeKeys
+from kvc_passes.sites import Remade
 from kvc_passes.state_forms import Forms, Illegal
 from support import ops, params_of, run_markers, shape_of
 

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from kvc.runtime.executor import Segment
 from kvc.runtime.sampler import SamplingParams, sample
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
+from kvc_passes.sites import AttentionSite, MaskFact, Reach
 
 
 def _facts(vocab: int = 23, context: int | None = None, **changes: Any) -> ModelFacts:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import Request, Scheduler, Update
 from kvc_passes.errors import InputError
-from kvc_passes.facts import Reach, StateGroup
+from kvc_passes.plans import StateGroup
+from kvc_passes.sites import Reach
 
 EOS = frozenset({3})
 Make = Callable[..., Any]

@@ -12,7 +12,8 @@ from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import Scheduler
 from kvc.runtime.state import Kept, State
 from kvc_passes.errors import PlanningError
-from kvc_passes.facts import Reach, StateGroup
+from kvc_passes.plans import StateGroup
+from kvc_passes.sites import Reach
 
 Make = Callable[..., Any]
 SIZE = 4

@@ -20,7 +20,9 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from kvc.artifact import ArtifactWriter
-from kvc_passes.facts import AttentionSite, Bytes, MaskFact, ModelFacts, Plan, Reach, StateGroup, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
+from kvc_passes.sites import AttentionSite, MaskFact, Reach
 
 PAGES, PG, V = 6, 4, 10
 EMBEDDING = (2 * np.arange(V, dtype=np.float32)).reshape(V, 1)

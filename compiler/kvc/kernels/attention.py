@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from kvc_passes.facts import Sliced
+from kvc_passes.sites import Sliced
 
 from . import vector_math
 from .attention_block import BlockKernel, normalized

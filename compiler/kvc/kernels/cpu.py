@@ -8,9 +8,10 @@ from functools import lru_cache
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
-from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import HeadProduct
+from kvc_passes.sites import AttentionSite
+from kvc_passes.weight_format import WeightFormat
 
 from . import append, attention, head_product, matmul, rebuilt, remade
 from .knobs import DEFAULTS, Knobs

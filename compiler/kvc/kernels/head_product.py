@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from kvc_passes.facts import FLOAT32, WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 from .emit import Emitter, Expr, argument, i64, size_var
 from .packing import packed_tensors

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from .attention import AttentionShape

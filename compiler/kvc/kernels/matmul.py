@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tvm import tirx
 
-from kvc_passes.facts import FLOAT32, WeightFormat
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 from .emit import Emitter, Expr, argument, i64, size_var
 from .knobs import PRODUCT, FewRows, ManyRows, ProductKnobs

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvc_passes.facts import FLOAT32, WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 Array = npt.NDArray[Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import tirx
 
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 from .attention import AttentionShape, extras, pools
 from .attention_block import BlockKernel

@@ -12,7 +12,8 @@ from typing import Any
 
 from tvm import tirx
 
-from kvc_passes.facts import Remade, WeightFormat
+from kvc_passes.sites import Remade
+from kvc_passes.weight_format import WeightFormat
 
 from .attention import AttentionShape, extras, merge, pools
 from .attention_block import BlockKernel

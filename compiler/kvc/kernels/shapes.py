@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvc_passes.facts import AttentionSite
+from kvc_passes.sites import AttentionSite
 
 from .attention import AttentionShape
 

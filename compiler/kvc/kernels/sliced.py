@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
-from kvc_passes.facts import Sliced
+from kvc_passes.sites import Sliced
 
 from .emit import Emitter, Expr, chunks, f32, fold, fold_four, i64, splat, vec
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import tirx
 
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 from .emit import Emitter, Expr, argument, i64, splat, vec, widened
 from .packing import packed_tensors

@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, Final
 
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import AttentionSite, Bytes, ModelFacts, Plan, Reach, StateGroup, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
+from kvc_passes.sites import AttentionSite, Reach
 
 from ..options import format_size
 from ..runtime.executor import logits_bytes, pool_bytes, table_bytes

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
 
-from kvc_passes.facts import AttentionSite, FormName, Plan, StateForm, Workload
+from kvc_passes.facts import StateForm
+from kvc_passes.plans import Plan, Workload
+from kvc_passes.sites import AttentionSite, FormName
 from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED
 
 from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms

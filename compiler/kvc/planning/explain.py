@@ -10,8 +10,9 @@ from typing import Final
 from tvm import IRModule
 
 from kvc_passes.errors import InputError
-from kvc_passes.facts import Plan, StateForm, Workload
+from kvc_passes.facts import StateForm
 from kvc_passes.place_arena import Arena
+from kvc_passes.plans import Plan, Workload
 from kvc_passes.state_forms import LAST, UNJUDGED
 
 from ..options import format_size

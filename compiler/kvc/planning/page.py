@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvc_passes.errors import InputError
-from kvc_passes.facts import Plan
+from kvc_passes.plans import Plan
 
 from ..compilation import bounds_of
 from ..options import format_size

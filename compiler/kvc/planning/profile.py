@@ -13,8 +13,8 @@ import tvm
 from tvm import IRModule, relax, runtime, tirx
 from tvm.script import tirx as T
 
-from kvc_passes.facts import FLOAT32, WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 from ..codegen.schedule_kernels import ScheduleKernels
 from ..kernels.attention import (

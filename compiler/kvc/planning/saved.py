@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import STATE_FORMS, FormName, Plan, Workload, plan_from_json
+from kvc_passes.plans import Plan, Workload, plan_from_json
+from kvc_passes.sites import STATE_FORMS, FormName
 from kvc_passes.state_forms import KEYS
 
 from ..compilation import judged, legal_forms

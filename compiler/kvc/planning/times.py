@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from kvc_passes.facts import AttentionSite, Reach, Times, Workload
+from kvc_passes.plans import Times, Workload
+from kvc_passes.sites import AttentionSite, Reach
 
 from ..kernels.knobs import AttentionTimes
 from .rates import Rates

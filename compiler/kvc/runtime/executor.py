@@ -19,7 +19,8 @@ from kvc.runtime.device_memory import DeviceMemory
 from kvc.runtime.host_memory import HostMemory, Shapes, padded
 from kvc.runtime.pages import RECORD_BYTES
 from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import ModelFacts, Plan
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kvc.runtime.executor import Segment
 from kvc.runtime.state import Kept, State
 from kvc_passes.errors import PlanningError
-from kvc_passes.facts import ModelFacts, Plan
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan
 
 
 class Model(Protocol):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvc.runtime.executor import Segment
 from kvc.runtime.pages import PagePool, Pages
 from kvc_passes.errors import PlanningError
-from kvc_passes.facts import Plan, StateGroup
+from kvc_passes.plans import Plan, StateGroup
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from kvc_passes.errors import InputError, TargetError
-from kvc_passes.facts import Workload
+from kvc_passes.plans import Workload
 
 from ..api import budget_of, planner
 from ..artifact import Artifact

@@ -12,9 +12,11 @@ from typing import Any, Final, Literal
 from tvm import relax
 from tvm.ir import GlobalVar
 
-from kvc_passes.facts import Plan, Sliced, WeightFormat, Workload
 from kvc_passes.graph import dims, static
 from kvc_passes.pack_matmuls import MATMUL
+from kvc_passes.plans import Plan, Workload
+from kvc_passes.sites import Sliced
+from kvc_passes.weight_format import WeightFormat
 from kvc_passes.weights import PackedWeight
 
 from ..compilation import Lowered

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvc_passes.errors import TargetError
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 from ..kernels.attention import AttentionShape
 from ..kernels.knobs import AttentionTimes, DecodeKnobs, FewRows, ManyRows, PrefillKnobs, ProductKnobs

@@ -17,7 +17,7 @@ from kvc.kernels.attention import (
     pools,
     prefill_attention,
 )
-from kvc_passes.facts import Sliced
+from kvc_passes.sites import Sliced
 from support import turned
 
 

@@ -48,7 +48,7 @@ def check_codes(
 
 
 def mask_of(shape: AttentionShape, positions: np.ndarray, length: int) -> np.ndarray:
-    """The mask [heads, queries, keys], from its definition in kvc_passes.facts."""
+    """The mask [heads, queries, keys], from its definition in kvc_passes.sites."""
     q, k = positions[None, :, None], np.arange(length)[None, None]
     h = np.arange(shape.heads)[:, None, None]
     if shape.predicate is not None:

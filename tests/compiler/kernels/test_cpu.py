@@ -10,7 +10,8 @@ from weight_cases import FORMATS
 
 from kvc.kernels.cpu import CpuAttention, CpuProducts
 from kvc.kernels.emit import compiled
-from kvc_passes.facts import AttentionSite, MaskFact, WeightFormat
+from kvc_passes.sites import AttentionSite, MaskFact
+from kvc_passes.weight_format import WeightFormat
 
 MACHINE = MACHINES["native"]
 CAUSAL = MaskFact("causal", None, "given")

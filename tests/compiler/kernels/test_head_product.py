@@ -12,7 +12,7 @@ from page_cases import numpy_type
 from kvc.kernels import packing
 from kvc.kernels.head_product import head_product, packed_tensor
 from kvc.stored_weights import stored
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 from kvc_passes.weights import HeadWeight, Source, WeightPart
 
 # heads, group, columns, depth: full panels, a last panel that is not full, one that is small and serial.

@@ -9,7 +9,7 @@ from kvc.kernels import matmul
 from kvc.kernels.emit import compiled
 from kvc.kernels.knobs import PRODUCT, FewRows, ManyRows, ProductKnobs
 from kvc.kernels.matmul import pack, packed_embedding, packed_matmul, packed_shape
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 # (n, k, options): a last panel that is not full, several blocks along k, and a small serial one.
 PRODUCTS = [

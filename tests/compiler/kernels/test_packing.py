@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from weight_cases import FORMATS, Case, pack_into, unpacked
 
 from kvc.kernels.packing import pack, packed_tensors
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 _CODED = [name for name, format in FORMATS.items() if format.coded]
 

@@ -17,7 +17,7 @@ from kvc.kernels.attention import AttentionShape
 from kvc.kernels.head_product import packed_tensor
 from kvc.kernels.rebuilt import Made, prefill_rebuilt
 from kvc.stored_weights import stored
-from kvc_passes.facts import FLOAT32, WeightFormat
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 from kvc_passes.weights import HeadWeight, Source, WeightPart
 
 PAGE, PAGES = 16, 48

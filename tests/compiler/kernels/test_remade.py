@@ -17,7 +17,8 @@ from kvc.kernels.attention import AttentionShape
 from kvc.kernels.head_product import packed_tensor
 from kvc.kernels.remade import Remake, decode_remade, prefill_remade
 from kvc.stored_weights import stored
-from kvc_passes.facts import FLOAT32, Remade, WeightFormat
+from kvc_passes.sites import Remade
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 from kvc_passes.weights import HeadWeight, Source, WeightPart
 
 PAGE, PAGES, SPLITS = 16, 64, 3

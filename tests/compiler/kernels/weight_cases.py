@@ -9,7 +9,7 @@ import numpy as np
 from page_cases import numpy_type
 
 from kvc.kernels.packing import pack_codes, pack_floats, pack_scales, pack_zeros, packed_tensors
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 FORMATS = {
     "float32": WeightFormat(),

@@ -13,7 +13,9 @@ from kvc.planning import budget as planner
 from kvc.planning.budget import Costs, make_plan
 from kvc.runtime.executor import input_shapes
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import AttentionSite, MaskFact, ModelFacts, Plan, Reach, Workload
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan, Workload
+from kvc_passes.sites import AttentionSite, MaskFact, Reach
 
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32)

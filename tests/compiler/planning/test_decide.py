@@ -16,7 +16,7 @@ from kvc.planning.decide import Chosen, Planner, Variant
 from kvc.planning.explain import curve, explain, longest, most_requests, timeline
 from kvc.planning.saved import SavedPlan, checked, read_plan, save_plan
 from kvc_passes.errors import BudgetError, InputError
-from kvc_passes.facts import Plan, Workload
+from kvc_passes.plans import Plan, Workload
 from support import OnnxRuntime
 
 from ..test_state_forms import rows

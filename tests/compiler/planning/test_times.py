@@ -14,7 +14,8 @@ from kvc.kernels.traits import CpuTraits
 from kvc.planning.rates import Rates, nominal
 from kvc.planning.times import Clock, Site, answer_of
 from kvc.planning.work import Work
-from kvc_passes.facts import AttentionSite, MaskFact, Remade, Workload
+from kvc_passes.plans import Workload
+from kvc_passes.sites import AttentionSite, MaskFact, Remade
 
 ModelFile = Callable[..., Path]
 RATES = nominal(CpuTraits(16, 32, 2))

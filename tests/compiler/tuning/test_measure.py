@@ -19,7 +19,8 @@ from kvc.tuning import measure, programs, worker
 from kvc.tuning.measure import Bench, Measured, compared
 from kvc.tuning.space import Values
 from kvc.tuning.tasks import Bucket, Task
-from kvc_passes.facts import Sliced, WeightFormat
+from kvc_passes.sites import Sliced
+from kvc_passes.weight_format import WeightFormat
 
 from .tuning_cases import CODED, OTHERS, SHAPE, TASKS, attention, product
 

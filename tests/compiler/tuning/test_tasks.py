@@ -13,7 +13,7 @@ import kvc
 from kvc.artifact import Artifact
 from kvc.planning.decide import Decision
 from kvc.tuning.tasks import TASKS, Bucket, Task, find_tasks, product_of, shape_of
-from kvc_passes.facts import Workload
+from kvc_passes.plans import Workload
 
 from .tuning_cases import CODED, SHAPE, attention, product
 from .tuning_cases import TASKS as SMALL
@@ -149,7 +149,7 @@ def test_what_is_no_task(data: dict[str, object]) -> None:
 def test_names_tell_a_persons_tasks_apart() -> None:
     from dataclasses import replace
 
-    from kvc_passes.facts import WeightFormat
+    from kvc_passes.weight_format import WeightFormat
 
     some = [
         *SMALL.values(),

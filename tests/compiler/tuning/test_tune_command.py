@@ -24,7 +24,7 @@ from kvc.tuning.database import NAME, Database, Record
 from kvc.tuning.space import Values
 from kvc.tuning.tasks import Task, find_tasks
 from kvc_passes.errors import InputError
-from kvc_passes.facts import Workload
+from kvc_passes.plans import Workload
 
 from ..cli_fixtures import BUDGET, Result, copy_artifact, edit_json, seal, start
 from ..cli_fixtures import kvc as command

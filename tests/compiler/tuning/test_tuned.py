@@ -17,7 +17,8 @@ from kvc.tuning.database import Database
 from kvc.tuning.tasks import Bucket, Task, find_tasks
 from kvc.tuning.tuned import Choice, Records, TunedRates, chosen_kernels, with_records
 from kvc_passes.errors import InputError, TargetError
-from kvc_passes.facts import FLOAT32, WeightFormat, Workload
+from kvc_passes.plans import Workload
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 from .tuning_cases import CODED, CODES, OTHERS, SHAPE, TASKS, TRAITS, attention, product, record
 

@@ -13,7 +13,7 @@ from kvc.tuning.measure import Measured
 from kvc.tuning.runner import Failure
 from kvc.tuning.space import Values
 from kvc.tuning.tasks import Bucket, Kernel, Task, product_parameters, shape_parameters
-from kvc_passes.facts import FLOAT32, WeightFormat
+from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 TARGET = "a CPU, 2 threads"
 TRAITS = CpuTraits(16, 32, 2)

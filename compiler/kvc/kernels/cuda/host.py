@@ -17,9 +17,10 @@ from tvm import IRModule, tirx
 from tvm.tirx import PrimFunc
 
 from kvc_passes.errors import PlanningError
-from kvc_passes.facts import AttentionSite, WeightFormat
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import HeadProduct
+from kvc_passes.sites import AttentionSite
+from kvc_passes.weight_format import WeightFormat
 
 from ..attention import AttentionShape
 from ..emit import Emitter, Expr, argument, i64, size_var

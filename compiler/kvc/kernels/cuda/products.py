@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 from .device import DeviceKernel
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvc_passes.facts import WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.weight_format import WeightFormat
 
 Array = npt.NDArray[Any]
 

@@ -21,7 +21,7 @@ from kvc.kernels.cuda.attention import (
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ from tvm.ir import Call
 from tvm_ffi import structural_walk
 
 from kvc.kernels.cuda.host import SHARED, VARIANT, CudaAttention, CudaProducts, Variants
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 from support import site
 
 WIDE = site(heads=32, kv_heads=8, head_dim=128, value_dim=128, kv_dtype="float16")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvc.kernels.cuda import rows
-from kvc_passes.facts import WeightFormat
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.weight_format import WeightFormat
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 9))

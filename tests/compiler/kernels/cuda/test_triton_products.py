@@ -7,7 +7,7 @@ from triton_interpreter import run
 
 from kvc.kernels.cuda import rows
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
-from kvc_passes.facts import WeightFormat
+from kvc_passes.weight_format import WeightFormat
 
 pytest.importorskip("triton")
 
