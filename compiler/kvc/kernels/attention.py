@@ -122,7 +122,7 @@ def extras(shape: AttentionShape) -> dict[str, Any]:
     return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
 
 
-def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys: int = 128) -> tirx.PrimFunc:
+def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys: int = 256) -> tirx.PrimFunc:
     """Attention of many tokens a sequence, in tasks of `tile` tokens and blocks of `keys` keys.
 
     Arguments of the function: q f32[1, H, n, D], *pools(shape), positions i64[n], tiles i32[t, 3]

@@ -115,15 +115,20 @@ class BlockKernel:
 
     def run_head(self, head: Expr, rows: Expr, page: Expr, pages: Expr, first: Expr, last: Expr) -> None:
         """Attend with the rows of one KV head over `pages` pages from `page`; positions are first .. last."""
-        e = self.e
+        e, size = self.e, self.shape.page_size
         tiles = e.bind("tiles", tirx.floordiv(rows + (self.height - 1), i64(self.height)))
         with self._blocks(page, pages, first, last) as (start, count, keys, masked):
             self.prepare(start, count)
             with e.loop("rt", tiles) as rt:
                 row = e.bind("top", rt * self.height)
-                self._score(head, row, i64(0), start, count, i64(0))
-                self._softmax(row, i64(0), start, self._vectors(count), masked)
-                self._values(head, row, i64(0), start, count, keys, i64(0))
+                # Positions do not fall from row to row: the tile sees nothing behind its last one's.
+                newest = tirx.Cast("int64", self.positions[row + self.height - 1])
+                seen = e.bind("seen", tirx.Min(keys, self.mask.count(newest) + 1 - start * size))
+                with e.when(seen > 0):
+                    whole = e.bind("seen_pages", tirx.floordiv(seen + (size - 1), i64(size)))
+                    self._score(head, row, i64(0), start, whole, i64(0))
+                    self._softmax(row, i64(0), start, self._vectors(whole), masked)
+                    self._values(head, row, i64(0), start, whole, seen, i64(0))
 
     def prepare(self, start: Expr, count: Expr) -> None:
         """What has to be done before the products with a block of `count` pages from `start`."""

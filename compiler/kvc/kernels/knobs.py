@@ -65,7 +65,7 @@ class PrefillKnobs:
     """
 
     tile: int = 0
-    keys: int = 128
+    keys: int = 256
 
 
 @dataclass(frozen=True)

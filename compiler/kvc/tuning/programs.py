@@ -107,7 +107,8 @@ def operands(task: Task, bucket: Bucket, values: Mapping[str, int], traits: CpuT
     width = -(-length // shape.page_size)
     state = pools(shape, tirx.IntImm("int64", sequences * width))
     cold = {n: TensorType(str(p.dtype), tuple(int(d) for d in p.shape)) for n, p in state.items()}
-    table = rng.permutation(sequences * width).reshape(sequences, width).astype(np.int32)
+    # As the allocator gives them where it can: a run of pages to each sequence, runs in any order.
+    table = (rng.permutation(sequences)[:, None] * width + np.arange(width)).astype(np.int32)
     own = [tokens * (i + 1) // sequences - tokens * i // sequences for i in range(sequences)]
     ends = [np.arange(length - count, length, dtype=np.int64) for count in own]
     positions = np.concatenate(ends)

@@ -48,13 +48,13 @@ def space(task: Task, traits: CpuTraits, tiles: bool) -> dict[str, tuple[int, ..
             "row_bytes": tuple(k * 1024 for k in (448, 64, 128, 256, 896, 1792)),
             "groups": (0, *groups),
         }
-    keys = (128, 32, 64, 256, 512)
     if task.kernel == "decode":
+        keys = (128, 32, 64, 256, 512)
         return {"ahead": (0, 1, 2, 4), "keys": keys, "splits": (0, *(traits.threads * n for n in (1, 2, 4)))}
     shape = task.shape()
     tile = choose_tile(shape.group, traits, shape.head_dim)
     some = sorted({max(1, round(tile * f)) for f in (0.25, 0.5, 0.75, 1.5, 2)} - {tile})
-    return {"keys": keys, "tile": (0, *some) if tiles else (0,)}
+    return {"keys": (256, 64, 128, 512), "tile": (0, *some) if tiles else (0,)}
 
 
 def default_of(task: Task, name: str) -> int:

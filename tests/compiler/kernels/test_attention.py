@@ -166,7 +166,7 @@ def test_parameters_that_are_derived_may_be_given(machine: Machine) -> None:
     assert default == decode_attention(shape, traits, DecodeKnobs(splits, 128)).script()
     assert default != decode_attention(shape, traits, DecodeKnobs(splits + 1)).script()
     assert default != decode_attention(shape, traits, DecodeKnobs(keys=64)).script()
-    assert prefill_attention(shape, 8, traits).script() == prefill_attention(shape, 8, traits, 128).script()
+    assert prefill_attention(shape, 8, traits).script() == prefill_attention(shape, 8, traits, 256).script()
     assert prefill_attention(shape, 8, traits).script() != prefill_attention(shape, 8, traits, 64).script()
 
 
