@@ -210,6 +210,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
         page_size=lowered.attention.page_size,
         tile=lowered.attention.tile,
         keys_transposed=lowered.attention.keys_transposed,
+        workspaces=lowered.machine.workspace_bytes(lowered.functions.values()),
     )
 
 
@@ -227,6 +228,10 @@ def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) 
         for phase, mod in lowered.functions.items()
     }
     module = join(finished)
+    own = lowered.machine.workspace_bytes([module])
+    if own > plan.bytes.workspaces:
+        planned = plan.bytes.workspaces
+        raise PlanningError(f"local buffers of kernels take {own} bytes, {planned} were planned")
     kernels = sum(isinstance(f, tirx.PrimFunc) for f in module.functions.values())
     runner.report(f"generate code for {kernels} kernels")
     return lowered.machine.build(module, folder, runner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +120,9 @@ class CudaMachine:
 
     def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
         return stored(part, tensor, weights, rows)
+
+    def workspace_bytes(self, modules: Iterable[IRModule]) -> int:
+        return 0
 
     def runtime_bytes(self, assets: Path, weights: int) -> int:
         return CONTEXT_BYTES

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import tvm
-from tvm import IRModule, relax, s_tir, tirx
+from tvm import IRModule, relax
 
 from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.overwrite_inputs import OverwriteInputs
@@ -19,17 +18,13 @@ from kvc_passes.rematerialize import Operations, Rematerialize, tensors_of
 from kvc_passes.split_chains import SplitChains, Splits
 
 from .codegen.lower import allocated, fused, to_vm
-from .codegen.schedule_kernels import own_buffers
+from .codegen.workspaces import HEADER, PAGE, pool_bytes, thread_buffers, whole_pages
 from .machine import CpuMachine
 from .options import parse_size
 from .pipeline import Runner
 from .targets import parse_target
 
 _ATTEMPTS: Final = 6
-_STACK: Final = 1024
-_PAGE: Final = 4096
-_HEADER: Final = 128
-"""What the C library puts before an allocation, and the alignment of what comes behind."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class CompiledGraph:
     Attributes:
         executable: TVM's; `relax.VirtualMachine(executable, tvm.cpu())["main"]` runs it.
         arena: bytes of its temporaries, allocated at once.
-        workspace: bytes that one kernel needs for itself, at most.
+        workspace: bytes that kernels need for themselves, on all threads.
         outputs: bytes of what it returns.
         natural: bytes of the temporaries as the graph stands.
         solution: how the operations were put in order, None where they are as they stand.
@@ -57,7 +52,7 @@ class CompiledGraph:
     @property
     def peak(self) -> int:
         """Bytes that a call takes, beside its arguments and constants."""
-        return _whole(self.arena) + self.workspace + self.outputs
+        return whole_pages(self.arena) + self.workspace + self.outputs
 
 
 def compile_graph(
@@ -93,7 +88,7 @@ def compile_graph(
     size = None if budget is None else parse_size(budget)
     if not isinstance(machine, CpuMachine):
         raise TargetError(f"any graph is compiled for CPUs alone, not for the target {target}")
-    outputs = sum(_whole(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
+    outputs = sum(whole_pages(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
     lowering = _Lowering(machine, bounds, runner, outputs)
     base = lowering.of(fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner))
     chosen, solution, splits = base, None, 0
@@ -122,7 +117,7 @@ class _Lowered:
 
     @property
     def peak(self) -> int:
-        return _whole(self.arena) + self.workspace + self.outputs
+        return whole_pages(self.arena) + self.workspace + self.outputs
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ class _Lowering:
             kernels = self.runner.apply(mod, self.machine.schedule("prefill")).module
         if overwriting:
             kernels = self.runner.apply(kernels, OverwriteInputs(self.bounds, mod)).module
-        workspace = self.machine.products.traits.threads * _workspace(kernels)
+        workspace = self.machine.products.traits.threads * pool_bytes(thread_buffers([kernels]))
         return _Lowered(mod, kernels, self.arena(kernels), workspace, self.outputs)
 
     def arena(self, mod: IRModule) -> int:
@@ -211,7 +206,7 @@ def _ordered(
         try:
             done = lowering.runner.apply(base.module, step)
         except BudgetError as error:
-            needed = _whole(min(error.needed + gaps, over.arena)) + fixed
+            needed = whole_pages(min(error.needed + gaps, over.arena)) + fixed
             raise BudgetError(
                 f"the operations take {needed} bytes or more, {fixed} of them results and what kernels need "
                 f"for themselves, whatever is computed again; {budget} were given",
@@ -230,26 +225,6 @@ def _ordered(
     )
 
 
-def _workspace(kernels: IRModule) -> int:
-    """Bytes that a thread allocates for itself in one kernel, at most; a small buffer is on the stack."""
-    passes = s_tir.transform
-    compacted = tvm.transform.Sequential(
-        [
-            passes.LowerInitBlock(),
-            passes.PlanAndUpdateBufferAllocationLocation(),
-            passes.ConvertBlocksToOpaque(),
-            passes.CompactBufferAllocation(),
-        ]
-    )(kernels)
-    most = 0
-    for function in compacted.functions.values():
-        if isinstance(function, tirx.PrimFunc):
-            buffers = [b for b in own_buffers(function) if all(isinstance(d, tirx.IntImm) for d in b.shape)]
-            sizes = [math.prod(int(d.value) for d in b.shape) * element_bytes(str(b.dtype)) for b in buffers]
-            most = max(most, sum(_whole(size) for size in sizes if size > _STACK))
-    return most
-
-
 def _bytes(tensor: Any, bounds: Mapping[str, int]) -> int:
     count = 1
     for dim in tensor.shape.values:
@@ -257,11 +232,6 @@ def _bytes(tensor: Any, bounds: Mapping[str, int]) -> int:
     return count * element_bytes(str(tensor.dtype.dtype))
 
 
-def _whole(size: int) -> int:
-    """Bytes of the pages that an allocation of so many can touch."""
-    return -(-(size + _HEADER) // _PAGE) * _PAGE
-
-
 def _room(size: int) -> int:
     """The largest allocation that touches pages of at most so many bytes."""
-    return size // _PAGE * _PAGE - _HEADER
+    return size // PAGE * PAGE - HEADER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from kvc_passes.weights import WeightPart
 
 from .codegen.link import link
 from .codegen.schedule_kernels import ScheduleKernels
+from .codegen.workspaces import pool_bytes, reserve, thread_buffers
 from .kernels import packing
 from .kernels.cpu import PAGE_SIZE, CpuAttention, CpuProducts
 from .kernels.knobs import DEFAULTS, AttentionTimes, Knobs
@@ -27,6 +28,7 @@ from .kernels.shapes import attention_shape
 from .kernels.traits import CpuTraits
 from .pipeline import Phase, Runner
 from .planning.rates import Rates, measured, nominal
+from .runtime.library import RESERVE
 from .runtime.overhead import measure
 from .stored_weights import Array, stored
 
@@ -84,6 +86,9 @@ class Machine(Protocol):
     def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
         """A weight as the products' kernels take it."""
 
+    def workspace_bytes(self, modules: Iterable[IRModule]) -> int:
+        """Bytes that kernels allocate for themselves, where a budget counts them."""
+
     def runtime_bytes(self, assets: Path, weights: int) -> int:
         """Bytes of the process itself, where a budget counts them; `weights` bytes come on top at least."""
 
@@ -137,6 +142,8 @@ class CpuMachine:
         return ScheduleKernels(self.target, phase != "decode")
 
     def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
+        function = reserve(thread_buffers([module]), self.products.traits.threads)
+        module = IRModule({**module.functions, RESERVE: function.with_attr("global_symbol", RESERVE)})
         with self.target:
             executable = tvm.compile(
                 module, self.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
@@ -147,6 +154,9 @@ class CpuMachine:
 
     def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
         return stored(part, tensor, weights, packing)
+
+    def workspace_bytes(self, modules: Iterable[IRModule]) -> int:
+        return self.products.traits.threads * pool_bytes(thread_buffers(modules))
 
     def runtime_bytes(self, assets: Path, weights: int) -> int:
         return measure(assets, others=weights)

@@ -30,6 +30,7 @@ def _bytes_table(plan: Plan, facts_name: str) -> Table:
         ("weights", b.weights, "copied to the GPU" if on_gpu else "memory-mapped from the artifact"),
         ("KV pages", b.pools, f"pages of {plan.page_size} tokens, see below"),
         ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens"),
+        ("workspaces", b.workspaces, "local buffers of kernels, of every thread"),
         ("logits", b.outputs, f"{plan.max_batch} rows, and the sampler's scratch"),
         ("tables", b.tables, f"block tables {plan.max_batch} x {plan.table_width}, positions, slots"),
         ("process", b.runtime, "CUDA's context and the machine code (a bound)" if on_gpu else process),
@@ -42,6 +43,8 @@ def _bytes_table(plan: Plan, facts_name: str) -> Table:
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")
     table.add_column("")
+    if not b.workspaces:
+        lines = [line for line in lines if line[0] != "workspaces"]
     for name, size, meaning in lines:
         add_row(table, name, f"{size:,}", f"{size / plan.budget:.1%}", meaning)
     table.add_section()

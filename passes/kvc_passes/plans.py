@@ -60,6 +60,8 @@ class Bytes:
     """Logits of the most rows one call returns, and the sampler's copy."""
     runtime: int
     """The process itself: interpreter, libraries, tokenizer, threads."""
+    workspaces: int = 0
+    """Local buffers of kernels, of every thread."""
 
     @property
     def total(self) -> int:

@@ -35,6 +35,7 @@ class Costs:
         weights: bytes of the weights as they are stored.
         runtime: bytes of the process itself.
         arena: bytes of temporaries for (chunk, batch), the larger of prefill and decode.
+        workspaces: bytes of kernels' local buffers, on all threads.
         page_size: tokens a page.
         tile: query tokens of one prefill task.
         keys_transposed: how a page holds its keys.
@@ -49,6 +50,7 @@ class Costs:
     page_size: int
     tile: int
     keys_transposed: bool = True
+    workspaces: int = 0
 
 
 def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan:
@@ -236,6 +238,7 @@ class Draft:
             arena=costs.arena(self.chunk, batch),
             outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
             runtime=costs.runtime,
+            workspaces=costs.workspaces,
         )
         return replace(draft, bytes=counted)
 
@@ -286,7 +289,7 @@ def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:
     parts = [
         f"weights {format_size(b.weights)}",
         f"KV pages {format_size(b.pools)} for {tokens} tokens{beside}",
-        f"temporaries {format_size(b.arena)} with chunks of {least.chunk} tokens",
+        f"temporaries {format_size(b.arena + b.workspaces)} with chunks of {least.chunk} tokens",
         f"logits and tables {format_size(b.outputs + b.tables)}",
         f"the process {format_size(b.runtime)}",
     ]

@@ -71,7 +71,7 @@ def _parts(plan: Plan) -> dict[str, int]:
     return {
         "weights": b.weights,
         "KV pages": b.pools,
-        "temporaries": b.arena,
+        "temporaries": b.arena + b.workspaces,
         "logits and tables": b.outputs + b.tables,
         "process": b.runtime,
     }

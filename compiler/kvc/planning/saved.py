@@ -132,8 +132,8 @@ def _check_budget(plan: Plan, where: Path) -> None:
         raise BudgetError(
             f"{where}: the plan takes {total} bytes ({format_size(total)}), its budget is {plan.budget}: "
             f"weights {format_size(b.weights)}, KV pages {format_size(b.pools)}, temporaries "
-            f"{format_size(b.arena)}, logits and tables {format_size(b.outputs + b.tables)}, the process "
-            f"{format_size(b.runtime)}; raise its budget, or lower the pages or the chunk",
+            f"{format_size(b.arena + b.workspaces)}, logits and tables {format_size(b.outputs + b.tables)}, "
+            f"the process {format_size(b.runtime)}; raise its budget, or lower the pages or the chunk",
             needed=total,
             given=plan.budget,
         )

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+import numpy as np
+
 from kvc_passes.errors import InputError, TargetError
 
 # CPU flags as /proc/cpuinfo names them, of the extensions that LLVM may use in code for an mcpu.
@@ -123,6 +125,10 @@ def load_runtime(threads: int) -> ModuleType:
     return tvm_ffi
 
 
+RESERVE: Final = "reserve_workspaces"
+"""The function of a library that makes the memory of kernels' local buffers as large as it gets."""
+
+
 def load_vm(library: Path, threads: int, device: int = DEVICE_CPU) -> Any:
     """Load compiled functions and return the VM module that holds them: `vm["prefill"](...)`.
 
@@ -135,7 +141,10 @@ def load_vm(library: Path, threads: int, device: int = DEVICE_CPU) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             alias = Path(folder) / library.name
             alias.symlink_to(library.resolve())
-            vm = tvm_ffi.load_module(alias)["vm_load_executable"]()
+            module = tvm_ffi.load_module(alias)
+            vm = module["vm_load_executable"]()
+            if module.implements_function(RESERVE, query_imports=True):
+                module.get_function(RESERVE, query_imports=True)(tvm_ffi.from_dlpack(np.zeros(1, np.float32)))
     except (AttributeError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"{library}: cannot be loaded ({reason}); compile the model again") from None

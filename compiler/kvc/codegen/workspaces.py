@@ -1,0 +1,107 @@
+"""What kernels for a CPU allocate for themselves while they run: local buffers that are no registers.
+
+TVM's runtime takes them from a pool that every thread has of its own and that never gives memory back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import zip_longest
+from typing import Any, Final
+
+import tvm
+from tvm import IRModule, s_tir, tirx
+from tvm_ffi import structural_walk
+
+from kvc_passes.errors import PlanningError
+from kvc_passes.place_arena import element_bytes
+
+from ..kernels.emit import Emitter, argument, i64
+from .schedule_kernels import own_buffers
+
+PAGE: Final = 4096
+HEADER: Final = 128
+"""What the C library puts before an allocation, and the alignment of what comes behind."""
+
+Sizes = tuple[int, ...]
+"""Bytes of buffers that are there at once, the largest first."""
+
+
+def thread_buffers(modules: Iterable[IRModule]) -> Sizes:
+    """Buffers that are enough for each kernel: one for one, the largest that any of them needs at once.
+
+    A pool that has blocks of these sizes never grows: it gives a buffer the smallest free block that holds
+    it, and a kernel's buffers are freed in the reverse of their order. Raises PlanningError for one without
+    a constant size.
+    """
+    most: Sizes = ()
+    for module in modules:
+        kernels = {v: f for v, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
+        generated = {v: f for v, f in kernels.items() if own_buffers(f)}
+        # Of what TVM generated, a buffer gets small where it is used; templates say how large theirs are.
+        compacted = dict(_with_compact_buffers(IRModule(generated)).functions_items())
+        for function in (kernels | compacted).values():
+            most = _larger(most, _needed(function))
+    return most
+
+
+def pool_bytes(buffers: Sizes) -> int:
+    """Bytes of a pool that has had so many buffers at once."""
+    return sum(map(whole_pages, buffers))
+
+
+def reserve(buffers: Sizes, threads: int) -> tirx.PrimFunc:
+    """Have so many buffers at once on every thread, and touch their pages; x is one float32, which is read.
+
+    Run before anything else, it makes the pools as large as they get, whatever order kernels come in.
+    """
+    e, x = Emitter(), argument("x", (1,))
+    with e.loop("thread", threads, parallel=threads > 1):
+        for size in buffers:
+            pages = -(-size // PAGE)
+            buffer = e.local("buffer", pages * PAGE // 4)
+            with e.loop("page", pages) as page:
+                e.store(buffer, x[i64(0)], page * (PAGE // 4))
+    return e.function([x], [x], [])
+
+
+def whole_pages(size: int) -> int:
+    """Bytes of the pages that an allocation of so many can touch."""
+    return -(-(size + HEADER) // PAGE) * PAGE
+
+
+def _with_compact_buffers(module: IRModule) -> IRModule:
+    passes = s_tir.transform
+    return tvm.transform.Sequential(
+        [
+            passes.LowerInitBlock(),
+            passes.PlanAndUpdateBufferAllocationLocation(),
+            passes.ConvertBlocksToOpaque(),
+            passes.CompactBufferAllocation(),
+        ]
+    )(module)
+
+
+def _needed(function: tirx.PrimFunc) -> Sizes:
+    """A kernel's buffers. TVM allocates all of them where the function, or a thread's part of it, begins."""
+    found: list[Any] = []
+
+    def of_statement(own: Any) -> None:
+        found.append(own.buffer)
+
+    def of_block(block: Any) -> None:
+        found.extend(block.alloc_buffers)
+
+    structural_walk(function.body, [(tirx.AllocBuffer, of_statement), (s_tir.SBlock, of_block)])
+    return tuple(sorted(map(_size, found), reverse=True))
+
+
+def _larger(one: Sizes, other: Sizes) -> Sizes:
+    return tuple(map(max, zip_longest(one, other, fillvalue=0)))
+
+
+def _size(buffer: Any) -> int:
+    if not all(isinstance(dim, tirx.IntImm) for dim in buffer.shape):
+        raise PlanningError(f"a kernel needs memory of its own, of no constant size, for {buffer.name}")
+    return math.prod(int(dim.value) for dim in buffer.shape) * element_bytes(str(buffer.dtype))
