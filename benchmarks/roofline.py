@@ -9,6 +9,7 @@ the rate of 16-bit matrix products, whichever is more. The defaults are an H200'
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,6 +65,25 @@ def prefill_attention(tokens: int) -> Work:
     return Work(min(read, least), 2 * tokens * tokens * HEADS * DIM)
 
 
+def kept_attention(batch: int, keys: int, kept: int, pairs: int) -> Work:
+    """One token a sequence over `kept` elements of a key, in `pairs` operations of all heads with a key."""
+    return Work(batch * keys * kept * HALF, batch * keys * pairs)
+
+
+def other_forms() -> Iterator[tuple[str, Work]]:
+    """One layer's attention, decode, in what docs/state-forms.md lists."""
+    for batch in (1, 32):
+        where = f"Whisper-small, cross-attention, {batch} x 1500 rows"
+        yield f"{where}, K and V", kept_attention(batch, 1500, 2 * 768, 12 * 4 * 64)
+        yield f"{where}, encoder's output", kept_attention(batch, 1500, 768, 12 * 4 * 768)
+    heads, angles, rest = 32, 256, 640  # of Llama-2-7B; angles in two numbers each
+    for batch, context in ((1, 4096), (8, 4096)):
+        where, values = f"Llama-2-7B, {batch} x {context}", heads * 128 + rest
+        yield f"{where}, K and V", kept_attention(batch, context, 2 * heads * 128, heads * 4 * 128)
+        pairs = heads * 2 * (128 + values)
+        yield f"{where}, keys and {rest}", kept_attention(batch, context, values + angles, pairs)
+
+
 def decode_step(batch: int, context: int, bits: int = 16) -> Work:
     """All layers and the logits; the norms' and activations' bytes are left out."""
     layer = decode_attention(batch, context)
@@ -93,6 +113,9 @@ def main() -> None:
         for rows in (1, 64, 4096):
             line(f"{name} ({columns} x {depth}), {rows} rows", product(depth, columns, rows))
     line("gate, up in 4 bits, 1 row", product(*PRODUCTS["gate, up"], 1, 4))
+    print("\n| decode attention of a layer | MB | GFLOP | floor, µs | bound by |\n|---|---:|---:|---:|---|")
+    for name, work in other_forms():
+        line(name, work)
     print("\n| decode step | MB | GFLOP | floor, µs | bound by |\n|---|---:|---:|---:|---|")
     for batch, context in ((1, 2048), (1, 16384), (1, 131072), (8, 16384), (32, 2048)):
         line(f"{batch} x {context}", decode_step(batch, context))

@@ -24,6 +24,12 @@ class AttentionCase:
     dtype: str = "float16"
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of kvc_passes.sites.MaskFact and AttentionSite: window, softcap."""
+    state: str = "paged_kv"
+    """The form, by kvc_passes.sites.FormName."""
+    rest: int = 0
+    """Elements that are kept beside keys."""
+    of_memory: bool = False
+    """Whether keys and values are those of an encoder's output."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,18 @@ ATTENTION: Final = [
     for phase in ("prefill", "decode")
     for dtype, short in (("float16", "fp16"), ("bfloat16", "bf16"))
 ]
+FORMS: Final = [
+    AttentionCase(f"{phase}_{name}_{short}", phase, *shape, dtype, state=state, **options)
+    for name, shape, state, options in (
+        ("whisper_cross", (12, 12, 64), "paged_kv", {"of_memory": True}),
+        ("whisper_encoder", (12, 1, 768), "encoder_output", {"of_memory": True}),
+        ("gpt2_x", (12, 1, 768), "x_absorbed", {}),
+        ("keys", (8, 8, 128), "k_plus_r", {"rest": 112}),
+    )
+    for phase in ("prefill", "decode")
+    for dtype, short in (("float16", "fp16"), ("bfloat16", "bf16"))
+]
+"""Other forms of the state, and an encoder's output."""
 PRODUCTS: Final = [
     ProductCase(f"product_{name}_{short}{'_' + stored if stored else ''}", columns, depth, dtype, stored)
     for name, columns, depth in (
@@ -66,64 +84,120 @@ PRODUCTS: Final = [
 
 @dataclass
 class Attention:
-    """Inputs of an attention kernel by name, and the rows that are expected, float64 [n, H, D]."""
+    """Inputs of an attention kernel by name, in order, and the rows expected, float64 [n, H, F]."""
 
     inputs: dict[str, Array]
     expected: Array
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What pools hold of a sequence's tokens [length, heads, elements], and the keys and values it means."""
+
+    rows: dict[str, Array]
+    keys: Array
+    values: Array
+
+
 def attention_inputs(case: AttentionCase, lengths: list[tuple[int, int]], seed: int) -> Attention:
     """Sequences of (tokens, of which new): their pages in any order, what must not be read NaN.
 
-    A decode has one new token a sequence. All numbers are such as float16 and bfloat16 hold exactly.
+    A decode has one new token a sequence. All numbers are such as float16 and bfloat16 hold exactly. Of an
+    encoder's output the first number is its rows, all of which the new tokens see.
     """
     rng = np.random.default_rng(seed)
     counts = [-(-length // PAGE) for length, _ in lengths]
     pages = sum(counts) + 1
-    k, v = (
-        np.full((pages, case.kv_heads, PAGE, case.dim), np.nan, np.float32) for _ in range(2)
-    )  # page 0 stays NaN
+    weights = weights_of(case, rng)
     table = np.zeros((len(lengths), max(counts)), np.int32)
     order = list(rng.permutation(np.arange(1, pages)))
+    pools: dict[str, Array] = {}
     positions, tiles, queries, expected, first = [], [], [], [], 0
     for row, ((length, new), count) in enumerate(zip(lengths, counts)):
         own = [order.pop() for _ in range(count)]
         table[row, :count] = own
-        keys, values = (rounded(rng.standard_normal((length, case.kv_heads, case.dim))) for _ in range(2))
-        for i, page in enumerate(own):
-            part = slice(i * PAGE, min((i + 1) * PAGE, length))
-            for pool, numbers in ((k, keys), (v, values)):
-                pool[page, :, : part.stop - part.start] = numbers[part].transpose(1, 0, 2)
+        kept = kept_of(case, rng, length, weights)
+        for name, numbers in kept.rows.items():
+            shape = (pages, numbers.shape[1], PAGE, numbers.shape[2])
+            pool = pools.setdefault(name, np.full(shape, np.nan, np.float32))  # page 0 stays NaN
+            for i, page in enumerate(own):
+                part = numbers[i * PAGE : (i + 1) * PAGE]
+                pool[page, :, : len(part)] = part.transpose(1, 0, 2)
         q = rounded(rng.standard_normal((new, case.heads, case.dim)))
         queries.append(q)
-        positions.append(np.arange(length - new, length))
-        expected.append(reference(case, q, keys, values))
+        where = np.full(new, length - 1) if case.of_memory else np.arange(length - new, length)
+        positions.append(where)
+        expected.append(reference(case, q, kept.keys, kept.values, where))
         tiles.append((row, first, new))
         first += new
-    query = np.concatenate(queries).transpose(1, 0, 2)[None]
     inputs = {
-        "q": query,
-        "k": k,
-        "v": v,
+        "q": np.concatenate(queries).transpose(1, 0, 2)[None],
+        **pools,
         "positions": np.concatenate(positions).astype(np.int64),
         "tiles": np.array(tiles, np.int32),
         "table": table,
+        **weights,
     }
     return Attention(inputs, np.concatenate(expected))
 
 
-def reference(case: AttentionCase, q: Array, k: Array, v: Array) -> Array:
-    """float64 attention of the last queries [new, H, D] on keys and values [length, Hkv, D]."""
-    new, length, group = len(q), len(k), case.heads // case.kv_heads
-    q, k, v = (x.astype(np.float64) for x in (q, np.repeat(k, group, 1), np.repeat(v, group, 1)))
+def weights_of(case: AttentionCase, rng: np.random.Generator) -> dict[str, Array]:
+    """What a kernel makes keys and values with, of a form in which it does."""
+    return {}
+
+
+def kept_of(case: AttentionCase, rng: np.random.Generator, length: int, weights: dict[str, Array]) -> Kept:
+    """Random tokens in the case's form."""
+
+    def numbers(heads: int, width: int) -> Array:
+        return rounded(rng.standard_normal((length, heads, width)))
+
+    if case.state == "paged_kv":
+        k, v = (numbers(case.kv_heads, case.dim) for _ in range(2))
+        return Kept({"k": k, "v": v}, k, v)
+    if case.state == "k_plus_r":
+        return _sliced(case, numbers(1, case.kv_heads * case.dim + case.rest), rng)
+    x = numbers(1, case.dim)
+    return Kept({"x": x}, x, x)
+
+
+def _sliced(case: AttentionCase, values: Array, rng: np.random.Generator) -> Kept:
+    """Keys before they are turned, other elements, and angles, as kvc_passes.sites.Sliced says."""
+    length = len(values)
+    angles, (cosine, sine) = angles_of(rng, length, case.dim // 2)
+    keys = values[:, 0, : case.kv_heads * case.dim].reshape(length, case.kv_heads, case.dim)
+    return Kept({"x": np.concatenate([values, angles], 2)}, turned(keys, cosine, sine), values)
+
+
+def angles_of(rng: np.random.Generator, length: int, half: int) -> tuple[Array, tuple[Array, Array]]:
+    """What is kept of angles [length, 1, 4 * half], and the cosines and sines [length, 1, half] it means."""
+    angle = rng.uniform(0, 2 * np.pi, (length, 1, half))
+    scaled = [256 * f(angle) for f in (np.cos, np.sin)]
+    coarse = [np.floor(x) / 256 for x in scaled]
+    fine = [rounded(x - np.floor(x)) for x in scaled]
+    cosine, sine = (c + f.astype(np.float64) / 256 for c, f in zip(coarse, fine))
+    return np.concatenate([*coarse, *fine], 2).astype(np.float32), (cosine, sine)
+
+
+def turned(keys: Array, cosine: Array, sine: Array) -> Array:
+    """float64 keys [length, heads, dim] as their positions turn them."""
+    low, high = np.split(keys.astype(np.float64), 2, axis=2)
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], 2)
+
+
+def reference(case: AttentionCase, q: Array, k: Array, v: Array, place: Array) -> Array:
+    """float64 attention of queries [new, H, D] at `place` on keys and values [length, Hkv, D]."""
+    q, k, v = (
+        x.astype(np.float64) for x in (q, *(np.repeat(x, case.heads // x.shape[1], 1) for x in (k, v)))
+    )
     scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(case.dim)
     cap = case.options.get("softcap")
     if cap:
         scores = cap * np.tanh(scores / cap)
-    place, key = np.arange(length - new, length)[:, None], np.arange(length)[None]
-    seen = key <= place
+    key = np.arange(len(k))[None]
+    seen = key <= place[:, None]
     if "window" in case.options:
-        seen &= key > place - case.options["window"]
+        seen &= key > place[:, None] - case.options["window"]
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)

@@ -65,8 +65,8 @@ class Kernels:
         return tensor
 
     def get(self, tensor: Any, dtype: str) -> Array:
-        """A tensor of 16-bit floats as float32."""
-        raw = np.empty(tuple(tensor.shape), np.uint16)
+        """A tensor of floats as float32."""
+        raw = np.empty(tuple(tensor.shape), np.float32 if dtype == "float32" else np.uint16)
         self.ffi.get_global_func("runtime.TVMTensorCopyToBytes")(tensor, pointer(raw), raw.nbytes)
         return widened(raw, dtype)
 
@@ -87,6 +87,8 @@ def narrowed(array: Array, dtype: str) -> Array:
 
 
 def widened(raw: Array, dtype: str) -> Array:
+    if dtype == "float32":
+        return raw
     if dtype == "float16":
         return raw.view(np.float16).astype(np.float32)
     return (raw.astype(np.uint32) << 16).view(np.float32)
@@ -100,12 +102,12 @@ def check_attention(kernels: Kernels, case: cases.AttentionCase, quick: bool) ->
     made = cases.attention_inputs(case, [(n, 1 if decode else new) for n, new in lengths], kernels.seed)
     inputs = dict(made.inputs)
     inputs["tiles"] = tiles_of(inputs["tiles"], tile)
-    names = (
-        ("q", "k", "v", "positions", "table") if decode else ("q", "k", "v", "positions", "tiles", "table")
-    )
-    kinds = dict.fromkeys("qkv", case.dtype) | {"positions": "int64", "tiles": "int32", "table": "int32"}
-    out = kernels.vm[case.name](*(kernels.put(inputs[n], kinds[n]) for n in names))
-    got = kernels.get(out, case.dtype)[0]
+    if decode:
+        del inputs["tiles"]
+    integers = {"positions": "int64", "tiles": "int32", "table": "int32"}
+    given = (kernels.put(array, integers.get(name, case.dtype)) for name, array in inputs.items())
+    out = kernels.vm[case.name](*given)
+    got = kernels.get(out, str(out.dtype))[0]
     scale = np.abs(made.expected).max()
     error = float(np.abs(got - made.expected).max() / (UNITS[case.dtype] * scale))
     return {"name": case.name, "error": error, "limit": 8.0, "passed": bool(error <= 8)}
@@ -211,7 +213,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kernels = Kernels(options.seed)
     if "kernels" in wanted:
         attention = [c for c in cases.ATTENTION if c.dtype in options.dtypes.split(",")]
-        for case in attention[:: 4 if options.quick else 1]:
+        forms = [c for c in cases.FORMS if c.dtype in options.dtypes.split(",")]
+        for case in (*attention[:: 4 if options.quick else 1], *forms):
             yield check_attention(kernels, case, options.quick)
         products = [c for c in cases.PRODUCTS if c.dtype in options.dtypes.split(",")]
         for product in [c for c in products if not options.quick or "smollm2" in c.name]:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_cases import ATTENTION, PAGE, PRODUCTS, AttentionCase, ProductCase
+from tools.gpu_cases import ATTENTION, FORMS, PAGE, PRODUCTS, AttentionCase, ProductCase
 from tvm import IRModule, relax, tirx
 
 from kvc.cuda_machine import CudaMachine
 from kvc.pipeline import Runner
-from kvc_passes.sites import AttentionSite, MaskFact
+from kvc_passes.sites import AttentionSite, MaskFact, Sliced
 from kvc_passes.weight_format import WeightFormat
 
 CONTEXT = 1 << 17
@@ -22,7 +22,7 @@ def build_kernels(archs: tuple[str, ...], folder: Path, runner: Runner) -> int:
     """Write model.ARCH.so with all cases into `folder`, and tiles.json with their prefill tiles; how many."""
     machine = CudaMachine(archs)
     builder = relax.BlockBuilder()
-    for attention in ATTENTION:
+    for attention in (*ATTENTION, *FORMS):
         _attention(builder, machine, attention)
     for product in PRODUCTS:
         _product(builder, machine, product)
@@ -42,27 +42,32 @@ def build_kernels(archs: tuple[str, ...], folder: Path, runner: Runner) -> int:
         ):
             module = step(module)
     machine.build(module, folder, runner)
-    tiles = {c.name: machine.attention((site_of(c),), CONTEXT).tile for c in ATTENTION}
+    tiles = {c.name: machine.attention((site_of(c),), CONTEXT).tile for c in (*ATTENTION, *FORMS)}
     (folder / "tiles.json").write_text(json.dumps(tiles))
-    return len(ATTENTION) + len(PRODUCTS)
+    return len(ATTENTION) + len(FORMS) + len(PRODUCTS)
 
 
 def site_of(case: AttentionCase) -> AttentionSite:
     """What the kernel is asked for."""
     window = case.options.get("window")
-    mask = MaskFact("window" if window else "causal", window, "given")
+    sliced = None
+    if case.state == "k_plus_r":
+        sliced = Sliced(case.kv_heads, case.dim, case.rest, case.dim // 2, fine=True)
+    mask = MaskFact("memory" if case.of_memory else "window" if window else "causal", window, "given")
     return AttentionSite(
         index=0,
         node=case.name,
         heads=case.heads,
-        kv_heads=case.kv_heads,
-        head_dim=case.dim,
-        value_dim=case.dim,
+        kv_heads=1 if sliced else case.kv_heads,
+        head_dim=sliced.width if sliced else case.dim,
+        value_dim=sliced.value_dim if sliced else case.dim,
         scale=case.dim**-0.5,
         softcap=case.options.get("softcap"),
         mask=mask,
         rope=None,
         kv_dtype=case.dtype,  # type: ignore[arg-type]
+        kept=case.state,  # type: ignore[arg-type]
+        sliced=sliced,
     )
 
 
@@ -74,6 +79,7 @@ def format_of(case: ProductCase) -> WeightFormat:
 
 
 def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: AttentionCase) -> None:
+    """A function of the arguments of gpu_cases.Attention.inputs; a decode's has no tiles."""
     site = site_of(case)
     kernels = machine.attention((site,), CONTEXT)
     assert kernels.page_size == PAGE
@@ -82,19 +88,19 @@ def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: Attentio
     rows = b if decode else n
     q = _tensor("q", (1, case.heads, rows, case.dim), case.dtype)
     state = site.state(PAGE, kernels.keys_transposed)
-    k, v = (_tensor(name, (pages, *shape), dtype) for name, (dtype, shape) in state.items())
+    pools = [_tensor(name, (pages, *shape), dtype) for name, (dtype, shape) in state.items()]
     positions, tiles = _tensor("positions", (rows,), "int64"), _tensor("tiles", (t, 3), "int32")
     table = _tensor("table", (b, m), "int32")
-    params = [q, k, v, positions, table] if decode else [q, k, v, positions, tiles, table]
-    out = relax.TensorType((1, rows, case.heads, case.dim), case.dtype)
+    params = [q, *pools, positions, *([] if decode else [tiles]), table]
+    out = relax.TensorType((1, rows, case.heads, site.value_dim), "float32" if site.sliced else case.dtype)
+    made = kernels.decode(site, case.dtype) if decode else kernels.prefill(site, case.dtype)
     with builder.function(case.name, params):
+        kernel = builder.add_func(made, f"{case.name}_kernel")
         if decode:
-            part = relax.TensorType((b, kernels.splits(site), case.heads, case.dim + 2), "float32")
-            kernel = builder.add_func(kernels.decode(site, case.dtype), f"{case.name}_kernel")
+            part = relax.TensorType((b, kernels.splits(site), case.heads, site.value_dim + 2), "float32")
             both = builder.emit(relax.op.call_tir(kernel, params, [part, out]))
             result = builder.emit(relax.TupleGetItem(both, 1))
         else:
-            kernel = builder.add_func(kernels.prefill(site, case.dtype), f"{case.name}_kernel")
             result = builder.emit(relax.op.call_tir(kernel, params, out))
         builder.emit_func_output(result)
 

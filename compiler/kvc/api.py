@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvc_passes.errors import InputError, TargetError
+from kvc_passes.errors import InputError
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import STATE_FORMS, FormName
@@ -209,8 +209,6 @@ def planner_of(
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
         kind = machine.description["kind"]
-        if model.facts.reads_memory and "encoder_output" not in machine.forms:
-            raise TargetError(f"there are no kernels for cross-attention on the target {kind} yet")
         for form in names:
             if form not in machine.forms:
                 raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")

@@ -48,7 +48,14 @@ class CudaMachine:
     chunks: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256, 128)
     widens: bool = False
     page_size: int = PAGE_SIZE
-    forms: tuple[FormName, ...] = ("paged_kv", "x_absorbed", "mla_latent")
+    forms: tuple[FormName, ...] = (
+        "paged_kv",
+        "x_absorbed",
+        "mla_latent",
+        "k_only",
+        "k_plus_r",
+        "encoder_output",
+    )
     fuse: tuple[Pass, ...] = (FuseRows(),)
 
     @cached_property

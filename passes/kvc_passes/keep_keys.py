@@ -174,21 +174,26 @@ def _attention(
     before: AttentionSite,
     added: Mapping[str, relax.Var],
 ) -> relax.Expr:
-    """The attention over rows, [1, n, heads, f]."""
+    """The attention over rows, [1, n, heads, f]; in float32 as far as the values are made."""
     _, heads, n, _ = dims(query)
     dtype, width = str(query.ty.dtype.dtype), before.value_dim
     if str(row.ty.dtype.dtype) != dtype:
         row = builder.emit(relax.op.astype(row, dtype))
-    mixed = relax.TensorType(shape(1, n, heads, site.value_dim), dtype)
+    mixed = relax.TensorType(shape(1, n, heads, site.value_dim), "float32")
     call = relax.op.call_pure_packed(ATTENTION, query, row, row, relax.prim_value(site.index), ty_args=mixed)
     attrs = HeadProduct(site.heads, before.group, width, 0, width)
-    out = relax.TensorType(shape(1, n, heads, width), dtype)
+    out = relax.TensorType(shape(1, n, heads, width), "float32")
     result = marker(HEAD_PRODUCT, [builder.emit(call), added["values"]], attrs, out)
-    if "bias" not in added:
-        return result
-    columns = head_columns(Piece(0, width, row, 0, width), site.heads, before.group)
-    bias = builder.emit(relax.op.take(added["bias"], indices(columns), axis=0, mode="clip"))
-    bias = builder.emit(relax.op.reshape(bias, shape(1, 1, heads, width)))
-    if dtype != "float32":
-        bias = builder.emit(relax.op.astype(bias, dtype))
-    return relax.op.add(builder.emit(result), bias)
+    if "bias" in added:
+        result = relax.op.add(builder.emit(result), _bias(builder, added["bias"], site, before))
+    return result if dtype == "float32" else relax.op.astype(builder.emit(result), dtype)
+
+
+def _bias(
+    builder: relax.BlockBuilder, bias: relax.Var, site: AttentionSite, before: AttentionSite
+) -> relax.Expr:
+    """The values' bias of every query head, [1, 1, heads, f]."""
+    width = before.value_dim
+    columns = head_columns(Piece(0, width, bias, 0, width), site.heads, before.group)
+    taken = builder.emit(relax.op.take(bias, indices(columns), axis=0, mode="clip"))
+    return builder.emit(relax.op.reshape(taken, shape(1, 1, site.heads, width)))

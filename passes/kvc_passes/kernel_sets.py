@@ -28,8 +28,9 @@ class AttentionKernels(Protocol):
 
     For a shared site one x pool [pages, 1, page, e] stands in the place of the two, and v is not given: a
     token's value is the first f elements of its key.
-    `dtype` is the type of q, k, v and out. `extras` are, in this order and where the site has them:
-    slopes f32 [h] (ALiBi, multiplied with key position - query position) and sinks f32 [h] (learned scores).
+    `dtype` is the type of q, k, v and out; the out of a site of sites.Sliced is float32. `extras` are, in
+    this order and where the site has them: slopes f32 [h] (ALiBi, multiplied with key position - query
+    position) and sinks f32 [h] (learned scores).
     """
 
     @property

@@ -138,7 +138,8 @@ class PageAttention:
             state = calls.append(builder, site, key, new_value, slots)
         n = dims(query)[2]
         operands = [query, *state, *inputs.places(calls, site), *_extras(site)]
-        out = relax.TensorType((1, n, site.heads, site.value_dim), dtype_of(query))
+        kind = dtype_of(query) if site.sliced is None else "float32"
+        out = relax.TensorType((1, n, site.heads, site.value_dim), kind)
         kernel = calls.kernel(builder, f"{self.phase}_attention", site, dtype_of(query))
         if self.phase == "prefill":
             return relax.op.call_tir(kernel, operands, out)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretend_gpu.run_artifact import LENGTHS, STEPS, tokens_of
+from pretend_gpu.run_artifact import LENGTHS, ROWS, STEPS, memories_of, tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -128,17 +128,44 @@ def test_windows_and_codes_on_a_pretend_gpu(model_file: ModelFile, libraries: Pa
     done = run(built, libraries)
     assert done.returncode == 0, done.stderr
     cpu = kvc.compile(model, allow=allow, output=tmp_path / "cpu.kvc", **OPTIONS)
+    assert from_cpu(built, cpu) < 3 * LIMITS["float16"]
+
+
+def from_cpu(built: Built, cpu: kvc.Artifact) -> float:
+    """Largest difference of a logit from those of the CPU's build."""
     executor = Executor(cpu)
     served = Sequences(executor)
-    kept = [served.open(tokens) for tokens in tokens_of(512)]
+    tokens, memory = tokens_of(executor.facts.vocab), executor.facts.memory
+    kept = [served.open(*each) for each in (zip(tokens, memories_of(memory[0])) if memory else zip(tokens))]
     rows = [served.prefill(list(zip(kept, LENGTHS))).copy()]
     rows += [served.decode(kept).copy() for _ in range(STEPS)]
     executor.close()
-    got = np.load(built.artifact.with_suffix(".npz"))["logits"]
-    assert np.abs(got - np.stack(rows)).max() < 3 * LIMITS["float16"]
+    return float(np.abs(np.load(built.artifact.with_suffix(".npz"))["logits"] - np.stack(rows)).max())
 
 
-@pytest.mark.parametrize(("family", "state"), [("gpt2", "x_absorbed"), ("deepseek", "mla_latent")])
+@pytest.mark.parametrize(
+    ("state", "forms"),
+    [
+        ("paged_kv", {"paged_kv"}),
+        ("x_absorbed,encoder_output", {"x_absorbed", "encoder_output"}),
+    ],
+)
+def test_cross_attention_on_a_pretend_gpu(
+    model_file: ModelFile, libraries: Path, tmp_path: Path, state: str, forms: set[str]
+) -> None:
+    model = model_file("tiny-whisper", dtype="float16")
+    built = Built(model, tmp_path / "m.kvc", tmp_path / "dump")
+    options = {"budget": "2GB", "workload": f"2x64+{max(ROWS)}", "state": state}
+    artifact = kvc.compile(model, target="cuda:sm_90", output=built.artifact, dump=built.dump, **options)
+    assert {site.kept for site in artifact.facts.sites} == forms
+    done = run(built, libraries)
+    assert done.returncode == 0, done.stderr
+    assert from_cpu(built, kvc.compile(model, output=tmp_path / "cpu.kvc", **options)) < LIMITS["float16"]
+
+
+@pytest.mark.parametrize(
+    ("family", "state"), [("gpt2", "x_absorbed"), ("deepseek", "mla_latent"), ("phi", "k_plus_r")]
+)
 def test_other_forms_of_the_state_on_a_pretend_gpu(
     model_file: ModelFile, libraries: Path, tmp_path: Path, family: str, state: str
 ) -> None:

@@ -127,7 +127,6 @@ def test_weights_are_judged_only_where_that_can_help(
         ("gpt2", "k_v", {}, "there is no form of state 'k_v'; there are: paged_kv, x_absorbed, mla_latent"),
         ("llama", "k_only", {}, "K has 64 elements, fewer than the 128 that V is a projection of"),
         ("phi", "k_only", {}, "error .* times that of K and V in float32, .*; at most 1.5 is allowed"),
-        ("phi", "k_plus_r", {"target": "cuda"}, "no kernels for it on the target cuda yet"),
     ],
 )
 def test_a_form_that_is_not_legal_is_refused(

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from pretend_gpu.build import activate, build
 from pretend_gpu.cuda_text import compile_text
@@ -21,6 +22,8 @@ from pretend_gpu.launches import Launches, run_triton
 LENGTHS = (37, 5)
 CHUNKS = (20, 17)
 STEPS = 6
+ROWS = (90, 3)
+"""Of an encoder's output, where the model reads one."""
 
 
 def tokens_of(vocab: int) -> list[list[int]]:
@@ -29,6 +32,14 @@ def tokens_of(vocab: int) -> list[list[int]]:
 
     random = np.random.default_rng(0)
     return [[int(t) for t in random.integers(0, vocab, n + STEPS)] for n in LENGTHS]
+
+
+def memories_of(width: int) -> list[Any]:
+    """What both sequences have of an encoder's output, float32 [rows, width]."""
+    import numpy as np
+
+    random = np.random.default_rng(1)
+    return [random.standard_normal((rows, width)).astype(np.float32) for rows in ROWS]
 
 
 def add_kernels(launches: Launches, built: Path, text: Path, arch: str, folder: Path) -> None:
@@ -65,16 +76,25 @@ def main() -> None:
     executor = Executor(opened, warm=False)
     tokens = tokens_of(executor.facts.vocab)
     pages = [[each] * len(executor.plan.groups) for each in ([3, 1], [0, 2])]
+    memory = (0, 0)
+    if executor.facts.memory is not None:
+        memory = ROWS
+        (group,) = (g for g, each in enumerate(executor.plan.groups) if each.reach.memory)
+        for given, own in zip(memories_of(executor.facts.memory[0]), pages):
+            executor.encode(given, own[group])
     rows: list[np.ndarray] = []
-    first = [Segment(tokens[0][: CHUNKS[0]], 0, pages[0], wanted=False)]
+    first = [Segment(tokens[0][: CHUNKS[0]], 0, pages[0], wanted=False, memory=memory[0])]
     executor.prefill(first)
     second = [
-        Segment(tokens[0][CHUNKS[0] : LENGTHS[0]], CHUNKS[0], pages[0]),
-        Segment(tokens[1][: LENGTHS[1]], 0, pages[1]),
+        Segment(tokens[0][CHUNKS[0] : LENGTHS[0]], CHUNKS[0], pages[0], memory=memory[0]),
+        Segment(tokens[1][: LENGTHS[1]], 0, pages[1], memory=memory[1]),
     ]
     rows.append(executor.prefill(second).copy())
     for step in range(STEPS):
-        segments = [Segment([t[n + step]], n + step, p) for t, n, p in zip(tokens, LENGTHS, pages)]
+        segments = [
+            Segment([t[n + step]], n + step, p, memory=m)
+            for t, n, p, m in zip(tokens, LENGTHS, pages, memory)
+        ]
         rows.append(executor.decode(segments).copy())
     launches.check()
     # The first step launches kernels, the second records them; that and all others are one launch each.

@@ -91,10 +91,11 @@ def input_shapes(plan: Plan, facts: ModelFacts) -> Shapes:
 def table_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes of the largest call's inputs, and of what is remembered of pages (Bytes.tables)."""
     inputs = sum(padded(dtype, shape) for dtype, shape in input_shapes(plan, facts).values())
+    if plan.target["kind"] == "cuda":  # whose memory is what is counted
+        return inputs
     if facts.memory:  # requests keep what they came with: they may have to be computed again
         inputs += plan.max_batch * padded("float32", (plan.max_memory, facts.memory[0]))
-    on_gpu = plan.target["kind"] == "cuda"  # whose memory is what is counted
-    return inputs + (0 if on_gpu else RECORD_BYTES * sum(group.pages for group in plan.groups))
+    return inputs + RECORD_BYTES * sum(group.pages for group in plan.groups)
 
 
 def logits_bytes(plan: Plan, facts: ModelFacts) -> int:

@@ -53,6 +53,8 @@ def mask_of(shape: AttentionShape, positions: np.ndarray, length: int) -> np.nda
     h = np.arange(shape.heads)[:, None, None]
     if shape.predicate is not None:
         return np.vectorize(eval(f"lambda q, k, h: {shape.predicate}"), otypes=[bool])(q, k, h)
+    if shape.whole:
+        return np.ones((shape.heads, len(positions), length), bool)
     shown = np.broadcast_to(k <= q, (shape.heads, len(positions), length))
     if shape.window is not None:
         shown = shown & ((k > q - shape.window) | (k < (shape.sink_keys or 0)))

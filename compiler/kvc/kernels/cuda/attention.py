@@ -65,6 +65,7 @@ def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 8
         "GUARDED": shape.guarded,
         # Behind a narrow window few blocks are seen whole.
         "SPLIT": shape.predicate is None and min(shape.window or 2**30, shape.chunk or 2**30) >= 1024,
+        "WHOLE": shape.whole,
         "TILE": tile,
     }
     x = TRITON_TYPES[x_dtype]
@@ -99,22 +100,33 @@ def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKer
 def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
     """The shares of decode_kernel put together.
 
-    Arguments: part f32[b, splits, H, Dv + 2], out [1, b, H, Dv], b. Grid (b, H).
+    Arguments: part f32[b, splits, H, Dv + 2], out [1, b, H, Dv] of out_dtype, b. Grid (b, H, merge_blocks).
     """
+    wide = _merged(shape, splits)
     return DeviceKernel(
         "attention.merge",
-        (("part", "*fp32"), ("out", f"*{TRITON_TYPES[x_dtype]}"), ("b", "i32")),
+        (("part", "*fp32"), ("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"), ("b", "i32")),
         (
             ("H", shape.heads),
             ("DV", shape.value_dim),
-            ("DVP", power(shape.value_dim)),
+            ("VB", wide),
             ("SPLITS", splits),
             ("SP", power(splits)),
             ("GUARDED", shape.guarded),
         ),
         ("part", "out"),
-        warps=min(16, max(2, power(splits) * power(shape.value_dim) // 2048)),  # 64 numbers a thread
+        warps=max(2, power(splits) * wide // 2048),  # 64 numbers a thread
     )
+
+
+def merge_blocks(shape: AttentionShape, splits: int) -> int:
+    """Programs of merge_kernel for a sequence and a head."""
+    return -(-shape.value_dim // _merged(shape, splits))
+
+
+def _merged(shape: AttentionShape, splits: int) -> int:
+    """Elements of a value that a program of merge_kernel puts together."""
+    return min(power(shape.value_dim), max(16384 // power(splits), 16))
 
 
 def attention_kernel(
@@ -188,6 +200,11 @@ def in_float32(shape: AttentionShape, x_dtype: str) -> bool:
     if shape.stored:
         return x_dtype == "float32"
     return "float32" in (x_dtype, shape.kv_dtype) or x_dtype != shape.kv_dtype
+
+
+def out_dtype(shape: AttentionShape, x_dtype: str) -> str:
+    """The type of out: what values are made of from keys must not be rounded again."""
+    return x_dtype if shape.sliced is None else "float32"
 
 
 def _prefill_blocks(wide: int, float32: bool, arch: int) -> tuple[int, int, int, int]:

@@ -136,7 +136,8 @@ class CudaAttention:
 
     def splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
-        seen = min(self.context, site.mask.window or _LONG, site.mask.chunk or _LONG)
+        rows = _LONG if site.mask.reach.memory else self.context  # of an encoder's output: any number
+        seen = min(rows, site.mask.window or _LONG, site.mask.chunk or _LONG)
         return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
 
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
@@ -182,14 +183,15 @@ class CudaAttention:
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         inputs = {
-            "q": argument("q", (1, shape.heads, n, shape.head_dim), dtype),
+            "q": argument("q", (1, shape.heads, n, shape.query_dim), dtype),
             **self._pools(site, pages),
             "positions": argument("positions", (n,), "int64"),
             "tiles": argument("tiles", (t, 3), "int32"),
             "table": argument("block_table", (b, m), "int32"),
             **_extras(shape),
         }
-        out = argument("out", (1, n, shape.heads, shape.value_dim), dtype)
+        kind = attention.out_dtype(shape, dtype)
+        out = argument("out", (1, n, shape.heads, shape.value_dim), kind)
         self.variants.launch(e, kernel, {**inputs, "out": out, "n": n, "width": m}, (t, programs))
         return e.function([*inputs.values(), out], list(inputs.values()), [out])
 
@@ -208,17 +210,18 @@ class CudaAttention:
         e = Emitter()
         pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
         inputs = {
-            "q": argument("q", (1, shape.heads, b, shape.head_dim), dtype),
+            "q": argument("q", (1, shape.heads, b, shape.query_dim), dtype),
             **self._pools(site, pages),
             "positions": argument("positions", (b,), "int64"),
             "table": argument("block_table", (b, m), "int32"),
             **_extras(shape),
         }
         part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
-        out = argument("out", (1, b, shape.heads, shape.value_dim), dtype)
+        out = argument("out", (1, b, shape.heads, shape.value_dim), attention.out_dtype(shape, dtype))
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
         self.variants.launch(e, kernel, values, (b, programs, splits))
-        self.variants.launch(e, merge, values, (b, shape.heads))
+        blocks = attention.merge_blocks(shape, splits)
+        self.variants.launch(e, merge, values, (b, shape.heads, blocks))
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
     def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:

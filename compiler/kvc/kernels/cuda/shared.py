@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvc.kernels.attention import AttentionShape
 
-from .attention import TRITON_TYPES, attention_kernel, in_float32, options, power
+from .attention import TRITON_TYPES, attention_kernel, in_float32, options, out_dtype, power
 from .device import DeviceKernel
 
 APPEND_TOKENS = 16
@@ -29,23 +29,33 @@ def append_kernel(shape: AttentionShape, x_dtype: str) -> DeviceKernel:
 def prefill_kernel(shape: AttentionShape, x_dtype: str, arch: int = 80) -> tuple[DeviceKernel, int]:
     """Attention of many tokens a sequence, which must be in the pages; and programs a tile.
 
-    Arguments: q [1, H, n, D], xpool, positions i64[n], tiles i32[t, 3] (table row, first token, tokens),
-    table i32[b, width], extras, out [1, n, H, DV], n, width. Grid (t, programs a tile).
+    Arguments: q [1, H, n, query_dim], xpool, positions i64[n], tiles i32[t, 3] (table row, first token,
+    tokens), table i32[b, width], extras, out [1, n, H, DV] of out_dtype, n, width. Grid (t, programs a tile).
     """
     float32 = in_float32(shape, x_dtype)
     rows = 32 if float32 else 64
-    heads = min(power(shape.heads), rows)
-    block = min(max(power(shape.value_dim), 16), 128 if float32 else 256)
+    # Queries that meet keys of their own: those of one key, so that no other is read.
+    heads = min(power(shape.heads), rows) if shape.sliced is None else _group(shape)
+    wide = 256 if not float32 else 128 if shape.sliced is None else 64
+    block = min(max(power(shape.value_dim), 16), wide)
+    # sm_90 and sm_100 keep operands in shared memory; elsewhere larger blocks would spill registers.
+    ample = 90 <= arch < 120 and not float32
     constants = {
-        **_sizes(shape, block, float32),
-        "BM": max(rows, heads, 16),
+        **_sizes(shape, block, 128 if ample else 32 if float32 else 64),
+        "BM": max(rows, power(heads), 16),
         "BH": heads,
-        # sm_90 and sm_100 keep operands in shared memory; elsewhere more keys would spill registers.
-        **options(shape, 64 if 90 <= arch < 120 and not float32 else 32, x_dtype, stored=False),
+        **options(shape, 64 if ample else 32, x_dtype, stored=False),
         "GUARDED": shape.guarded,
+        "WHOLE": shape.whole,
+        "SLICED": _sliced(shape),
     }
     x = f"*{TRITON_TYPES[x_dtype]}"
-    types = _types(shape, x, tiles=True, rest=[("out", x), ("n", "i32"), ("width", "i32")])
+    types = _types(
+        shape,
+        x,
+        tiles=True,
+        rest=[("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"), ("n", "i32"), ("width", "i32")],
+    )
     kernel = attention_kernel("shared.prefill", types, constants, shape, 8, 2)
     return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
 
@@ -53,21 +63,41 @@ def prefill_kernel(shape: AttentionShape, x_dtype: str, arch: int = 80) -> tuple
 def decode_kernel(shape: AttentionShape, x_dtype: str) -> tuple[DeviceKernel, int]:
     """Attention of one token a sequence, every sequence's keys in shares; and programs a share.
 
-    Arguments: q [1, H, b, D], xpool, positions i64[b], table i32[b, width], extras, part f32[b, shares, H,
-    DV + 2] (as for attention.decode_kernel), b, width. Grid (b, programs a share, shares).
+    Arguments: q [1, H, b, query_dim], xpool, positions i64[b], table i32[b, width], extras, part f32[b,
+    shares, H, DV + 2] (as for attention.decode_kernel), b, width. Grid (b, programs a share, shares).
     """
     float32 = in_float32(shape, x_dtype)
-    heads = min(max(power(shape.heads), 16), 16 if float32 else 32)
+    rows = min(max(power(shape.heads), 16), 16 if float32 else 32)
+    heads = rows
+    if shape.sliced is not None:  # whole groups
+        rows = max(rows, power(_group(shape)))
+        heads = rows // _group(shape) * _group(shape)
     block = min(max(power(shape.value_dim), 16), 256 if float32 else 512)
     constants = {
-        **_sizes(shape, block, float32),
-        "BM": heads,
+        **_sizes(shape, block, 32 if float32 else 128),
+        "BM": rows,
+        "BH": heads,
         **options(shape, 16 if float32 else 32, x_dtype, stored=False),
+        "SLICED": _sliced(shape),
     }
     x = f"*{TRITON_TYPES[x_dtype]}"
     types = _types(shape, x, tiles=False, rest=[("part", "*fp32"), ("b", "i32"), ("width", "i32")])
     kernel = attention_kernel("shared.decode", types, constants, shape, 8, 2)
     return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
+
+
+def _group(shape: AttentionShape) -> int:
+    """Query heads that meet the same part of a kept key."""
+    return 1 if shape.sliced is None else shape.heads // shape.sliced.count
+
+
+def _sliced(shape: AttentionShape) -> tuple[int | bool, ...] | None:
+    """What triton_sliced.scores has to know of keys."""
+    if shape.sliced is None:
+        return None
+    dim, half = shape.sliced.dim, shape.sliced.half
+    parts = (max(power(size), 16) for size in (half, dim - 2 * half))
+    return (_group(shape), dim, half, shape.sliced.fine, *parts)
 
 
 def _pool(shape: AttentionShape) -> tuple[str, str]:
@@ -89,12 +119,13 @@ def _types(
     return [*(parameter for parameter, has in wanted.items() if has), *rest]
 
 
-def _sizes(shape: AttentionShape, block: int, float32: bool) -> dict[str, int]:
+def _sizes(shape: AttentionShape, block: int, deep: int) -> dict[str, int]:
     return {
         "H": shape.heads,
         "D": shape.head_dim,
+        "QD": shape.query_dim,
         "DV": shape.value_dim,
-        "DC": min(max(power(shape.head_dim), 16), 32 if float32 else 128),
+        "DC": min(max(power(shape.head_dim), 16), deep),
         "VB": block,
         "PG": shape.page_size,
     }

@@ -11,6 +11,7 @@ D and DV are padded to powers of two DP and DVP. Matrices are multiplied in the 
 in float32. kscale and vscale are None where pools hold floats (STORED ""). Scores are in units of which
 FACTOR make 1 in base 2: with nothing to add to the products, their scale is applied together with the
 subtraction of the maximum. SOFTCAP 0, WINDOW 0, CHUNK 0, SINK_KEYS 0 and PREDICATE None are none.
+With WHOLE, tokens are all at one position: they see the same keys, those of an encoder's output.
 """
 
 import triton
@@ -46,7 +47,7 @@ def prefill(
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
     STORED: tl.constexpr,
-    GUARDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of at most TILE query tokens and a KV head, BM rows at a time."""
     STEP: tl.constexpr = BM // (H // HKV)
@@ -59,7 +60,7 @@ def prefill(
         prefill_rows(
             q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first, tokens,
             H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-            WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT,
+            WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT, WHOLE,
         )  # fmt: skip
     else:
         for done in range(0, tokens, STEP):
@@ -67,7 +68,7 @@ def prefill(
                 q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first + done,
                 tl.minimum(tokens - done, STEP),
                 H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-                WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT,
+                WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT, WHOLE,
             )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def prefill_rows(
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
     STORED: tl.constexpr,
-    GUARDED: tl.constexpr, SPLIT: tl.constexpr,
+    GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Attention of `tokens` query tokens from `first` and a KV head, in at most BM rows.
 
@@ -89,7 +90,7 @@ def prefill_rows(
     TYPE: tl.constexpr = tl.float32 if FLOAT32 else q.dtype.element_ty
     head = tl.program_id(1)
     begin = tl.load(positions + first).to(tl.int32)
-    last = begin + tokens - 1
+    last = begin if WHOLE else begin + tokens - 1
 
     rm = tl.arange(0, BM)
     rd = tl.arange(0, DP)
@@ -97,7 +98,7 @@ def prefill_rows(
     inside = rm < tokens * G
     token = (first + rm // G).to(tl.int64)
     h = head * G + rm % G
-    position = begin + rm // G
+    position = begin + (tl.arange(0, 1) if WHOLE else rm // G)
     there = inside[:, None]
     if D < DP:
         there = there & (rd < D)[None, :]
@@ -237,14 +238,14 @@ def decode(
 @triton.jit
 def merge(
     part, out, b,
-    H: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    H: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr,
     SPLITS: tl.constexpr, SP: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """The shares of a sequence's token and a head put together."""
+    """The shares of a sequence's token and a head put together, VB elements of them."""
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     rs = tl.arange(0, SP)
-    rv = tl.arange(0, DVP)
+    rv = tl.program_id(2) * VB + tl.arange(0, VB)
     share = part + ((sequence.to(tl.int64) * SPLITS + rs) * H + h) * (DV + 2)
     top = tl.load(share + DV, mask=rs < SPLITS, other=float("-inf"))
     total = tl.load(share + DV + 1, mask=rs < SPLITS, other=0.0)

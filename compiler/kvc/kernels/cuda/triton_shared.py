@@ -4,7 +4,8 @@
 
 The pool is [pages, PG, D]: what is kept of a token is the key of all H heads, and its first DV elements are
 their value. Rows are too wide for registers: scores are summed up over DC elements at a time, and a program
-computes VB elements of its rows' values. Programs of the same rows compute their scores each. Everything else
+computes VB elements of its rows' values. Programs of the same rows compute their scores each. Queries have QD
+elements. SLICED is None, or says how a query meets its own part of the key (triton_sliced). Everything else
 is as in triton_attention.
 """
 
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_masks import oldest
+from .triton_sliced import scores
 from .triton_softmax import LOG2E, normalized, weigh
 from .triton_stored import load
 
@@ -34,15 +36,17 @@ def append(
 
 @triton.jit
 def attend(
-    acc, total, top, query, inside, position, h, slope, xpool, columns, block, start, low, high,
-    D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
-    PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    acc, total, top, query, inside, position, h, slope, xpool, columns, head, block, start, low, high,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
+    PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, MASKED: tl.constexpr,
+    FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    SLICED: tl.constexpr,
 ):  # fmt: skip
     """Take the block of keys from `start` into elements block * VB .. of the rows' values, sums and maxima.
 
-    query: pointers to the rows' queries [M]. Keys of low .. high - 1 and the sink keys may be read.
+    query: pointers to the rows' queries [M], of heads from `head` on, BH at most. Keys of low .. high - 1 and
+    the sink keys may be read.
     """
     TYPE: tl.constexpr = tl.float32 if FLOAT32 else query.dtype.element_ty
     rn = tl.arange(0, BN)
@@ -60,15 +64,16 @@ def attend(
         else:
             page = tl.load(columns + key // PG).to(tl.int64)
         row = page * PG + key % PG
-    x = tl.zeros((BM, BN), tl.float32)
-    for c in range(0, D, DC):
-        rd = c + tl.arange(0, DC)
-        if D % DC == 0:
-            part = tl.load(query[:, None] + rd[None, :], mask=inside[:, None], other=0.0)
-        else:
-            part = tl.load(query[:, None] + rd[None, :], mask=inside[:, None] & (rd < D)[None, :], other=0.0)
-        keys = load(xpool, row[None, :], rd[:, None], there[None, :], D, D % DC != 0, MASKED, "", TYPE)
-        x = tl.dot(part.to(TYPE), keys, x, input_precision="tf32x3")
+    if SLICED is not None:
+        x = scores(query, inside, h, xpool, row, there, head, SLICED, H, D, DV, BM, BN, BH, MASKED, TYPE)
+    else:
+        x = tl.zeros((BM, BN), tl.float32)
+        for c in range(0, D, DC):
+            rd = c + tl.arange(0, DC)
+            shown = inside[:, None] if D % DC == 0 else inside[:, None] & (rd < D)[None, :]
+            part = tl.load(query[:, None] + rd[None, :], mask=shown, other=0.0)
+            keys = load(xpool, row[None, :], rd[:, None], there[None, :], D, D % DC != 0, MASKED, "", TYPE)
+            x = tl.dot(part.to(TYPE), keys, x, input_precision="tf32x3")
     weight, fade, total, highest = weigh(
         x,
         total,
@@ -97,11 +102,11 @@ def attend(
 @triton.jit
 def prefill(
     q, xpool, positions, tiles, table, slopes, sinks, out, n, width,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
-    PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
+    VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    GUARDED: tl.constexpr,
+    GUARDED: tl.constexpr, WHOLE: tl.constexpr, SLICED: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of query tokens and BH heads, BM // BH tokens at a time, and VB elements of it."""
     STEP: tl.constexpr = BM // BH
@@ -113,15 +118,16 @@ def prefill(
     tokens = tl.load(tiles + 2)
     block = tl.program_id(1) % BLOCKS
     rm = tl.arange(0, BM)
-    h = tl.program_id(1) // BLOCKS * BH + rm % BH
+    head = tl.program_id(1) // BLOCKS * BH
+    h = head + rm % BH
     rv = block * VB + tl.arange(0, VB)
     for done in range(0, tokens, STEP):
         count = tl.minimum(tokens - done, STEP)
         begin = tl.load(positions + first + done).to(tl.int32)
         inside = (rm // BH < count) & (h < H)
         token = (first + done + rm // BH).to(tl.int64)
-        position = begin + rm // BH
-        query = q + (h * n.to(tl.int64) + token) * D
+        position = begin + (tl.arange(0, 1) if WHOLE else rm // BH)
+        query = q + (h * n.to(tl.int64) + token) * QD
         slope = None
         if slopes is not None:
             slope = tl.load(slopes + h, mask=inside, other=0.0)
@@ -133,7 +139,7 @@ def prefill(
             top = tl.full((BM,), float("-inf"), tl.float32)
             total = tl.zeros((BM,), tl.float32)
         low = oldest(begin, WINDOW, CHUNK)
-        high = begin + count
+        high = begin + (1 if WHOLE else count)
         at = low // BN
         end = tl.cdiv(high, BN)
         if SINK_KEYS > 0:
@@ -141,8 +147,9 @@ def prefill(
             for j in range(0, apart):
                 acc, total, top = attend(
                     acc, total, top, query, inside, position, h, slope,
-                    xpool, columns, block, j * BN, low, high, D, DV, DC, VB, PG, BM, BN, True, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+                    xpool, columns, head, block, j * BN, low, high,
+                    H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
                 )  # fmt: skip
             at = tl.maximum(at, apart)
         if PREDICATE is None and WINDOW == 0 and CHUNK == 0:
@@ -151,15 +158,17 @@ def prefill(
             for j in range(at, whole):
                 acc, total, top = attend(
                     acc, total, top, query, inside, position, h, slope,
-                    xpool, columns, block, j * BN, low, high, D, DV, DC, VB, PG, BM, BN, False, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+                    xpool, columns, head, block, j * BN, low, high,
+                    H, D, DV, DC, VB, PG, BM, BN, BH, False, FLOAT32,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
                 )  # fmt: skip
             at = whole
         for j in range(at, end):
             acc, total, top = attend(
                 acc, total, top, query, inside, position, h, slope,
-                xpool, columns, block, j * BN, low, high, D, DV, DC, VB, PG, BM, BN, True, FLOAT32,
-                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+                xpool, columns, head, block, j * BN, low, high,
+                H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
             )  # fmt: skip
         result = normalized(acc, total[:, None], GUARDED)
         there = inside[:, None] & (rv < DV)[None, :]
@@ -171,12 +180,13 @@ def prefill(
 @triton.jit
 def decode(
     q, xpool, positions, table, slopes, sinks, part, b, width,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
-    PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
+    VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    SLICED: tl.constexpr,
 ):  # fmt: skip
-    """A share of the attention of a sequence's token and BM heads, VB elements of it, not normalised.
+    """A share of the attention of a sequence's token and BH heads, VB elements of it, not normalised.
 
     A share that has no key writes only its sum, 0.
     """
@@ -187,11 +197,13 @@ def decode(
     shares = tl.num_programs(2)
     columns = table + sequence.to(tl.int64) * width
     own = tl.load(positions + sequence).to(tl.int32)
-    h = tl.program_id(1) // BLOCKS * BM + tl.arange(0, BM)
+    rm = tl.arange(0, BM)
+    head = tl.program_id(1) // BLOCKS * BH
+    h = head + rm
     rv = block * VB + tl.arange(0, VB)
-    inside = h < H
+    inside = (rm < BH) & (h < H)
     position = own + h * 0
-    query = q + (h * b.to(tl.int64) + sequence) * D
+    query = q + (h * b.to(tl.int64) + sequence) * QD
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + h, mask=inside, other=0.0)
@@ -218,9 +230,9 @@ def decode(
         if SINK_KEYS > 0:
             start += tl.where(j >= tl.cdiv(SINK_KEYS, BN), hole * BN, 0)
         acc, total, top = attend(
-            acc, total, top, query, inside, position, h, slope, xpool, columns, block, start, low, high,
-            D, DV, DC, VB, PG, BM, BN, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE,
+            acc, total, top, query, inside, position, h, slope, xpool, columns, head, block, start, low, high,
+            H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
         )  # fmt: skip
     part += ((sequence.to(tl.int64) * shares + share) * H + h) * (DV + 2)
     if block == 0:

@@ -21,6 +21,7 @@ from kvc.kernels.cuda.attention import (
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
+from kvc_passes.sites import Sliced
 from kvc_passes.weight_format import WeightFormat
 
 pytest.importorskip("triton")
@@ -34,6 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "chunks": {"chunk": 8192},
     "softcap, guarded": {"softcap": 30.0, "guarded": True},
     "slopes": {"slopes": True},
+    "an encoder's output": {"whole": True},
     "predicate": {"predicate": "k <= q and ((k + h) % 3 < 2 or (q - k) // 7 == 1)"},
 }
 WEIGHTS = [
@@ -100,24 +102,34 @@ def test_bfloat16_compiles() -> None:
         assert parameters_of(code.ptx)[-2:] == ["u64", "u64"]
 
 
+def kept_keys(heads: int, dim: int, rest: int, half: int) -> AttentionShape:
+    kept = Sliced(heads, dim, rest, half, fine=True)
+    return AttentionShape(heads, 1, kept.width, kept.value_dim, 0.0884, shared=True, sliced=kept)
+
+
 SHARED = {
+    "Llama-2-7B, keys": kept_keys(32, 128, 640, 64),
+    "Phi-3-mini, keys": kept_keys(32, 96, 768, 48),
     "GPT-2": AttentionShape(12, 1, 768, 768, 0.125, shared=True),
     "OPT-6.7B": AttentionShape(32, 1, 4096, 4096, 0.0884, shared=True),
     "DeepSeek-V2-Lite": AttentionShape(16, 1, 576, 512, 0.07, shared=True),
     "DeepSeek-V3": AttentionShape(128, 1, 576, 512, 0.07, shared=True),
+    "Whisper-small": AttentionShape(12, 1, 768, 768, 0.125, shared=True, whole=True),
     "BLOOM-560M": AttentionShape(16, 1, 1024, 1024, 0.125, slopes=True, shared=True),
 }
 
 
 @pytest.mark.parametrize(("dtype", "arch"), [("float16", 89), ("bfloat16", 90), ("float32", 80)])
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "Phi" in n else n for n in SHARED]
+)
 def test_what_is_key_and_value_in_one_compiles_without_spills(name: str, dtype: str, arch: int) -> None:
     shape = dataclasses.replace(SHARED[name], kv_dtype=dtype, page_size=64)
     kernels = [
         shared.append_kernel(shape, dtype),
         shared.prefill_kernel(shape, dtype, arch)[0],
         shared.decode_kernel(shape, dtype)[0],
-        merge_kernel(shape, 8, dtype),
+        merge_kernel(shape, 64, dtype),
     ]
     for absorbed in (False, True):
         columns, depth = (shape.value_dim, 64) if absorbed else (64, shape.value_dim)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from triton_case import DTYPES, SHAPES, Case
+from triton_case import DTYPES, SHAPES, Case, sliced
 from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
@@ -14,6 +14,7 @@ from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
     decode_kernel,
+    merge_blocks,
     merge_kernel,
     prefill_kernel,
 )
@@ -28,10 +29,10 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
     tiles, positions, at = [], [], 0
     for row, s in enumerate(case.sequences):
         tiles += [(row, at + i, min(tile, s.new - i)) for i in range(0, s.new, tile)]
-        positions.append(np.arange(s.length - s.new, s.length))
+        positions.append(s.positions(shape.whole))
         at += s.new
-    q = 2 * case.normal(1, shape.heads, at, shape.head_dim)
-    out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.type)
+    q = 2 * case.normal(1, shape.heads, at, shape.query_dim)
+    out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = prefill_kernel(shape, tile, case.dtype), shape.kv_heads
     if shape.shared:
         kernel, programs = shared.prefill_kernel(shape, case.dtype)
@@ -56,10 +57,10 @@ def check_prefill(case: Case, tile: int = 0) -> None:
 def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """q and out [sequences, heads, ...], and the positions."""
     shape, count = case.shape, len(case.sequences)
-    q = 2 * case.normal(1, shape.heads, count, shape.head_dim)
+    q = 2 * case.normal(1, shape.heads, count, shape.query_dim)
     positions = np.array([s.length - 1 for s in case.sequences])
     part = torch.full((count, splits, shape.heads, shape.value_dim + 2), torch.nan)
-    out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.type)
+    out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = decode_kernel(shape, splits, case.dtype), shape.kv_heads
     if shape.shared:
         kernel, programs = shared.decode_kernel(shape, case.dtype)
@@ -69,7 +70,8 @@ def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndar
         *(q, *case.state, torch.from_numpy(positions), case.table, *case.extras),
         *(part, count, case.table.shape[1]),
     )
-    run(merge_kernel(shape, splits, case.dtype), (count, shape.heads), part, out, count)
+    grid = (count, shape.heads, merge_blocks(shape, splits))
+    run(merge_kernel(shape, splits, case.dtype), grid, part, out, count)
     return q[0].transpose(0, 1), out[0], positions
 
 
@@ -93,6 +95,21 @@ def test_sequences_that_end_beside_pages_chunks_and_windows(name: str, dtype: st
 def test_contexts_of_several_blocks(name: str) -> None:
     check_prefill(Case(SHAPES[name], "float16", [(1300, 70), (300, 100)], 3))
     check_decode(Case(SHAPES[name], "float16", [(1300, 1)], 4), 5)
+
+
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("name", ["whole", "whole, shared"])
+def test_more_tokens_than_rows_of_an_encoders_output(name: str, page: int) -> None:
+    shape = dataclasses.replace(SHAPES[name], page_size=page)
+    check_prefill(Case(shape, "float16", [(64, 150), (1, 3), (129, 40)], 16))
+
+
+@pytest.mark.parametrize("name", ["whole", "whole, shared"])
+def test_an_encoders_output_without_rows_is_no_number(name: str) -> None:
+    for guarded in (True, False):
+        case = Case(dataclasses.replace(SHAPES[name], guarded=guarded), "float16", [(0, 1)], 17)
+        for _, out, _ in (prefill(case), decode(case, 2)):
+            assert ((out == 0) if guarded else out.isnan()).all()
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
@@ -140,6 +157,19 @@ def test_pages_of_another_type_than_the_queries(dtype: str, kv: str) -> None:
 @pytest.mark.parametrize("name", ["wide group, sinks", "sink keys", "predicate"])
 def test_more_shares_than_blocks(name: str) -> None:
     check_decode(Case(SHAPES[name], "float32", [(1, 1), (33, 1), (150, 1)], 12), 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_kept_keys_than_heads_of_a_program(dtype: str) -> None:
+    shape = sliced(34, 34, 8, rest=24, half=4, sink_scores=True, softcap=20.0, page_size=16)
+    check_decode(Case(shape, dtype, [(70, 1), (1, 1)], 19), 2)
+    check_prefill(Case(shape, dtype, [(17, 2)], 20))
+
+
+def test_many_shares_of_wide_values() -> None:
+    shape = AttentionShape(2, 1, 576, 520, 0.05, shared=True, page_size=64)
+    assert merge_blocks(shape, 64) == 3
+    check_decode(Case(shape, "float16", [(130, 1), (1, 1)], 18), 64)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,19 @@ from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import shared
-from kvc.kernels.cuda.attention import APPEND_TOKENS, append_kernel
+from kvc.kernels.cuda.attention import APPEND_TOKENS, append_kernel, out_dtype
+from kvc_passes.sites import Sliced
+from support import turned
+
+
+def sliced(
+    heads: int, count: int, dim: int, rest: int = 0, half: int = -1, fine: bool = False, **options: Any
+) -> AttentionShape:
+    """Queries of `heads` heads on kept keys of `count`."""
+    kept = Sliced(count, dim, rest, dim // 2 if half < 0 else half, fine)
+    options = {"page_size": 32, **options}
+    return AttentionShape(heads, 1, kept.width, kept.value_dim, 0.12, shared=True, sliced=kept, **options)
+
 
 PREDICATE = "k == q or k < q and (k + h) % 3 < 2 and (k - q) // 40 != -2 and not (q - k) % -7 == -3"
 SHAPES = {
@@ -41,6 +54,10 @@ SHAPES = {
         70, 1, 40, 40, 0.16, softcap=20.0, shared=True, page_size=128, sink_scores=True
     ),
     "shared, wide": AttentionShape(3, 1, 576, 520, 0.05, shared=True, page_size=64),
+    "whole": AttentionShape(6, 2, 64, 72, 0.125, whole=True, page_size=32),
+    "whole, shared": AttentionShape(5, 1, 160, 160, 0.08, whole=True, shared=True, page_size=64),
+    "keys": sliced(5, 5, 64),
+    "keys of groups, fine": sliced(6, 2, 40, rest=24, half=10, fine=True, window=37, page_size=64),
     "large heads": AttentionShape(3, 1, 256, 192, 0.06, window=70, sink_scores=True, page_size=64),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -64,6 +81,12 @@ class Sequence:
     k: torch.Tensor
     v: torch.Tensor
 
+    def positions(self, whole: bool) -> np.ndarray:
+        """Of the tokens in the call; `whole`: each sees all of the sequence, an encoder's output."""
+        if whole:
+            return np.full(self.new, self.length - 1)
+        return np.arange(self.length - self.new, self.length)
+
 
 class Case:
     """Sequences with random contents and pages. Whatever the kernels must not read is NaN."""
@@ -73,6 +96,7 @@ class Case:
     ) -> None:
         self.shape = shape = dataclasses.replace(shape, kv_dtype=kv or dtype)
         self.dtype, self.type = dtype, DTYPES[dtype]
+        self.out_type = DTYPES[out_dtype(shape, dtype)]
         self.random = torch.Generator().manual_seed(seed)
         self.slopes = torch.rand(shape.heads, generator=self.random) / 2
         self.sinks = torch.rand(shape.heads, generator=self.random) * 11 - 3
@@ -129,7 +153,7 @@ class Case:
         """Pages that no query of the call sees may have been given away."""
         page = self.shape.page_size
         for row, s in enumerate(self.sequences):
-            seen = self.seen(np.arange(s.length - s.new, s.length), s.length).any(axis=(0, 1))
+            seen = self.seen(s.positions(self.shape.whole), s.length).any(axis=(0, 1))
             for i in range(len(s.pages)):
                 if self.shape.predicate is None and not seen[i * page : (i + 1) * page].any():
                     self.table[row, i] = 2**30
@@ -155,6 +179,12 @@ class Case:
             both.append(found)
         return both[0], both[1]
 
+    def met(self, keys: np.ndarray, head: int) -> np.ndarray:
+        """The keys [length, query_dim] that a head's queries meet; turned by the definition of Sliced."""
+        if self.shape.sliced is None:
+            return np.asarray(keys[head // self.shape.group])
+        return turned(keys, self.shape.sliced)[0, head // (self.shape.heads // self.shape.sliced.count)]
+
     def check(self, q: torch.Tensor, out: torch.Tensor, sequence: Sequence, positions: np.ndarray) -> None:
         """q, out: [tokens, heads, ...] of one sequence."""
         shape = self.shape
@@ -165,11 +195,13 @@ class Case:
         half = self.dtype == "float16" and (shape.stored is not None or shape.kv_dtype == "float16")
         unit = (2.0**-11 if half else 0.0) * (2 if shape.stored else 1)  # values are rounded, too
         for h, seen in enumerate(masks):
-            k, v = keys[h // shape.group], values[h // shape.group]
+            k, v = self.met(keys, h), values[h // shape.group]
             query = q[:, h].double().numpy()
             s = query @ k.T * shape.scale
             # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
             slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(query) @ np.abs(k).T * abs(shape.scale))
+            if half and shape.sliced is not None:  # keys are rounded again when they are turned
+                slack += 2.0**-11 * (np.abs(query) @ np.abs(k).T * abs(shape.scale))
             if shape.softcap:
                 s = shape.softcap * np.tanh(s / shape.softcap)
                 slack += shape.softcap * 4e-7
