@@ -219,8 +219,8 @@ def planner_of(
 
 
 def _forms(state: str | None) -> tuple[FormName, ...]:
-    """The forms that are asked for: one at most for each kind of attention."""
-    found = []
+    """The forms that are asked for: one at most for each kind of attention, and K and V for what is left."""
+    found: list[FormName] = []
     for part in state.split(",") if state is not None else ():
         name = next((name for name in STATE_FORMS if name == part.strip()), None)
         if name is None:
@@ -228,8 +228,12 @@ def _forms(state: str | None) -> tuple[FormName, ...]:
                 f"there is no form of state '{part.strip()}'; there are: {', '.join(STATE_FORMS)}"
             )
         found.append(name)
-    if len({name == "encoder_output" for name in found}) != len(found):
-        raise InputError(f"--state {state}: all layers of a kind have one form; give one, and encoder_output")
+    others = [name for name in found if name != "paged_kv"]
+    if len({name == "encoder_output" for name in others}) != len(others):
+        raise InputError(
+            f"--state {state}: all layers of a kind have one form; give one, encoder_output, and paged_kv "
+            "for layers that it is not legal for"
+        )
     return tuple(found)
 
 

@@ -29,8 +29,9 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state",
         metavar="FORM",
-        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, k_only, k_plus_r, "
-        "x_gemm; of cross-attention: encoder_output (the fastest that fits)",
+        help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, v_only, k_only, "
+        "k_plus_r, x_gemm; of cross-attention: encoder_output; v_only,paged_kv: K and V where it is not "
+        "legal (the fastest that fits)",
     )
     parser.add_argument(
         "--target",

@@ -17,7 +17,7 @@ from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
 from kvc_passes.plans import Plan
 from kvc_passes.sites import FormName
-from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED
+from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED, VALUES
 from kvc_passes.weights import WeightPart
 
 from .codegen.lower import finish, join, lower
@@ -32,10 +32,12 @@ from .pipeline import (
     absorb,
     forms_of,
     keep_keys,
+    keep_values,
     key_weights,
     prepare,
     remake,
     serve,
+    tables_of,
     understand,
 )
 from .planning.budget import Costs
@@ -77,7 +79,7 @@ def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner
     facts = facts_of(imported, proved)  # with what config.json says of the graph itself
     sites = allow.applied(proved.sites, page)
     understood = replace(proved, sites=sites)
-    forms = forms_of(understood, imported.names)
+    forms = forms_of(understood, imported.names, tables_of(imported))
     facts = replace(facts, sites=sites, allowed=allow.used(imported.allowed), forms=forms)
     return Model(imported, understood, facts)
 
@@ -101,15 +103,21 @@ def forced_forms(model: Model, names: Sequence[FormName]) -> tuple[StateForm, ..
     """The form of every layer where they are asked for, of a model that was judged if one needs that.
 
     names: one for attention over the model's own tokens, one for that over an encoder's output, or both;
-        layers of the other kind keep K and V. Raises InputError where a form is not legal for a layer.
+        layers of the other kind keep K and V. With paged_kv beside them, so do layers that a form is not
+        legal for, unless it is for none. Raises InputError where a form is not legal for a layer.
     """
-    wanted = {"encoder_output" if name == "encoder_output" else "tokens": name for name in names}
-    asked = [
+    others = [name for name in names if name != "paged_kv"]
+    wanted = {"encoder_output" if name == "encoder_output" else "tokens": name for name in others}
+    if "encoder_output" in names and not model.facts.reads_memory:
+        raise InputError("--state encoder_output: no layer of the model reads an encoder's output")
+    asked: list[FormName] = [
         wanted.get("encoder_output" if site.mask.reach.memory else "tokens", "paged_kv")
         for site in model.facts.sites
     ]
-    if "encoder_output" in names and not model.facts.reads_memory:
-        raise InputError("--state encoder_output: no layer of the model reads an encoder's output")
+    legal = [{form.name for form in forms if form.legal} for forms in model.facts.forms]
+    if "paged_kv" in names:
+        possible = set().union(*legal)
+        asked = [n if n in own or n not in possible else "paged_kv" for n, own in zip(asked, legal)]
     return legal_forms(model, asked, "--state {}")
 
 
@@ -157,6 +165,9 @@ def kept_in(model: Model, chosen: Sequence[StateForm], runner: Runner) -> Model:
         understood = absorb(understood, absorbed, runner)
     if keys:
         understood = keep_keys(understood, keys, runner)
+    values = frozenset(i for i, form in by_site.items() if form.name == VALUES)
+    if values:
+        understood = keep_values(understood, values, tables_of(model.imported), runner)
     remade = frozenset(i for i, form in by_site.items() if form.name == LAST)
     if remade:
         understood = remake(understood, remade, runner)

@@ -28,6 +28,7 @@ from kvc_passes.facts import StateForm
 from kvc_passes.flatten_tokens import FlattenTokens
 from kvc_passes.graph import graph_of
 from kvc_passes.keep_keys import KeepKeys, KeyWeights
+from kvc_passes.keep_values import KeepValues
 from kvc_passes.kernel_sets import AttentionKernels, MatmulKernels
 from kvc_passes.merge_products import MergeProducts
 from kvc_passes.narrow_products import NarrowProducts
@@ -142,7 +143,7 @@ def understand(imported: Imported, runner: Runner) -> Understood:
         relax.transform.EliminateCommonSubexpr(),
         relax.transform.DeadCodeElimination(),
     )
-    found = runner.apply(mod, RecognizeAttention(roles, names, _tables(imported)))
+    found = runner.apply(mod, RecognizeAttention(roles, names, tables_of(imported)))
     mod = runner.apply(found.module, ExpandMarkers()).module
     bounded = runner.apply(mod, BoundContext(roles, names))
     mod = bounded.module
@@ -155,14 +156,16 @@ def understand(imported: Imported, runner: Runner) -> Understood:
     return Understood(mod, found.facts, positions.facts, min(limits, default=None), memory=roles.memory)
 
 
-def _tables(imported: Imported) -> dict[str, np.ndarray]:
-    """Parameters that may be parts of masks: small ones."""
+def tables_of(imported: Imported) -> dict[str, np.ndarray]:
+    """Parameters that may be parts of masks or rotations: small ones."""
     return {name: a for name, a in imported.weights.items() if a.size <= _LARGEST_TABLE}
 
 
-def forms_of(model: Understood, names: NodeNames) -> tuple[tuple[StateForm, ...], ...]:
+def forms_of(
+    model: Understood, names: NodeNames, tables: Mapping[str, np.ndarray]
+) -> tuple[tuple[StateForm, ...], ...]:
     """For every site, the forms that its state may be kept in, and why others are not legal."""
-    forms = Forms(graph_of(model.module["main"]), names)
+    forms = Forms(graph_of(model.module["main"]), names, tables)
     markers = forms.markers()
     return tuple(forms.of(markers[site.index], site) for site in model.sites)
 
@@ -190,6 +193,14 @@ def keep_keys(model: Understood, rest: Mapping[int, int], runner: Runner) -> Und
     done = runner.apply(model.module, KeepKeys(model.sites, rest))
     sites, weights = done.facts
     return replace(model, module=done.module, sites=sites, key_weights=weights)
+
+
+def keep_values(
+    model: Understood, sites: frozenset[int], tables: Mapping[str, np.ndarray], runner: Runner
+) -> Understood:
+    """Keep values alone at `sites`, of which keys are made whenever they are read, where that is legal."""
+    done = runner.apply(model.module, KeepValues(model.sites, sites, tables))
+    return replace(model, module=done.module, sites=done.facts)
 
 
 def remake(model: Understood, sites: frozenset[int], runner: Runner) -> Understood:

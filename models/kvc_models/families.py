@@ -219,6 +219,20 @@ FAMILIES: Final[dict[str, Family]] = {
         "experts, and one that all tokens share",
         _BATCHED,
     ),
+    "gemma4": Family(
+        "Gemma4TextConfig",
+        {
+            **_SIZES,
+            "head_dim": _HEAD,
+            "global_head_dim": 2 * _HEAD,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "keys and values from one projection where a layer sees all tokens, other heads there",
+    ),
     "olmoe": Family(
         "OlmoeConfig", {**_SIZES, **_EXPERTS, "num_experts": 4}, "experts, wide q/k norms", _BATCHED
     ),

@@ -10,13 +10,14 @@ from tvm import IRModule, relax, tirx
 from .base import Result
 from .emitting import head_columns, indices, replaced, shape, shared_columns
 from .graph import dims, graph_of, op_name
+from .kept_sites import Latent as Kept
+from .kept_sites import kept_site
 from .markers import ATTENTION, LATENT, HeadProduct, Latent, marker
 from .own_query import own_query
 from .provenance import Piece
 from .rebuild import rebuild
 from .sites import AttentionSite
-from .state_forms import Forms, kept_site
-from .state_forms import Latent as Kept
+from .state_forms import Forms
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "maximum": _binary(lambda x, y: max(x, y) if _is_number(x) and _is_number(y) else tirx.max(x, y)),
     "minimum": _binary(lambda x, y: min(x, y) if _is_number(x) and _is_number(y) else tirx.min(x, y)),
     "negative": lambda x: -x if not is_fractional(x) or _is_number(x) else affine_multiply(x, -1.0),
+    "cos": _numeric(math.cos, "cosine"),
+    "sin": _numeric(math.sin, "sine"),
     "exp": _numeric(math.exp, "exponential"),
     "log": _numeric(math.log, "logarithm"),
     "sqrt": _numeric(math.sqrt, "root"),

@@ -7,7 +7,7 @@ from tvm import relax, tirx
 
 from .graph import dims
 from .provenance import Piece
-from .rotations import Rotation
+from .rotations import Angles
 
 
 def shared_columns(builder: relax.BlockBuilder, source: relax.Expr, piece: Piece, n: tirx.Var) -> relax.Expr:
@@ -24,22 +24,22 @@ _FINE = 256.0
 
 def angles(
     builder: relax.BlockBuilder,
-    rotation: Rotation,
+    given: Angles,
     n: tirx.Var,
     dtype: str,
     values: dict[relax.Var, relax.Expr],
     *,
     fine: bool,
 ) -> list[relax.Expr]:
-    """Cosines and sines as a row keeps them, each [1, 1, n, half] of `dtype`; if fine, then the rest."""
+    """Cosines and sines as a row keeps them, each [1, 1, n, pairs] of `dtype`; if fine, then the rest."""
 
     def typed(value: relax.Expr) -> relax.Expr:
         same = str(value.ty.dtype.dtype) == dtype
         return value if same else builder.emit(relax.op.astype(value, dtype))
 
     found = []
-    for var, first in (rotation.cosine, rotation.sine):
-        angle = Piece(0, rotation.half, var, first, 0)
+    for var, first in (given.cosine, given.sine):
+        angle = Piece(0, given.pairs, var, first, 0)
         found.append(shared_columns(builder, replaced(var, values), angle, n))
     if not fine:
         return [typed(each) for each in found]

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .sites import AttentionSite, FloatName, FormName, MaskFact, Reach, Remade, Sliced, grouped
+from .sites import AttentionSite, FloatName, FormName, MaskFact, Reach, Rekeyed, Remade, Sliced, grouped
 
 
 @dataclass(frozen=True)
@@ -108,5 +108,6 @@ def _site(data: dict[str, Any]) -> AttentionSite:
     lists = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
     sliced = None if data["sliced"] is None else Sliced(**data["sliced"])
     remade = None if data.get("remade") is None else Remade(**data["remade"])
-    parts = {"mask": MaskFact(**data["mask"]), "sliced": sliced, "remade": remade}
+    rekeyed = None if data.get("rekeyed") is None else Rekeyed(**data["rekeyed"])
+    parts = {"mask": MaskFact(**data["mask"]), "sliced": sliced, "remade": remade, "rekeyed": rekeyed}
     return AttentionSite(**{**data, **lists, **parts})

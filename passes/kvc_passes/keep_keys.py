@@ -10,11 +10,12 @@ from tvm import IRModule, relax, tirx
 from .base import Result
 from .emitting import angles, head_columns, indices, replaced, shape
 from .graph import dims, graph_of, op_name
+from .kept_sites import Keys, sliced_site
 from .markers import ATTENTION, HEAD_PRODUCT, HeadProduct, marker
 from .provenance import Piece, Projection
 from .rebuild import rebuild
 from .sites import AttentionSite
-from .state_forms import Forms, Keys, sliced_site
+from .state_forms import Forms
 from .weights import Source, weight_of
 
 
@@ -162,7 +163,7 @@ def _row(
             weak = builder.emit(relax.op.astype(weak, x.ty.dtype.dtype))
         rest = builder.emit(relax.op.matmul(x, weak))
         parts.append(typed(builder.emit(relax.op.reshape(rest, shape(1, 1, n, site.sliced.rest)))))
-    kept = angles(builder, keys.rotation, n, dtype, values, fine=site.sliced.fine)
+    kept = angles(builder, keys.rotation.angles, n, dtype, values, fine=site.sliced.fine)
     return builder.emit(relax.op.concat([*parts, *kept], axis=3))
 
 

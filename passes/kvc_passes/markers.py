@@ -3,8 +3,8 @@
 A marker is `relax.op.call_pure_packed(NAME, *tensors, attrs, ty_args=type)`; `attrs` is JSON in a StringImm.
 `kvc.sdpa`, `kvc.rotary` and `kvc.dequantize` come from the importer, where the file has one operator for
 what others spell out; `kvc.attention` is what RecognizeAttention puts in the place of every attention,
-`kvc.head_product`, `kvc.latent_attention` and `kvc.remade_attention` what other forms of the state put
-there.
+`kvc.head_product`, `kvc.latent_attention`, `kvc.remade_attention` and `kvc.rekeyed_attention` what other
+forms of the state put there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ DEQUANTIZE = "kvc.dequantize"
 HEAD_PRODUCT = "kvc.head_product"
 LATENT = "kvc.latent_attention"
 REMADE = "kvc.remade_attention"
+REKEYED = "kvc.rekeyed_attention"
+"""(q [1,h,n,e], row [1,1,n,w], [factors f32 [g*e]], site) -> [1,n,h,e]: sites.Rekeyed says what a row is."""
+ATTENTIONS = (ATTENTION, LATENT, REMADE, REKEYED)
 HEAD_WEIGHT = "kvc.head_weight"
 
 Extra = Literal["mask", "lengths", "sinks"]

@@ -89,8 +89,8 @@ def _turned(
         return builder.emit(relax.op.multiply(a, b))
 
     cosine, sine, low, high = (
-        angle(rotation.cosine),
-        angle(rotation.sine),
+        angle(rotation.angles.cosine),
+        angle(rotation.angles.sine),
         part(0, half),
         part(half, 2 * half),
     )

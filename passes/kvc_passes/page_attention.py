@@ -19,6 +19,7 @@ from .markers import (
     HEAD_PRODUCT,
     HEAD_WEIGHT,
     LATENT,
+    REKEYED,
     REMADE,
     HeadProduct,
     Latent,
@@ -45,7 +46,8 @@ class PageAttention:
     """Keys and values live in pages that the function is given and updates in place.
 
     Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`,
-        `kvc.latent_attention(q, x, W_K, W_V)` or `kvc.remade_attention(q, row, W_K, W_V, *biases)`.
+        `kvc.latent_attention(q, x, W_K, W_V)`, `kvc.remade_attention(q, row, W_K, W_V, *biases)` or
+        `kvc.rekeyed_attention(q, row, *factors)`.
     After: k and v are appended to the site's pools at `slots`, then attention reads the pages of a block
         table. Sites that keep other tokens have slots and a table of their own, numbered as `grouped` does.
         New parameters behind positions: slots_0 [n], ..., in prefill tiles [t,3], block_table_0 [b,m], ...;
@@ -75,6 +77,8 @@ class PageAttention:
                 return self._attend(
                     builder, calls, inputs, self.sites[int(index.value)], query, key, new_value
                 )
+            if op_name(value) == REKEYED:
+                return self._rekeyed(builder, calls, inputs, value)
             if op_name(value) == REMADE:
                 return self._remade(builder, calls, inputs, value, graph, graph.definitions[var])
             if op_name(value) != LATENT:
@@ -136,11 +140,16 @@ class PageAttention:
         else:
             slots = inputs.slots[calls.group_of[site.index]]
             state = calls.append(builder, site, key, new_value, slots)
-        n = dims(query)[2]
         operands = [query, *state, *inputs.places(calls, site), *_extras(site)]
-        kind = dtype_of(query) if site.sliced is None else "float32"
-        out = relax.TensorType((1, n, site.heads, site.value_dim), kind)
         kernel = calls.kernel(builder, f"{self.phase}_attention", site, dtype_of(query))
+        return self._call(builder, kernel, site, operands)
+
+    def _call(
+        self, builder: relax.BlockBuilder, kernel: Any, site: AttentionSite, operands: list[relax.Expr]
+    ) -> relax.Expr:
+        """What the phase's kernel of a site makes of operands, of which the first is the query."""
+        n, dtype = dims(operands[0])[2], dtype_of(operands[0]) if site.sliced is None else "float32"
+        out = relax.TensorType((1, n, site.heads, site.value_dim), dtype)
         if self.phase == "prefill":
             return relax.op.call_tir(kernel, operands, out)
         part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
@@ -196,13 +205,23 @@ class PageAttention:
         state = calls.append(builder, site, row, row, inputs.slots[calls.group_of[site.index]])
         places = [*inputs.places(calls, site), *_extras(site)]
         operands = [query, *state, *places, *_packed(builder, weights, attrs, formats), *biases]
-        n, size = dims(query)[2], site.value_dim
-        out = relax.TensorType((1, n, site.heads, size), dtype_of(query))
-        if not decodes:
-            return relax.op.call_tir(kernel, operands, out)
-        part = relax.TensorType((n, self.kernels.splits(site), site.heads, size + 2), "float32")
-        both = builder.emit(relax.op.call_tir(kernel, operands, [part, out]))
-        return relax.TupleGetItem(both, 1)
+        return self._call(builder, kernel, site, operands)
+
+    def _rekeyed(
+        self, builder: relax.BlockBuilder, calls: PagedCalls, inputs: _Inputs, value: relax.Call
+    ) -> relax.Expr:
+        """Attention that makes keys of the values that are kept, in both phases."""
+        (query, row, *factors), site = tensors(value), self.sites[int(value.args[-1].value)]
+        decodes = self.phase == "decode"
+        kernel = calls.named(
+            builder,
+            ("rekeyed", *calls.geometry(site)),
+            f"{self.phase}_rekeyed",
+            lambda: self.kernels.rekeyed(site, decodes=decodes),
+        )
+        state = calls.append(builder, site, row, row, inputs.slots[calls.group_of[site.index]])
+        places = [*inputs.places(calls, site), *_extras(site)]
+        return self._call(builder, kernel, site, [query, *state, *places, *factors])
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class PagedCalls:
             "prefill_attention": self.kernels.prefill,
             "decode_attention": self.kernels.decode,
         }
-        kept = (*geometry[1:4], site.remade)
+        kept = (*geometry[1:4], site.row)
         key = (kind, dtype, *form, kept if kind == "append_kv" else geometry)
         return self.named(builder, key, kind, lambda: make[kind](site, dtype))
 
@@ -85,7 +85,7 @@ class PagedCalls:
             site.sinks is not None,
             site.guarded,
             site.sliced,
-            site.remade,
+            site.row,
             site.kv_dtype,
         )
 

@@ -135,6 +135,16 @@ class Provenance:
         )
 
     @cached_property
+    def moving(self) -> set[relax.Var]:
+        """The values that depend on the ids of tokens."""
+        return self.graph.reachable_from([self.graph.function.params[0]])
+
+    @cached_property
+    def turning(self) -> set[relax.Var]:
+        """The values that depend on the positions of tokens."""
+        return self.graph.reachable_from([self.graph.function.params[1]])
+
+    @cached_property
     def ends(self) -> list[relax.Var]:
         """The values that operands are followed back to."""
         return [v for v in self.graph.order if not self.moves(v)]

@@ -9,12 +9,13 @@ from tvm import IRModule, relax
 from .base import Result
 from .emitting import angles, head_columns, indices, replaced, shape
 from .graph import dims, graph_of, op_name
+from .kept_sites import Remaking, remade_site
 from .markers import ATTENTION, REMADE, HeadProduct, Latent, marker
 from .own_query import own_query
 from .provenance import Piece, Projection
 from .rebuild import rebuild
 from .sites import AttentionSite
-from .state_forms import Forms, Remaking, remade_site
+from .state_forms import Forms
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _attention(
 
     row = typed(builder.emit(relax.op.reshape(replaced(found.source, values), shape(1, 1, n, kept.depth))))
     if found.rotation is not None:
-        turned = angles(builder, found.rotation, n, dtype, values, fine=kept.fine)
+        turned = angles(builder, found.rotation.angles, n, dtype, values, fine=kept.fine)
         row = builder.emit(relax.op.concat([row, *turned], axis=3))
     pairs = ((found.key, found.key_piece), (found.value, found.value_piece))
     weights = [replaced(projection.weight, values) for projection, _ in pairs]

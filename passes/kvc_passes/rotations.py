@@ -9,17 +9,26 @@ the token's position alone. The form read here is that of RoPE (RoFormer, arXiv 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-from tvm import relax, tirx
-from tvm.ir import GenericConst
-from tvm.sym import Analyzer
+from tvm import relax
 
 from .conditions import Unprovable
-from .element import Elements, Index
-from .graph import Graph, dims, op_name, scalar, static
-from .indices import bind_extent, bind_index, int64, replaced
+from .element import Index
+from .graph import Graph, dims, static
 from .provenance import Piece, Projection, Provenance
+from .terms import Term, Terms
+
+Place = tuple[relax.Var, Index]
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Cosines and sines of a token's position: of each a value [.., n, elements], and where it begins."""
+
+    cosine: tuple[relax.Var, int]
+    sine: tuple[relax.Var, int]
+    pairs: int
+    """How many of each."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,11 @@ class Rotation:
 
     key: Piece
     """All elements before they are turned."""
-    half: int
-    cosine: tuple[relax.Var, int]
-    """A value [.., n, elements], and where in it the element for d = 0 stands."""
-    sine: tuple[relax.Var, int]
+    angles: Angles
+
+    @property
+    def half(self) -> int:
+        return self.angles.pairs
 
     @property
     def projection(self) -> Projection:
@@ -39,21 +49,11 @@ class Rotation:
         return self.key.projection
 
 
-@dataclass(frozen=True)
-class _Term:
-    """A product with a sign: an element of a projection, and elements that depend on positions alone."""
-
-    negative: bool
-    key: tuple[relax.Var, Index] | None
-    others: tuple[tuple[relax.Var, Index], ...]
-
-
 class Rotations:
     """Reads the rotations of a flattened graph."""
 
     def __init__(self, graph: Graph, provenance: Provenance) -> None:
         self.graph, self.provenance = graph, provenance
-        self._moving = graph.reachable_from([graph.function.params[0]])
 
     def read(self, operand: relax.Expr, pieces: tuple[Piece, ...]) -> Rotation:
         """The rotation of an operand whose `pieces` are known. Raises Unprovable with the reason."""
@@ -62,7 +62,7 @@ class Rotations:
         if turned % 2 or not turned or any(p.projection is not None for p in pieces if p.low < turned):
             raise Unprovable("is not turned in its first elements alone")
         half = turned // 2
-        low, high = (_Half(self, operand, begin, half) for begin in (0, half))
+        low, high = (_Half(self.provenance, operand, begin, half) for begin in (0, half))
         (first, second), (third, fourth) = low.terms, high.terms
         key = low.place(first)
         if (low.place(second), high.place(third), high.place(fourth)) != (
@@ -72,123 +72,50 @@ class Rotations:
         signs = (first.negative, second.negative, third.negative, fourth.negative)
         if signs != (False, True, False, False):
             raise Unprovable("is turned with other signs")
-        if low.text(first) != high.text(third) or low.text(second) != high.text(fourth):
+        (cosine, sine), others = low.angles(), high.angles()
+        if (low.text(cosine), low.text(sine)) != tuple(map(high.text, others)):
             raise Unprovable("is turned by other cosines or sines in its second half")
         whole = replace(key, high=extent)
         for piece in pieces:
             if piece.low >= turned and not _follows(whole, piece):
                 raise Unprovable("has elements behind the turned ones that come from elsewhere")
-        return Rotation(whole, half, low.column(first), low.column(second))
+        return Rotation(whole, Angles(low.angle(cosine), low.angle(sine), half))
 
 
-class _Half:
-    """The elements begin .. begin + half - 1 of a rotated operand, symbolically."""
+class _Half(Terms):
+    """The elements begin .. begin + half - 1 of a rotated operand."""
 
-    def __init__(self, rotations: Rotations, operand: relax.Expr, begin: int, half: int) -> None:
-        self.rotations, self.graph, self.half = rotations, rotations.graph, half
-        analyzer = Analyzer()
-        tokens = rotations.provenance.tokens
-        bind_extent(analyzer, tokens, 1)
-        self.h, self.t = bind_index(analyzer, "h", dims(operand)[1]), bind_index(analyzer, "t", tokens)
-        self.d = bind_index(analyzer, "d", half)
-        self.seen: list[tuple[relax.Var, Index, tirx.Var]] = []
-        ends = {v: self._end(v) for v in rotations.provenance.ends}
-        ends |= {p: self._end(p) for p in self.graph.function.params}  # frequencies may be one
-        self.elements = Elements(self.graph, ends, analyzer)
-        self.terms = self._terms(operand, [0, self.h, self.t, self.elements.simplify(self.d + begin)])
-        if len(self.terms) != 2 or any(t.key is None or len(t.others) != 1 for t in self.terms):
+    def __init__(self, provenance: Provenance, operand: relax.Expr, begin: int, half: int) -> None:
+        super().__init__(provenance, operand, begin, half, lambda var: provenance.projection(var) is not None)
+        self.half = half
+        plain = all(t.key is not None and len(t.others) == 1 and t.number == 1.0 for t in self.terms)
+        if len(self.terms) != 2 or not plain:
             raise Unprovable("is no sum of two products with what depends on positions")
         # The term of the element itself comes first: its cosine.
         if begin == 0 and self.terms[0].negative:
             self.terms.reverse()
-        if begin and self._first(self.terms[0]) < self._first(self.terms[1]):
+        if begin and self.place(self.terms[0]).first < self.place(self.terms[1]).first:
             self.terms.reverse()
 
-    def _end(self, var: relax.Var) -> Any:
-        def record(index: Index) -> Any:
-            self.seen.append((var, index, tirx.Var(f"element_{len(self.seen)}", "float32")))
-            return self.seen[-1][2]
-
-        return record
-
-    def _leaf(self, value: relax.Expr, index: Index) -> tuple[relax.Var, Index]:
-        """The value that an element comes from, behind changes of layout."""
-        found = self.elements.at(value, index)
-        for var, at, name in self.seen:
-            if isinstance(found, tirx.Var) and name.same_as(found):
-                return var, at
-        raise Unprovable("has elements of several values")
-
-    def _terms(self, value: relax.Expr, index: Index) -> list[_Term]:
-        var, at = self._leaf(value, index)
-        if self.rotations.provenance.projection(var) is not None:
-            return [_Term(False, (var, at), ())]
-        if var not in self.rotations._moving:
-            return [_Term(False, None, ((var, at),))]
-        call = self.graph.definitions[var]
-        name = op_name(call)
-        if name not in ("add", "subtract", "negative", "multiply"):
-            raise Unprovable(f"goes through {name}")
-        parts = [self._terms(operand, _aligned(operand, at)) for operand in call.args]
-        if name == "negative":
-            return [_negated(term) for term in parts[0]]
-        if name == "multiply":
-            return [_product(a, b) for a in parts[0] for b in parts[1]]
-        return [*parts[0], *(map(_negated, parts[1]) if name == "subtract" else parts[1])]
-
-    def place(self, term: _Term) -> Piece:
+    def place(self, term: Term) -> Piece:
         """Where the key's elements of a term stand in their projection."""
         assert term.key is not None
-        var, index = term.key
-        column = self.rotations.provenance.column(self.elements, index, self.h, self.t, self.d)
+        column = self.column(term.key)
         if column is None:
             raise Unprovable("takes its elements in another order")
-        return Piece(0, self.half, var, *column, self.rotations.provenance.projection(var))
+        return Piece(0, self.half, term.key[0], *column, self.provenance.projection(term.key[0]))
 
-    def _first(self, term: _Term) -> int:
-        return self.place(term).first
-
-    def column(self, term: _Term) -> tuple[relax.Var, int]:
-        """The cosines or sines of a term, which all heads share."""
-        ((var, index),) = term.others
-        at = self.rotations.provenance.column(self.elements, index, self.h, self.t, self.d)
-        if at is None or at[1]:
-            raise Unprovable("is turned by what is not the same for all heads")
-        return var, at[0]
-
-    def text(self, term: _Term) -> str:
-        """The cosine or sine of a term, such that equal texts mean equal numbers."""
-        ((var, index),) = term.others
-        return self._text(var, index)
-
-    def _text(self, value: relax.Expr, index: Index) -> str:
-        if isinstance(value, GenericConst):
-            known = scalar(value)
-            return repr(value.value.numpy().tolist()) if known is None else repr(known)
-        var, at = self._leaf(value, index)
-        call = self.graph.resolve(var)
-        if op_name(call) in ("cos", "sin", "multiply"):
-            return f"{op_name(call)}({', '.join(self._text(a, _aligned(a, at)) for a in call.args)})"
-        places = [str(self.elements.simplify(replaced(replaced(int64(i), self.t, 0), self.d, 0))) for i in at]
-        return f"{var.name}[{', '.join(places)}]"
+    def angles(self) -> tuple[Place, Place]:
+        """Where the cosines and sines of the two terms stand."""
+        (first,), (second,) = (term.others for term in self.terms)
+        return of_value(first), of_value(second)
 
 
-def _aligned(operand: relax.Expr, index: Index) -> list[Any]:
-    """The index into an operand that was broadcast to the rank of `index`."""
-    shape = dims(operand)
-    rest = list(index)[len(index) - len(shape) :]
-    return [0 if static(d) == 1 else i for d, i in zip(shape, rest)]
-
-
-def _negated(term: _Term) -> _Term:
-    return replace(term, negative=not term.negative)
-
-
-def _product(a: _Term, b: _Term) -> _Term:
-    if a.key is not None and b.key is not None:
-        raise Unprovable("is multiplied with itself")
-    key = b.key if a.key is None else a.key
-    return _Term(a.negative != b.negative, key, (*a.others, *b.others))
+def of_value(place: tuple[relax.Expr, Index]) -> Place:
+    """A place in a value; constants depend on no position."""
+    if not isinstance(place[0], relax.Var):
+        raise Unprovable("is multiplied with a constant")
+    return place[0], place[1]
 
 
 def _follows(whole: Piece, piece: Piece) -> bool:

@@ -10,7 +10,7 @@ from tvm import IRModule, relax, tirx
 from .base import Result
 from .graph import Graph, dims, graph_of, op_name, operands
 from .indices import replaced
-from .markers import ATTENTION, LATENT, REMADE
+from .markers import ATTENTIONS
 from .rebuild import insert_params, rebuild, substitute
 
 
@@ -31,8 +31,7 @@ class SelectRows:
         (n,) = dims(function.params[0])
         r = tirx.Var("r", "int64")
         rows = relax.Var("rows", relax.TensorType((r,), "int32"))
-        kinds = (ATTENTION, LATENT, REMADE)
-        markers = [v for v in graph.order if op_name(graph.definitions[v]) in kinds]
+        markers = [v for v in graph.order if op_name(graph.definitions[v]) in ATTENTIONS]
         needed = graph.ancestors(o for v in markers for o in operands(graph.definitions[v])) | set(markers)
         output = function.body.body
         values: dict[relax.Var, relax.Expr] = {}

@@ -13,7 +13,9 @@ from typing import Literal, get_args
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
-FormName = Literal["paged_kv", "x_absorbed", "mla_latent", "k_only", "k_plus_r", "x_gemm", "encoder_output"]
+FormName = Literal[
+    "paged_kv", "x_absorbed", "mla_latent", "v_only", "k_only", "k_plus_r", "x_gemm", "encoder_output"
+]
 STATE_FORMS: tuple[FormName, ...] = get_args(FormName)
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
@@ -131,6 +133,34 @@ class Remade:
 
 
 @dataclass(frozen=True)
+class Rekeyed:
+    """Kept values of `count` KV heads, one behind the other, that keys are made of when they are read.
+
+    What is kept of a token: the values, then `pairs` cosines and as many sines; if `fine`, as many of these
+    again, a 256th of which is added. A key is the value of its head, times a factor for each element if
+    `scaled`. Of that, elements d and d + half are turned as Sliced says for d < pairs, and no others.
+    """
+
+    count: int
+    dim: int
+    """Elements of a value and of a key."""
+    half: int
+    pairs: int
+    fine: bool
+    scaled: bool
+
+    @property
+    def values(self) -> int:
+        """Elements of the values of a token."""
+        return self.count * self.dim
+
+    @property
+    def width(self) -> int:
+        """Elements that are kept of a token."""
+        return self.values + 2 * self.pairs * (2 if self.fine else 1)
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention layer: softmax(softcap(scale * q k^T) masked) v, as found in the graph."""
 
@@ -159,21 +189,29 @@ class AttentionSite:
     kept: FormName = "paged_kv"
     """What is kept of a token. paged_kv: its keys and values. x_absorbed: the value that both are projections
     of, which then is the one key of all heads, and its value. mla_latent: that, and elements of the keys that
-    all heads share; the value is the first value_dim elements. k_only: the keys of all heads, before they are
-    turned, and their cosines and sines; all but those are the value. k_plus_r: that, and some directions of
-    what keys are projections of. x_gemm: the value that both are projections of, and cosines and sines; they
-    are made again. encoder_output: of cross-attention, as x_absorbed, for several layers."""
+    all heads share; the value is the first value_dim elements. v_only: the values of all heads, cosines
+    and sines; keys are made of them. k_only: the keys of all heads, before they are turned, and their cosines
+    and sines; all but those are the value. k_plus_r: that, and some directions of what keys are projections
+    of. x_gemm: the value that both are projections of, and cosines and sines; they are made again.
+    encoder_output: of cross-attention, as x_absorbed, for several layers."""
     sliced: Sliced | None = None
     """How a query meets its own part of what is kept, where that is keys; else it meets all of it."""
     owner: int | None = None
     """The site that keeps the state for this one; None for its own."""
     remade: Remade | None = None
     """What is kept in the place of keys and values that are made again; they are as the site says."""
+    rekeyed: Rekeyed | None = None
+    """The same for values that keys are made of."""
 
     @property
     def shared(self) -> bool:
         """Whether what is kept of a token is its key and its value in one."""
         return self.kept != "paged_kv"
+
+    @property
+    def row(self) -> Remade | Rekeyed | None:
+        """What is kept of a token once for all heads, whose keys are made of it head by head."""
+        return self.remade or self.rekeyed
 
     @property
     def query_dim(self) -> int:
@@ -193,8 +231,8 @@ class AttentionSite:
         """
         if self.owner is not None:
             return {}
-        if self.remade is not None:
-            return {"x": (self.kv_dtype, (1, page, self.remade.width))}
+        if self.row is not None:
+            return {"x": (self.kv_dtype, (1, page, self.row.width))}
         if self.shared:
             return {"x": (self.kv_dtype, (self.kv_heads, page, self.head_dim))}
         dtypes: dict[str | None, str] = {None: self.kv_dtype, "int8": "int8", "fp8": "uint8", "int4": "uint8"}
@@ -220,6 +258,9 @@ class AttentionSite:
         if self.remade is not None:
             depth, angles = self.remade.depth, self.remade.width - self.remade.depth
             names[self.kept] = f"X [{depth} + {angles} of angles] for K and V"
+        if self.rekeyed is not None:
+            angles = self.rekeyed.width - self.rekeyed.values
+            names[self.kept] = f"V [{self.rekeyed.values} + {angles} of angles] for K and V"
         return f"paged {names[self.kept]}, {self.stored or self.kv_dtype}"
 
     def token_bytes(self) -> int:

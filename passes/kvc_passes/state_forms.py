@@ -2,109 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
+import numpy as np
 from tvm import relax
 
 from .conditions import Unprovable
 from .facts import StateForm
 from .graph import Graph, op_name
+from .kept_sites import Keys, Latent, Remaking, Values, sliced_site
 from .markers import ATTENTION
 from .nodes import NodeNames
 from .provenance import Piece, Projection, Provenance
+from .rekeying import rekeying
 from .rotations import Rotation, Rotations
-from .sites import FLOAT_BYTES, AttentionSite, FloatName, FormName, Remade, Sliced
+from .sites import FLOAT_BYTES, AttentionSite, FloatName, FormName, Rekeyed
 from .weights import weight_of
-
-
-@dataclass(frozen=True)
-class Latent:
-    """One value of a token that its keys and values are made of."""
-
-    key: Projection
-    value: Projection
-    key_piece: Piece
-    value_piece: Piece
-    shared: tuple[Piece, ...]
-    """A key's other elements, which are the same for all heads."""
-    source: relax.Var
-    """The value: a 16-bit float where that is what is projected, in whatever type."""
-    memory: bool = False
-    """Whether it is made of an encoder's output."""
-
-    @property
-    def form(self) -> FormName:
-        if self.memory:
-            return "encoder_output"
-        return "mla_latent" if self.shared else "x_absorbed"
-
-    @property
-    def dtype(self) -> FloatName:
-        """What is kept of it."""
-        name: FloatName = str(self.source.ty.dtype.dtype)  # type: ignore[assignment]
-        return name
-
-    @property
-    def width(self) -> int:
-        """Elements that are kept of a token."""
-        return self.key.depth + sum(piece.width for piece in self.shared)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Keys before they are turned, and the values of the same tokens."""
-
-    rotation: Rotation
-    value: Projection
-    value_piece: Piece
-    fine: bool
-    """Whether cosines and sines take two elements each: targets may compute them in more than 16 bits."""
-
-
-@dataclass(frozen=True)
-class Remaking:
-    """The value that keys, which may be turned, and values are projections of, to be made again."""
-
-    key_piece: Piece
-    """Before they are turned."""
-    value_piece: Piece
-    rotation: Rotation | None
-    source: relax.Var
-    """The value: a 16-bit float where that is what is projected, in whatever type."""
-
-    @property
-    def key(self) -> Projection:
-        assert self.key_piece.projection is not None
-        return self.key_piece.projection
-
-    @property
-    def value(self) -> Projection:
-        assert self.value_piece.projection is not None
-        return self.value_piece.projection
-
-    @property
-    def dtype(self) -> FloatName:
-        """What is kept of it."""
-        name: FloatName = str(self.source.ty.dtype.dtype)  # type: ignore[assignment]
-        return name
-
-    @property
-    def kept(self) -> Remade:
-        half = 0 if self.rotation is None else self.rotation.half
-        return Remade(self.key.depth, half, half > 0 and self.dtype != "float32")
-
-    @property
-    def token_bytes(self) -> int:
-        return self.kept.width * FLOAT_BYTES[self.dtype]
-
 
 ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", "encoder_output")
 KEYS: Final[tuple[FormName, ...]] = ("k_only", "k_plus_r")
 LAST: Final[FormName] = "x_gemm"
 """What is chosen only where no other form fits: a decode step makes all keys and values again."""
-OF_TOKENS: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", *KEYS, LAST)
+VALUES: Final[FormName] = "v_only"
+EXACT: Final[tuple[FormName, ...]] = (*ABSORBED, VALUES)
+"""Forms whose legality does not depend on the rounding of weights, and that are no last resort."""
+OF_TOKENS: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", VALUES, *KEYS, LAST)
 """Forms of what attention over the model's own tokens keeps, other than K and V."""
 UNJUDGED: Final = "the rounding of its weights was not measured"
 
@@ -116,8 +40,14 @@ class Illegal(Exception):
 class Forms:
     """The forms of the attentions of a flattened graph."""
 
-    def __init__(self, graph: Graph, names: NodeNames = NodeNames()) -> None:  # noqa: B008  it is frozen
-        self.graph, self.names = graph, names
+    def __init__(
+        self,
+        graph: Graph,
+        names: NodeNames = NodeNames(),  # noqa: B008  it is frozen
+        tables: Mapping[str, np.ndarray] = {},
+    ) -> None:
+        """tables: numbers of parameters, which may be frequencies of rotations."""
+        self.graph, self.names, self.tables = graph, names, tables
         self.provenance = Provenance(graph)
         self._owners: dict[relax.Var, int] = {}
         self._rotations: dict[relax.Expr, Rotation | str] = {}
@@ -135,7 +65,8 @@ class Forms:
             return plain, self._memory_form(marker, site), *others
         others = _illegal(("encoder_output",), "it reads the model's own tokens")
         latents, keys = self._latent_forms(marker, site), self._key_forms(marker, site)
-        return plain, *latents, *keys, self._remade_form(marker, site), *others
+        values, last = self._values_form(marker, site), self._remade_form(marker, site)
+        return plain, *latents, values, *keys, last, *others
 
     def _memory_form(self, marker: relax.Call, site: AttentionSite) -> StateForm:
         try:
@@ -168,6 +99,30 @@ class Forms:
         found = StateForm(latent.form, latent.width * FLOAT_BYTES[latent.dtype], kept)
         return found, StateForm(other, 0, why, False)
 
+    def _values_form(self, marker: relax.Call, site: AttentionSite) -> StateForm:
+        try:
+            kept = self.values(marker, site).kept
+        except Illegal as reason:
+            return StateForm(VALUES, 0, str(reason), False)
+        angles = ", its cosines and sines" if kept.pairs else ""
+        detail = f"{kept.width} elements: V{angles}; K is made of them"
+        return StateForm(VALUES, kept.width * FLOAT_BYTES[site.kv_dtype], detail)
+
+    def values(self, marker: relax.Call, site: AttentionSite) -> Values:
+        """Values that keys can be made of. Raises Illegal with the reason."""
+        _, key, value, _ = marker.args[1:]
+        self._check_floats(site)
+        if site.head_dim != site.value_dim:
+            raise Illegal(f"K has {site.head_dim} elements a head, V {site.value_dim}")
+        try:
+            found = rekeying(self.provenance, key, value, self.tables)
+        except Unprovable as reason:
+            raise Illegal(f"K {reason}") from None
+        fine = found.pairs > 0 and site.kv_dtype != "float32"
+        kept = Rekeyed(site.kv_heads, site.head_dim, found.half, found.pairs, fine, found.scaled)
+        self._check_smaller(kept.width, site.kv_dtype, site)
+        return Values(found, kept)
+
     def keys(self, marker: relax.Call, site: AttentionSite) -> Keys:
         """Keys that are turned, and from which values can be made again. Raises Illegal with the reason."""
         key, key_pieces, value_piece, v = self._parts(marker, site)
@@ -190,8 +145,7 @@ class Forms:
         """K and its pieces, and V, which has to be one projection. Raises Illegal with the reason."""
         _, key, value, _ = marker.args[1:]
         key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
-        if site.stored is not None:
-            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        self._check_floats(site)
         v = value_pieces[0].projection
         if len(value_pieces) != 1 or v is None:
             raise Illegal("V is not one projection of one value")
@@ -223,18 +177,25 @@ class Forms:
         key, key_pieces, value_piece, v = self._parts(marker, site)
         source, piece, rotation = self._narrowest(v.x), key_pieces[0], None
         found = Remaking(value_piece, value_piece, None, source)
-        self._check_smaller(found, site)  # before the rotation is read, which takes long
+        self._check_smaller(
+            found.kept.width, found.dtype, site
+        )  # before the rotation is read, which takes long
         if len(key_pieces) != 1 or piece.projection is None:
             rotation = self._rotation(key, key_pieces)
             piece = rotation.key
         found = replace(found, key_piece=piece, rotation=rotation)
         self._check_weights(found.key, v)
-        self._check_smaller(found, site)
+        self._check_smaller(found.kept.width, found.dtype, site)
         return found
 
-    def _check_smaller(self, found: Remaking, site: AttentionSite) -> None:
-        if found.token_bytes >= site.token_bytes():
-            what = f"{found.kept.width} elements of {found.dtype}, {found.token_bytes} bytes"
+    def _check_floats(self, site: AttentionSite) -> None:
+        if site.stored is not None:
+            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+
+    def _check_smaller(self, width: int, dtype: FloatName, site: AttentionSite) -> None:
+        size = width * FLOAT_BYTES[dtype]
+        if size >= site.token_bytes():
+            what = f"{width} elements of {dtype}, {size} bytes"
             raise Illegal(f"{what}, are no smaller than keys and values, {site.token_bytes()} bytes")
 
     def _check_weights(self, k: Projection, v: Projection) -> None:
@@ -251,8 +212,7 @@ class Forms:
         """The value that keys and values are projections of. Raises Illegal with the reason."""
         _, key, value, _ = marker.args[1:]
         key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
-        if site.stored is not None:
-            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
+        self._check_floats(site)
         of_key = [p for p in key_pieces if p.projection is not None]
         shared = tuple(p for p in key_pieces if p.projection is None)
         for piece in shared:
@@ -293,34 +253,3 @@ class Forms:
 
 def _illegal(names: Sequence[FormName], reason: str) -> tuple[StateForm, ...]:
     return tuple(StateForm(name, 0, reason, False) for name in names)
-
-
-def sliced_site(site: AttentionSite, keys: Keys, rest: int) -> AttentionSite:
-    """The attention over keys before they are turned, and `rest` other elements."""
-    sliced = Sliced(site.kv_heads, site.head_dim, rest, keys.rotation.half, keys.fine)
-    return replace(
-        site,
-        kv_heads=1,
-        head_dim=sliced.width,
-        value_dim=sliced.value_dim,
-        kept="k_plus_r" if rest else "k_only",
-        sliced=sliced,
-    )
-
-
-def kept_site(site: AttentionSite, latent: Latent, owner: int | None = None) -> AttentionSite:
-    """The attention over the latent value: one key for all heads. `owner`: the site that keeps it."""
-    return replace(
-        site,
-        kv_heads=1,
-        head_dim=latent.width,
-        value_dim=latent.key.depth,
-        kv_dtype=latent.dtype,
-        kept=latent.form,
-        owner=owner,
-    )
-
-
-def remade_site(site: AttentionSite, found: Remaking) -> AttentionSite:
-    """The same attention, whose keys and values are made again."""
-    return replace(site, kv_dtype=found.dtype, kept=LAST, remade=found.kept)

@@ -160,7 +160,7 @@ def test_what_a_compile_refuses(model_file: ModelFile) -> None:
     with pytest.raises(InputError, match="no layer of the model reads an encoder's output"):
         kvc.plan(llama, budget="300MB", workload="2x64", state="encoder_output")
     with pytest.raises(InputError, match="all layers of a kind have one form"):
-        kvc.plan(llama, budget="300MB", workload="2x64", state="x_absorbed,paged_kv")
+        kvc.plan(llama, budget="300MB", workload="2x64", state="x_absorbed,x_gemm")
     with pytest.raises(BudgetError, match="rows of encoders' output"):
         kvc.plan(whisper, budget="1MB", workload="2x64+40")
     with pytest.raises(UnsupportedModel, match="its mask cannot be proved causal"):

@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from kvc_passes.markers import HEAD_PRODUCT, LATENT, REMADE, HeadProduct
+from kvc_passes.markers import HEAD_PRODUCT, LATENT, REKEYED, REMADE, HeadProduct
 from kvc_passes.sites import AttentionSite, Sliced
 from support import attend, turned
 
@@ -85,4 +85,37 @@ def _define_remade() -> None:
 def define_remade(sites: Sequence[AttentionSite]) -> None:
     """`kvc.remade_attention` by its definition, for these sites."""
     _define_remade()
+    _SITES[:] = sites
+
+
+@functools.cache
+def _define_rekeyed() -> None:
+    @tvm_ffi.register_global_func(REKEYED)
+    def rekeyed(q: Any, row: Any, *others: Any) -> Any:
+        """Keys made of rows, by the definition of Rekeyed, then attention over them and the values."""
+        site = _SITES[others[-1]]
+        kept, rows = site.rekeyed, row.numpy()[:, 0].astype(float)
+        assert kept is not None
+        assert kept.scaled == (len(others) == 2)
+        b, t, _ = rows.shape
+        values, angles = rows[..., : kept.values], rows[..., kept.values :]
+        keys = values * (others[0].numpy() if kept.scaled else 1.0)
+        keys, values = (x.reshape(b, t, kept.count, kept.dim) for x in (keys, values))
+        cosine, sine = (angles[..., None, i * kept.pairs : (i + 1) * kept.pairs] for i in range(2))
+        if kept.fine:
+            cosine, sine = (
+                x + angles[..., None, i * kept.pairs : (i + 1) * kept.pairs] / 256
+                for i, x in ((2, cosine), (3, sine))
+            )
+        low, high = slice(0, kept.pairs), slice(kept.half, kept.half + kept.pairs)
+        made = keys.copy()
+        made[..., low] = keys[..., low] * cosine - keys[..., high] * sine
+        made[..., high] = keys[..., high] * cosine + keys[..., low] * sine
+        given = (x.transpose(0, 2, 1, 3) for x in (made, values))
+        return tvm.runtime.tensor(attend(q.numpy(), *given, site).astype(np.float32))
+
+
+def define_rekeyed(sites: Sequence[AttentionSite]) -> None:
+    """`kvc.rekeyed_attention` by its definition, for these sites."""
+    _define_rekeyed()
     _SITES[:] = sites

@@ -29,8 +29,11 @@ def test_keys_that_are_turned_in_their_first_elements(joined: bool, half: int, f
     assert (found.half, found.key.width, found.key.stride) == (half, DIM, DIM)
     assert found.key.first == (4 * DIM if joined else 0)
     assert found.projection.x.name.startswith("x_")
-    assert [name.partition("_")[0] for name in (found.cosine[0].name, found.sine[0].name)] == ["cos", "sin"]
-    assert (found.cosine[1], found.sine[1]) == (0, 0)
+    assert [name.partition("_")[0] for name in (found.angles.cosine[0].name, found.angles.sine[0].name)] == [
+        "cos",
+        "sin",
+    ]
+    assert (found.angles.cosine[1], found.angles.sine[1]) == (0, 0)
 
 
 def halves(emit: Draft, x: relax.Var) -> list[relax.Var]:

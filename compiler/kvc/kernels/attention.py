@@ -7,6 +7,7 @@ those of a tile's window, so the table's other entries may be anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,7 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys:
     """
     e = Emitter()
     n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
-    group, heads = shape.group, shape.kv_heads
+    group = shape.group
     q = argument("q", (1, shape.heads, n, shape.query_dim))
     state = pools(shape, pages)
     positions = argument("positions", (n,), "int64")
@@ -140,6 +141,30 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys:
     table = argument("block_table", (b, m), "int32")
     more = extras(shape)
     out = argument("out", (1, n, shape.heads, shape.value_dim))
+
+    def kernel(row: Expr, head: Expr) -> BlockKernel:
+        return BlockKernel(e, shape, traits, tile * group, False, keys, state, table, row, more)
+
+    attend_tiles(e, shape, traits, q, positions, tiles, out, kernel)
+    inputs = [q, *state.values(), positions, tiles, table, *more.values()]
+    return e.function([*inputs, out], inputs, [out])
+
+
+def attend_tiles(
+    e: Emitter,
+    shape: AttentionShape,
+    traits: CpuTraits,
+    q: Any,
+    positions: Any,
+    tiles: Any,
+    out: Any,
+    kernel: Callable[[Expr, Expr], BlockKernel],
+) -> None:
+    """Attention of many tokens a sequence; a task is a tile and a KV head.
+
+    kernel: makes what attends with the tile's rows, for a table row and a KV head.
+    """
+    t, heads, group = tiles.shape[0], shape.kv_heads, shape.group
     with e.loop("c", traits.threads, parallel=True) as c:
         # Tiles of later tokens cost more: neighbours go to different threads.
         count = tirx.floordiv(t * heads - c + (traits.threads - 1), i64(traits.threads))
@@ -151,19 +176,58 @@ def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys:
                 e.bind(name, tirx.Cast("int64", tiles[j, i64(at)]))
                 for at, name in enumerate(("row", "first", "tokens"))
             )
-            kernel = BlockKernel(e, shape, traits, tile * group, False, keys, state, table, row, more)
+            own = kernel(row, head)
             position = e.bind("position", positions[first])
             end = position if shape.whole else position + tokens - 1
             with e.loop("g", group) as g, e.loop("k", tokens) as k:
-                own = position if shape.whole else position + k
-                kernel.load_query(q, [i64(0), head * group + g, first + k], k * group + g, own)
-            kernel.pad(tokens * group, end)
-            page, last = kernel.mask.pages_of(position, end)
-            kernel.run_head(head, tokens * group, page, last - page + 1, position, end)
+                of = position if shape.whole else position + k
+                own.load_query(q, [i64(0), head * group + g, first + k], k * group + g, of)
+            own.pad(tokens * group, end)
+            page, last = own.mask.pages_of(position, end)
+            own.run_head(head, tokens * group, page, last - page + 1, position, end)
             with e.loop("k", tokens) as k, e.loop("g", group) as g:
-                kernel.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
-    inputs = [q, *state.values(), positions, tiles, table, *more.values()]
-    return e.function([*inputs, out], inputs, [out])
+                own.store_output(k * group + g, out, [i64(0), first + k, head * group + g])
+
+
+def attend_step(
+    e: Emitter,
+    shape: AttentionShape,
+    traits: CpuTraits,
+    q: Any,
+    positions: Any,
+    part: Any,
+    out: Any,
+    kernel: Callable[[Expr, Expr, Expr], BlockKernel],
+) -> None:
+    """Attention of one token a sequence; a task is a share of a sequence's keys and a KV head.
+
+    Threads that are busy with the shares of one head read the same weights.
+    kernel: makes what attends with the head's rows, for a table row, a KV head and a share.
+    """
+    b, splits, heads, group = part.shape[0], int(part.shape[1]), shape.kv_heads, shape.group
+    threads = traits.threads
+    with e.loop("c", threads, parallel=threads > 1) as c:
+        count = tirx.floordiv(b * (heads * splits) - c + (threads - 1), i64(threads))
+        with e.loop("i", count) as i:
+            task = c + i * threads
+            share = e.bind("share", tirx.floormod(task, i64(splits)))
+            pair = e.bind("pair", tirx.floordiv(task, i64(splits)))
+            head = e.bind("head", tirx.floormod(pair, i64(heads)))
+            row = e.bind("row", tirx.floordiv(pair, i64(heads)))
+            own = kernel(row, head, share)
+            position = e.bind("position", positions[row])
+            with e.loop("g", group) as g:
+                own.load_query(q, [i64(0), head * group + g, row], g, position)
+            own.pad(i64(group), position)
+            page, last = own.mask.pages_of(position, position)
+            # Only the last share may end within a register tile, whose other scores are those of later keys.
+            unit = splits * own.together
+            each = e.bind("each", tirx.floordiv(last - page + unit, i64(unit)) * own.together)
+            begin = e.bind("begin", page + share * each)
+            own.run_head(i64(0), i64(group), begin, tirx.Min(last - begin + 1, each), position, position)
+            with e.loop("g", group) as g:
+                own.store_part(g, part, [row, share, head * group + g])
+    merge(e, shape, part, out, traits.lanes)
 
 
 def decode_attention(shape: AttentionShape, traits: CpuTraits, knobs: DecodeKnobs = DECODE) -> tirx.PrimFunc:
@@ -209,15 +273,23 @@ def decode_attention(shape: AttentionShape, traits: CpuTraits, knobs: DecodeKnob
                 kernel.run_head(i64(0), i64(group), begin, count, position, position)
             with e.loop("h", heads) as head, e.loop("g", group) as g:
                 kernel.store_part(head * kernel.padded + g, part, [row, share, head * group + g])
-    with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
-        merge(e, shape, part, row, h, out, traits.lanes)
-    with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
-        merge(e, shape, part, row, h, out, traits.lanes)
+    merge(e, shape, part, out, traits.lanes)
     inputs = [q, *state.values(), positions, table, *more.values()]
     return e.function([*inputs, part, out], inputs, [part, out])
 
 
-def merge(e: Emitter, shape: AttentionShape, part: Any, row: Expr, head: Expr, out: Any, lanes: int) -> None:
+def merge(e: Emitter, shape: AttentionShape, part: Any, out: Any, lanes: int) -> None:
+    """out = the shares of every row and head put together."""
+    b = part.shape[0]
+    with e.when(b < 8), e.loop("row", b) as row, e.loop("h", shape.heads) as h:
+        _merge_row(e, shape, part, row, h, out, lanes)
+    with e.when(b >= 8), e.loop("row", b, parallel=True) as row, e.loop("h", shape.heads) as h:
+        _merge_row(e, shape, part, row, h, out, lanes)
+
+
+def _merge_row(
+    e: Emitter, shape: AttentionShape, part: Any, row: Expr, head: Expr, out: Any, lanes: int
+) -> None:
     """out[0, row, head] = the shares put together."""
     shares, dim = int(part.shape[1]), shape.value_dim
     top = part[row, i64(0), head, i64(dim)]

@@ -13,7 +13,7 @@ from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite
 from kvc_passes.weight_format import WeightFormat
 
-from . import append, attention, head_product, matmul, rebuilt, remade
+from . import append, attention, head_product, matmul, rebuilt, rekeyed, remade
 from .knobs import DEFAULTS, Knobs
 from .packing import packed_tensors
 from .shapes import attention_shape
@@ -94,14 +94,21 @@ class CpuAttention:
             return remade.decode_remade(shape, remaking, self.traits, self.splits(site))
         return remade.prefill_remade(shape, remaking, self.traits)
 
+    def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
+        assert site.rekeyed is not None
+        shape = attention_shape(site, self.page_size)
+        if decodes:
+            return rekeyed.decode_rekeyed(shape, site.rekeyed, self.traits, self.splits(site))
+        return rekeyed.prefill_rekeyed(shape, site.rekeyed, self.tile, self.traits)
+
     def splits(self, site: AttentionSite) -> int:
         chosen = self.knobs.decode(attention_shape(site, self.page_size)).splits
         return chosen or attention.decode_splits(site.kv_heads, self.traits)
 
     def append(self, site: AttentionSite, dtype: str = "float32") -> PrimFunc:
         sizes = (site.kv_heads, site.head_dim, site.value_dim)
-        if site.remade is not None:
-            sizes = (1, site.remade.width, site.remade.depth)
+        if site.row is not None:
+            sizes = (1, site.row.width, site.row.width)
         plain = attention.AttentionShape(  # what the mask and the scores are does not matter here
             site.heads,
             *sizes,

@@ -15,7 +15,7 @@ from tvm import tirx
 from kvc_passes.sites import Remade
 from kvc_passes.weight_format import WeightFormat
 
-from .attention import AttentionShape, extras, merge, pools
+from .attention import AttentionShape, attend_step, extras, pools
 from .attention_block import BlockKernel
 from .emit import Emitter, Expr, argument, chunks, i64, size_var, vec
 from .head_product import packed_tensor
@@ -107,36 +107,16 @@ def decode_remade(shape: AttentionShape, remaking: Remake, traits: CpuTraits, sp
     """
     e = Emitter()
     b, m = (size_var(s) for s in ("b", "m"))
-    heads, group, dim, threads = shape.kv_heads, shape.group, shape.value_dim, traits.threads
     call = _Call(e, shape, remaking, traits)
     q = argument("q", (1, shape.heads, b, shape.head_dim))
     positions, table = argument("positions", (b,), "int64"), argument("block_table", (b, m), "int32")
-    part = argument("part", (b, splits, shape.heads, dim + 2))
-    out = argument("out", (1, b, shape.heads, dim))
-    with e.loop("c", threads, parallel=threads > 1) as c:
-        count = tirx.floordiv(b * (heads * splits) - c + (threads - 1), i64(threads))
-        with e.loop("i", count) as i:
-            task = c + i * threads
-            share = e.bind("share", tirx.floormod(task, i64(splits)))
-            pair = e.bind("pair", tirx.floordiv(task, i64(splits)))
-            head = e.bind("head", tirx.floormod(pair, i64(heads)))
-            row = e.bind("row", tirx.floordiv(pair, i64(heads)))
-            kernel = call.kernel(group, table, row, head, share)
-            position = e.bind("position", positions[row])
-            with e.loop("g", group) as g:
-                kernel.load_query(q, [i64(0), head * group + g, row], g, position)
-            kernel.pad(i64(group), position)
-            page, last = kernel.mask.pages_of(position, position)
-            # Only the last share may end within a register tile, whose other scores are those of later keys.
-            unit = splits * kernel.together
-            each = e.bind("each", tirx.floordiv(last - page + unit, i64(unit)) * kernel.together)
-            begin = e.bind("begin", page + share * each)
-            pages = tirx.Min(last - begin + 1, each)
-            kernel.run_head(i64(0), i64(group), begin, pages, position, position)
-            with e.loop("g", group) as g:
-                kernel.store_part(g, part, [row, share, head * group + g])
-    with e.loop("row", b) as row, e.loop("h", shape.heads) as h:
-        merge(e, shape, part, row, h, out, traits.lanes)
+    part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
+    out = argument("out", (1, b, shape.heads, shape.value_dim))
+
+    def kernel(row: Expr, head: Expr, share: Expr) -> _Remaker:
+        return call.kernel(shape.group, table, row, head, share)
+
+    attend_step(e, shape, traits, q, positions, part, out, kernel)
     inputs = [q, *call.state.values(), positions, table, *call.more.values(), *call.weights]
     return e.function([*inputs, part, out], inputs, [part, out])
 

@@ -10,7 +10,7 @@ from typing import Final
 from kvc_passes.facts import StateForm
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import AttentionSite, FormName
-from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED
+from kvc_passes.state_forms import EXACT, KEYS, LAST, UNJUDGED
 
 from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
 from ..machine import Machine
@@ -107,8 +107,8 @@ class Planner:
         """Forms whose legality does not depend on the rounding of weights, or those that are forced."""
         if self.forced:
             return [self.forced]
-        absorbed = smallest_forms(self.model, [f for f in self.machine.forms if f in ("paged_kv", *ABSORBED)])
-        return list(dict.fromkeys([self._paged, absorbed]))
+        smallest = smallest_forms(self.model, [f for f in self.machine.forms if f in ("paged_kv", *EXACT)])
+        return list(dict.fromkeys([self._paged, smallest]))
 
     def _ladder(self, budget: int, workload: tuple[Workload, ...]) -> Iterator[list[Chosen]]:
         """Forms to choose from, further ones where those before do not fit."""

@@ -15,6 +15,9 @@ from .work import Work
 
 _ANSWER: Final = 256
 """A quarter of a request's tokens are its answer, this many at most: what a chat does."""
+_REKEYED: Final = 2
+"""To make a key of a value takes about as long as this many queries take with both: it is read as one vector
+after the other, multiplied, turned and written. In prefill many queries share that."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Site:
     def decode(self, rates: Rates, batch: int, keys: float) -> float:
         """Seconds of one step of `batch` sequences that each see so many keys."""
         kept = replace(self.kept, owner=None)
-        flops = 2 * kept.heads * (kept.query_dim + kept.value_dim) * keys * batch
-        rate = (rates.shared if kept.shared and kept.remade is None else rates.attention)[1]
+        heads = kept.heads + (_REKEYED * kept.kv_heads if kept.rekeyed is not None else 0)
+        flops = 2 * heads * (kept.query_dim + kept.value_dim) * keys * batch
+        rate = (rates.shared if kept.shared and kept.row is None else rates.attention)[1]
         made = _products(kept, kept.remade.depth) * keys * batch if kept.remade is not None else 0.0
         read = kept.token_bytes() * keys * batch / rates.read
         return (rates.call + made / rates.rebuild + max(read, flops / rate)) * self.factors[1]
@@ -51,7 +55,7 @@ class Site:
             products = _products(plain, depth) * rebuilt
             pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
             return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
-        rate = (rates.shared if site.shared else rates.attention)[0]
+        rate = (rates.shared if site.shared and site.row is None else rates.attention)[0]
         seconds = rates.call + 2 * site.heads * (site.query_dim + site.value_dim) * pairs / rate
         return seconds * self.factors[0]
 

@@ -178,7 +178,7 @@ def _attention(decision: Decision) -> Iterator[Found]:
     plan, variant = decision.plan, decision.variant
     rebuilds = variant.lowered.attention.rebuilds
     for site in variant.model.facts.sites:
-        if site.remade is not None:  # whose kernels have no parameters
+        if site.row is not None:  # whose kernels have no parameters
             continue
         parameters = shape_parameters(attention_shape(site, plan.page_size))
         for workload in plan.workload:

@@ -61,3 +61,32 @@ def mask_of(shape: AttentionShape, positions: np.ndarray, length: int) -> np.nda
     if shape.chunk is not None:
         shown = shown & (k // shape.chunk == q // shape.chunk)
     return shown
+
+
+def attended(
+    shape: AttentionShape,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    positions: np.ndarray,
+    slopes: np.ndarray,
+    sinks: np.ndarray,
+) -> np.ndarray:
+    """Attention [n, H, Dv] in float64 of queries [H, n, D] at `positions`.
+
+    keys [t, Hkv, D], values [t, Hkv, Dv]; slopes and sinks [H] count where the shape has such.
+    """
+    masks, found = mask_of(shape, positions, len(keys)), []
+    for h in range(shape.heads):
+        s = queries[h].astype(float) @ keys[:, h // shape.group].T * shape.scale
+        s = shape.softcap * np.tanh(s / shape.softcap) if shape.softcap else s
+        if shape.slopes:
+            s = s + float(slopes[h]) * (np.arange(len(keys)) - positions[:, None])
+        s = np.where(masks[h], s, -np.inf)
+        top = s.max(axis=1, keepdims=True)
+        p = np.exp(s - top)
+        total = p.sum(axis=1, keepdims=True)
+        if shape.sink_scores:
+            total = total + np.exp(float(sinks[h]) - top)
+        found.append(p / total @ values[:, h // shape.group])
+    return np.stack(found, axis=1)

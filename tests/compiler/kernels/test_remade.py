@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_machines import MACHINES, Machine
-from page_cases import mask_of, numpy_type
+from page_cases import attended, numpy_type
 
 from kvc.kernels import packing
 from kvc.kernels.append import append_kv
@@ -118,22 +118,10 @@ class Case:
 
     def check(self, out: np.ndarray, q: np.ndarray, row: int, positions: np.ndarray) -> None:
         """out [n, H, Dv] of queries [H, n, D] at `positions` of a sequence."""
-        shape, k, v = self.shape, self.keys[row], self.values[row]
-        masks = mask_of(shape, positions, len(k))
-        for h in range(shape.heads):
-            s = q[h].astype(float) @ k[:, h // shape.group].T * shape.scale
-            s = shape.softcap * np.tanh(s / shape.softcap) if shape.softcap else s
-            if shape.slopes:
-                s = s + float(self.slopes[h]) * (np.arange(len(k)) - positions[:, None])
-            s = np.where(masks[h], s, -np.inf)
-            top = s.max(axis=1, keepdims=True)
-            p = np.exp(s - top)
-            total = p.sum(axis=1, keepdims=True)
-            if shape.sink_scores:
-                total = total + np.exp(float(self.sinks[h]) - top)
-            # As prefill_rebuilt; fine angles have 16 bits, which scores up to 60 show.
-            atol = 5e-3 if self.remake.kept.fine else 1e-3
-            np.testing.assert_allclose(out[:, h], p / total @ v[:, h // shape.group], rtol=0, atol=atol)
+        where = (self.keys[row], self.values[row], positions, self.slopes, self.sinks)
+        # As prefill_rebuilt; fine angles have 16 bits, which scores up to 60 show.
+        atol = 5e-3 if self.remake.kept.fine else 1e-3
+        np.testing.assert_allclose(out, attended(self.shape, q, *where), rtol=0, atol=atol)
 
 
 def prefilled(machine: Machine, name: str, lengths: list[tuple[int, int]], seed: int, tile: int = 7) -> None:

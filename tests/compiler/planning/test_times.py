@@ -15,7 +15,7 @@ from kvc.planning.rates import Rates, nominal
 from kvc.planning.times import Clock, Site, answer_of
 from kvc.planning.work import Work
 from kvc_passes.plans import Workload
-from kvc_passes.sites import AttentionSite, MaskFact, Remade
+from kvc_passes.sites import AttentionSite, MaskFact, Rekeyed, Remade
 
 ModelFile = Callable[..., Path]
 RATES = nominal(CpuTraits(16, 32, 2))
@@ -51,6 +51,18 @@ def test_keys_that_are_made_again_take_their_products_in_every_step() -> None:
     assert times.prefill_seconds == pytest.approx(each * 750 * 3 / 1e6)
     halves = clock(made, rates).times(work, 375)
     assert halves.prefill_seconds == pytest.approx(each * (375 + 187.5) * 2 * 3 / 1e6)
+
+
+def test_keys_that_are_made_of_values_take_as_long_as_two_queries_more() -> None:
+    made = replace(SITE, kept="v_only", rekeyed=Rekeyed(2, 64, 32, 8, fine=False, scaled=True))
+    busy = replace(RATES, read=1e18, attention=(1e6, 1e6), shared=(1.0, 1.0), call=0.0)
+    work = Workload(3, 1000)
+    times, plain = (clock(site, busy).times(work, 1000) for site in (made, SITE))
+    assert times.decode_seconds == pytest.approx(plain.decode_seconds * (8 + 2 * 2) / 8)
+    assert times.prefill_seconds == plain.prefill_seconds
+    slow = replace(RATES, read=1e6, call=0.0)
+    read = 250 * 3 * (750 + 125) * 4 * (2 * 64 + 2 * 8)
+    assert clock(made, slow).times(work, 1000).decode_seconds == pytest.approx(read / 1e6)
 
 
 @pytest.mark.parametrize(

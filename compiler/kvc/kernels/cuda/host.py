@@ -134,6 +134,9 @@ class CudaAttention:
     ) -> PrimFunc:
         raise PlanningError("there is no kernel that makes keys and values again on a GPU")
 
+    def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
+        raise PlanningError("there is no kernel that makes keys of values on a GPU")
+
     def splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
         rows = _LONG if site.mask.reach.memory else self.context  # of an encoder's output: any number
