@@ -136,6 +136,27 @@ SIZED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "first_k_dense_replace": 4,
         },
     ),
+    "gemma4-slice": (
+        "four layers of a Gemma-4's attention, with a dense feed-forward part: in every other one keys and "
+        "values are one projection",
+        {
+            "model_type": "gemma4_text",
+            "vocab_size": 32000,
+            "hidden_size": 2816,
+            "intermediate_size": 8448,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "num_global_key_value_heads": 2,
+            "global_head_dim": 512,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 1024,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 """What each is, and the options of its configuration."""
 
