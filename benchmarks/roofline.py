@@ -82,6 +82,9 @@ def other_forms() -> Iterator[tuple[str, Work]]:
         yield f"{where}, K and V", kept_attention(batch, context, 2 * heads * 128, heads * 4 * 128)
         pairs = heads * 2 * (128 + values)
         yield f"{where}, keys and {rest}", kept_attention(batch, context, values + angles, pairs)
+        making = Work(2 * HIDDEN * HIDDEN * HALF, 2 * batch * context * 2 * HIDDEN * HIDDEN)  # W_K, W_V
+        made = kept_attention(batch, context, HIDDEN + angles, heads * 4 * 128)
+        yield f"{where}, K and V made again", made + making
 
 
 def decode_step(batch: int, context: int, bits: int = 16) -> Work:

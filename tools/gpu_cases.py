@@ -27,7 +27,9 @@ class AttentionCase:
     state: str = "paged_kv"
     """The form, by kvc_passes.sites.FormName."""
     rest: int = 0
-    """Elements that are kept beside keys."""
+    """Elements that are kept beside keys, or behind what they are made of."""
+    depth: int = 0
+    """Elements of what keys and values are made of again."""
     of_memory: bool = False
     """Whether keys and values are those of an encoder's output."""
 
@@ -64,8 +66,12 @@ FORMS: Final = [
         ("whisper_encoder", (12, 1, 768), "encoder_output", {"of_memory": True}),
         ("gpt2_x", (12, 1, 768), "x_absorbed", {}),
         ("keys", (8, 8, 128), "k_plus_r", {"rest": 112}),
+        ("made", (8, 8, 128), "x_gemm", {"depth": 1024}),
     )
     for phase in ("prefill", "decode")
+    for dtype, short in (("float16", "fp16"), ("bfloat16", "bf16"))
+] + [
+    AttentionCase(f"prefill_latent_{short}", "prefill", 16, 16, 192, dtype, {}, "mla_latent", 64, 512)
     for dtype, short in (("float16", "fp16"), ("bfloat16", "bf16"))
 ]
 """Other forms of the state, and an encoder's output."""
@@ -143,7 +149,17 @@ def attention_inputs(case: AttentionCase, lengths: list[tuple[int, int]], seed: 
 
 def weights_of(case: AttentionCase, rng: np.random.Generator) -> dict[str, Array]:
     """What a kernel makes keys and values with, of a form in which it does."""
-    return {}
+    return {name: rounded(rng.standard_normal(shape) / 16) for name, shape in weight_shapes(case).items()}
+
+
+def weight_shapes(case: AttentionCase) -> dict[str, tuple[int, int]]:
+    """W_K and W_V [Hkv * D, depth]; of latent attention W_K is [Hkv * depth, D]."""
+    if not case.depth:
+        return {}
+    size = case.dim - case.rest
+    value = (case.kv_heads * size, case.depth)
+    key = (case.kv_heads * case.depth, size) if case.state == "mla_latent" else value
+    return {"w_key": key, "w_value": value}
 
 
 def kept_of(case: AttentionCase, rng: np.random.Generator, length: int, weights: dict[str, Array]) -> Kept:
@@ -157,6 +173,10 @@ def kept_of(case: AttentionCase, rng: np.random.Generator, length: int, weights:
         return Kept({"k": k, "v": v}, k, v)
     if case.state == "k_plus_r":
         return _sliced(case, numbers(1, case.kv_heads * case.dim + case.rest), rng)
+    if case.state == "mla_latent":
+        return _latent(case, numbers(1, case.depth + case.rest), weights)
+    if case.state == "x_gemm":
+        return _made(case, numbers(1, case.depth), rng, weights)
     x = numbers(1, case.dim)
     return Kept({"x": x}, x, x)
 
@@ -167,6 +187,26 @@ def _sliced(case: AttentionCase, values: Array, rng: np.random.Generator) -> Kep
     angles, (cosine, sine) = angles_of(rng, length, case.dim // 2)
     keys = values[:, 0, : case.kv_heads * case.dim].reshape(length, case.kv_heads, case.dim)
     return Kept({"x": np.concatenate([values, angles], 2)}, turned(keys, cosine, sine), values)
+
+
+def _made(case: AttentionCase, x: Array, rng: np.random.Generator, weights: dict[str, Array]) -> Kept:
+    """What keys and values are made of, and angles, as kvc_passes.sites.Remade says."""
+    angles, (cosine, sine) = angles_of(rng, len(x), case.dim // 2)
+    keys, values = (
+        (x[:, 0].astype(np.float64) @ weights[name].T).reshape(len(x), case.kv_heads, case.dim)
+        for name in ("w_key", "w_value")
+    )
+    return Kept({"x": np.concatenate([x, angles], 2)}, turned(keys, cosine, sine), values)
+
+
+def _latent(case: AttentionCase, row: Array, weights: dict[str, Array]) -> Kept:
+    """What keys and values are made of, and the last elements of every key."""
+    heads, size = case.kv_heads, case.dim - case.rest
+    x, behind = row[:, 0, : case.depth].astype(np.float64), row[:, :, case.depth :]
+    key = weights["w_key"].reshape(heads, case.depth, size)
+    keys = np.concatenate([np.einsum("nd,hde->nhe", x, key), np.repeat(behind, heads, 1)], 2)
+    values = (x @ weights["w_value"].T).reshape(len(x), heads, size)
+    return Kept({"x": row}, keys, values)
 
 
 def angles_of(rng: np.random.Generator, length: int, half: int) -> tuple[Array, tuple[Array, Array]]:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_cases import ATTENTION, FORMS, PAGE, PRODUCTS, AttentionCase, ProductCase
+from tools.gpu_cases import ATTENTION, FORMS, PAGE, PRODUCTS, AttentionCase, ProductCase, weight_shapes
 from tvm import IRModule, relax, tirx
 
 from kvc.cuda_machine import CudaMachine
+from kvc.kernels.cuda.host import CudaAttention
 from kvc.pipeline import Runner
-from kvc_passes.sites import AttentionSite, MaskFact, Sliced
+from kvc_passes.markers import HeadProduct
+from kvc_passes.sites import AttentionSite, MaskFact, Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
 
 CONTEXT = 1 << 17
@@ -50,17 +52,24 @@ def build_kernels(archs: tuple[str, ...], folder: Path, runner: Runner) -> int:
 def site_of(case: AttentionCase) -> AttentionSite:
     """What the kernel is asked for."""
     window = case.options.get("window")
-    sliced = None
+    sliced, remade = None, None
+    if case.state == "x_gemm":
+        remade = Remade(case.depth, case.dim // 2, fine=True)
     if case.state == "k_plus_r":
         sliced = Sliced(case.kv_heads, case.dim, case.rest, case.dim // 2, fine=True)
+    kv_heads, head_dim, value_dim = case.kv_heads, case.dim, case.dim
+    if sliced is not None:
+        kv_heads, head_dim, value_dim = 1, sliced.width, sliced.value_dim
+    elif case.state == "mla_latent":
+        kv_heads, head_dim, value_dim = 1, case.depth + case.rest, case.depth
     mask = MaskFact("memory" if case.of_memory else "window" if window else "causal", window, "given")
     return AttentionSite(
         index=0,
         node=case.name,
         heads=case.heads,
-        kv_heads=1 if sliced else case.kv_heads,
-        head_dim=sliced.width if sliced else case.dim,
-        value_dim=sliced.value_dim if sliced else case.dim,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
         scale=case.dim**-0.5,
         softcap=case.options.get("softcap"),
         mask=mask,
@@ -68,6 +77,7 @@ def site_of(case: AttentionCase) -> AttentionSite:
         kv_dtype=case.dtype,  # type: ignore[arg-type]
         kept=case.state,  # type: ignore[arg-type]
         sliced=sliced,
+        remade=remade,
     )
 
 
@@ -91,11 +101,12 @@ def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: Attentio
     pools = [_tensor(name, (pages, *shape), dtype) for name, (dtype, shape) in state.items()]
     positions, tiles = _tensor("positions", (rows,), "int64"), _tensor("tiles", (t, 3), "int32")
     table = _tensor("table", (b, m), "int32")
-    params = [q, *pools, positions, *([] if decode else [tiles]), table]
-    out = relax.TensorType((1, rows, case.heads, site.value_dim), "float32" if site.sliced else case.dtype)
-    made = kernels.decode(site, case.dtype) if decode else kernels.prefill(site, case.dtype)
+    weights = [_tensor(name, shape, case.dtype) for name, shape in weight_shapes(case).items()]
+    params = [q, *pools, positions, *([] if decode else [tiles]), table, *weights]
+    width = case.dim - case.rest if case.state == "mla_latent" else site.value_dim
+    out = relax.TensorType((1, rows, case.heads, width), "float32" if site.sliced else case.dtype)
     with builder.function(case.name, params):
-        kernel = builder.add_func(made, f"{case.name}_kernel")
+        kernel = builder.add_func(_kernel(kernels, site, case, decode), f"{case.name}_kernel")
         if decode:
             part = relax.TensorType((b, kernels.splits(site), case.heads, site.value_dim + 2), "float32")
             both = builder.emit(relax.op.call_tir(kernel, params, [part, out]))
@@ -103,6 +114,16 @@ def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: Attentio
         else:
             result = builder.emit(relax.op.call_tir(kernel, params, out))
         builder.emit_func_output(result)
+
+
+def _kernel(kernels: CudaAttention, site: AttentionSite, case: AttentionCase, decodes: bool) -> tirx.PrimFunc:
+    format, dtype = WeightFormat(case.dtype), case.dtype  # type: ignore[arg-type]
+    if site.remade is not None:
+        return kernels.remade(site, format, format, biases=(False, False), decodes=decodes, dtype=dtype)
+    if case.state == "mla_latent":
+        part = HeadProduct(case.heads, 1, case.dim - case.rest, 0, 0)
+        return kernels.rebuilt(site, part, part, format, format, dtype=dtype)
+    return kernels.decode(site, case.dtype) if decodes else kernels.prefill(site, case.dtype)
 
 
 def _product(builder: relax.BlockBuilder, machine: CudaMachine, case: ProductCase) -> None:

@@ -54,6 +54,7 @@ class CudaMachine:
         "mla_latent",
         "k_only",
         "k_plus_r",
+        "x_gemm",
         "encoder_output",
     )
     fuse: tuple[Pass, ...] = (FuseRows(),)

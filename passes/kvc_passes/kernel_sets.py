@@ -45,9 +45,8 @@ class AttentionKernels(Protocol):
     def keys_transposed(self) -> bool:
         """Whether a page holds its keys as [e, page]; else as [page, e]."""
 
-    @property
-    def rebuilds(self) -> bool:
-        """Whether there is `rebuilt`."""
+    def rebuilds(self, key: int, value: int, dtype: str) -> bool:
+        """Whether there is `rebuilt` for products that make keys and values of so many elements."""
 
     def rebuilt(
         self,
@@ -56,6 +55,8 @@ class AttentionKernels(Protocol):
         value: HeadProduct,
         key_format: WeightFormat,
         value_format: WeightFormat,
+        *,
+        dtype: str,
     ) -> PrimFunc:
         """Prefill of a shared site that makes keys and values again: attention with keys [x W_K, rest of x].
 
@@ -71,6 +72,7 @@ class AttentionKernels(Protocol):
         *,
         biases: tuple[bool, bool],
         decodes: bool,
+        dtype: str,
     ) -> PrimFunc:
         """Attention of a site of facts.Remade: as `prefill` or, if it decodes, `decode`, but for W_K, W_V and
         biases [g*e], [g*f] behind the extras, W_K and W_V as MatmulKernels.head_packed.
@@ -79,6 +81,15 @@ class AttentionKernels(Protocol):
     def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
         """Attention of a site of sites.Rekeyed: as `prefill` or, if it decodes, `decode`, but for factors
         f32 [g*e] behind the extras where keys are scaled.
+        """
+
+    def operations(self, site: AttentionSite, *, decodes: bool) -> int:
+        """Operations for a query token and a key that it sees, of all heads: with those that are repeated."""
+
+    def together(self, site: AttentionSite, plain: AttentionSite) -> int | None:
+        """Query tokens that share keys and values that prefill makes again; None for all of a call.
+
+        plain: the site as it stands in the graph.
         """
 
     def splits(self, site: AttentionSite) -> int:

@@ -30,7 +30,6 @@ from .markers import (
 from .paged_calls import PagedCalls, dtype_of
 from .rebuild import drop_unused, insert_params, rebuild
 from .sites import AttentionSite
-from .weight_format import WeightFormat
 from .weights import HeadWeight, head_weight_of
 
 _INPUT = re.compile(r"tokens|positions|tiles|rows|memory_last|(slots|block_table)_\d+")
@@ -86,7 +85,9 @@ class PageAttention:
             attrs = attributes(value, Latent)
             query, x, *weights = tensors(value)
             site = self.sites[attrs.site]
-            if self.phase == "prefill" and self.kernels.rebuilds and not site.mask.reach.memory:
+            sizes = (attrs.key.width, attrs.value.width, dtype_of(query))
+            rebuilds = not site.mask.reach.memory and self.kernels.rebuilds(*sizes)
+            if self.phase == "prefill" and rebuilds:
                 of_file = zip(tensors(graph.definitions[var])[2:], (attrs.key, attrs.value))
                 formats = [head_weight_of(graph, weight, part) for weight, part in of_file]
                 state = calls.append(builder, site, x, x, inputs.slots[calls.group_of[site.index]])
@@ -171,11 +172,11 @@ class PageAttention:
         parts = [dataclasses.replace(part, first=0, stride=0) for part in (attrs.key, attrs.value)]
         kernel = calls.named(
             builder,
-            ("rebuilt", *calls.geometry(site), *parts, formats),
+            ("rebuilt", dtype_of(inputs[0]), *calls.geometry(site), *parts, formats),
             "prefill_rebuilt",
-            lambda: self.kernels.rebuilt(site, attrs.key, attrs.value, *formats),
+            lambda: self.kernels.rebuilt(site, attrs.key, attrs.value, *formats, dtype=dtype_of(inputs[0])),
         )
-        packed = _packed(builder, weights, attrs, formats)
+        packed = _packed(builder, weights, attrs, kernel.ty.params[len(inputs) :])
         n = dims(inputs[0])[2]
         out = relax.TensorType((1, n, site.heads, attrs.value.width), dtype_of(inputs[0]))
         return relax.op.call_tir(kernel, [*inputs, *packed], out)
@@ -195,17 +196,18 @@ class PageAttention:
         found = zip(tensors(of_file)[2:4], (attrs.key, attrs.value))
         heads = [head_weight_of(graph, weight, part) for weight, part in found]
         formats = tuple(weight.format for weight in heads if weight is not None)
-        decodes = self.phase == "decode"
+        decodes, dtype = self.phase == "decode", dtype_of(query)
         kernel = calls.named(
             builder,
-            ("remade", *calls.geometry(site), attrs.biases, formats),
+            ("remade", dtype, *calls.geometry(site), attrs.biases, formats),
             f"{self.phase}_remade",
-            lambda: self.kernels.remade(site, *formats, biases=attrs.biases, decodes=decodes),
+            lambda: self.kernels.remade(site, *formats, biases=attrs.biases, decodes=decodes, dtype=dtype),
         )
         state = calls.append(builder, site, row, row, inputs.slots[calls.group_of[site.index]])
         places = [*inputs.places(calls, site), *_extras(site)]
-        operands = [query, *state, *places, *_packed(builder, weights, attrs, formats), *biases]
-        return self._call(builder, kernel, site, operands)
+        before = [query, *state, *places]
+        packed = _packed(builder, weights, attrs, kernel.ty.params[len(before) :])
+        return self._call(builder, kernel, site, [*before, *packed, *biases])
 
     def _rekeyed(
         self, builder: relax.BlockBuilder, calls: PagedCalls, inputs: _Inputs, value: relax.Call
@@ -253,12 +255,13 @@ def _packed(
     builder: relax.BlockBuilder,
     weights: Sequence[relax.Expr],
     attrs: Latent,
-    formats: Sequence[WeightFormat],
+    types: Sequence[relax.Type],
 ) -> list[relax.Expr]:
-    """W_K and W_V as kernels take them."""
+    """W_K and W_V as a kernel takes them, which has parameters of `types` from them on."""
+    parts = (attrs.key, attrs.value)
     return [
-        builder.emit(marker(HEAD_WEIGHT, [weight], part, relax.TensorType(ndim=3, dtype=format.dtype)))
-        for weight, part, format in zip(weights, (attrs.key, attrs.value), formats, strict=True)
+        builder.emit(marker(HEAD_WEIGHT, [weight], part, type))
+        for weight, part, type in zip(weights, parts, types)
     ]
 
 

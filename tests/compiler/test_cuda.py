@@ -164,7 +164,8 @@ def test_cross_attention_on_a_pretend_gpu(
 
 
 @pytest.mark.parametrize(
-    ("family", "state"), [("gpt2", "x_absorbed"), ("deepseek", "mla_latent"), ("phi", "k_plus_r")]
+    ("family", "state"),
+    [("gpt2", "x_absorbed"), ("deepseek", "mla_latent"), ("phi", "k_plus_r"), ("phi", "x_gemm")],
 )
 def test_other_forms_of_the_state_on_a_pretend_gpu(
     model_file: ModelFile, libraries: Path, tmp_path: Path, family: str, state: str

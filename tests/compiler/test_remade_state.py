@@ -122,10 +122,6 @@ def test_a_layer_that_it_is_not_legal_for_is_refused(
     message = "kept in int8, as it is allowed"
     with pytest.raises(InputError, match=message):
         kvc.plan(models("phi"), budget="400MB", workload="1x64", state="x_gemm", allow="kv-int8")
-    with pytest.raises(
-        InputError, match="--state x_gemm: there are no kernels for it on the target cuda yet"
-    ):
-        kvc.plan(models("phi"), budget="400MB", workload="1x64", state="x_gemm", target="cuda")
 
 
 def test_the_smallest_budget_is_that_of_the_last_resort(models: Callable[..., Path]) -> None:

@@ -44,7 +44,6 @@ class CpuAttention:
     page_size: int = PAGE_SIZE
     knobs: Knobs = DEFAULTS
     keys_transposed = True
-    rebuilds = True
 
     @classmethod
     def for_sites(
@@ -58,6 +57,9 @@ class CpuAttention:
         )
         return cls(traits, tile, knobs=knobs)
 
+    def rebuilds(self, key: int, value: int, dtype: str = "float32") -> bool:
+        return True
+
     def rebuilt(
         self,
         site: AttentionSite,
@@ -65,6 +67,8 @@ class CpuAttention:
         value: HeadProduct,
         key_format: WeightFormat,
         value_format: WeightFormat,
+        *,
+        dtype: str = "float32",
     ) -> PrimFunc:
         latent = attention_shape(site, self.page_size)
         made = rebuilt.Made(
@@ -86,6 +90,7 @@ class CpuAttention:
         *,
         biases: tuple[bool, bool],
         decodes: bool,
+        dtype: str = "float32",
     ) -> PrimFunc:
         assert site.remade is not None
         shape = attention_shape(site, self.page_size)
@@ -100,6 +105,12 @@ class CpuAttention:
         if decodes:
             return rekeyed.decode_rekeyed(shape, site.rekeyed, self.traits, self.splits(site))
         return rekeyed.prefill_rekeyed(shape, site.rekeyed, self.tile, self.traits)
+
+    def operations(self, site: AttentionSite, *, decodes: bool) -> int:
+        return 2 * site.heads * (site.query_dim + site.value_dim)
+
+    def together(self, site: AttentionSite, plain: AttentionSite) -> int | None:
+        return None
 
     def splits(self, site: AttentionSite) -> int:
         chosen = self.knobs.decode(attention_shape(site, self.page_size)).splits

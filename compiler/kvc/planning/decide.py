@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Final
 
 from kvc_passes.facts import StateForm
+from kvc_passes.kernel_sets import AttentionKernels
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import AttentionSite, FormName
 from kvc_passes.state_forms import EXACT, KEYS, LAST, UNJUDGED
@@ -193,15 +194,19 @@ class Planner:
             clock = Clock(
                 prefill=work_of(lowered.functions["prefill"]),
                 decode=work_of(lowered.functions["decode"]),
-                sites=tuple(self._site(kept, graph) for kept, graph in pairs),
+                sites=tuple(self._site(kept, graph, lowered.attention) for kept, graph in pairs),
                 rates=self.machine.rates,
-                rebuilds=lowered.attention.rebuilds,
             )
             self._variants[chosen] = Variant(model, lowered, costs(model, lowered, self.runtime), clock)
         return self._variants[chosen]
 
-    def _site(self, kept: AttentionSite, graph: AttentionSite) -> Site:
-        return Site(kept, graph).as_measured(self.machine.rates, self.machine.attention_times(kept))
+    def _site(self, kept: AttentionSite, graph: AttentionSite, kernels: AttentionKernels) -> Site:
+        operations = (kernels.operations(kept, decodes=False), kernels.operations(kept, decodes=True))
+        shared = kept.head_dim - kept.value_dim if kept.kept == "mla_latent" else 0  # by all heads
+        sizes = (graph.head_dim - shared, graph.value_dim, kept.kv_dtype)
+        rebuilds, together = kernels.rebuilds(*sizes), kernels.together(kept, graph)
+        site = Site(kept, graph, operations=operations, rebuilds=rebuilds, together=together)
+        return site.as_measured(self.machine.rates, self.machine.attention_times(kept))
 
 
 def _gap(best: Estimate, first: Estimate | None) -> float:

@@ -28,6 +28,18 @@ class Site:
     plain: AttentionSite
     factors: tuple[float, float] = (1.0, 1.0)
     """What its kernels take, in prefill and in decode, over what rates say: 1 where nothing was measured."""
+    operations: tuple[int, int] | None = None
+    """Of a query token and a key, in prefill and in decode; None if none is repeated."""
+    rebuilds: bool = True
+    """Whether prefill makes keys and values of what both are projections of."""
+    together: int | None = None
+    """Query tokens of prefill that share keys and values which are made again; None for all of a call."""
+
+    def _pair(self, phase: int) -> int:
+        """Operations of a query token and a key that it sees."""
+        if self.operations is not None:
+            return self.operations[phase]
+        return 2 * self.kept.heads * (self.kept.query_dim + self.kept.value_dim)
 
     def as_measured(self, rates: Rates, times: AttentionTimes) -> Site:
         """The site with its factors, the mean of what was measured."""
@@ -39,8 +51,8 @@ class Site:
     def decode(self, rates: Rates, batch: int, keys: float) -> float:
         """Seconds of one step of `batch` sequences that each see so many keys."""
         kept = replace(self.kept, owner=None)
-        heads = kept.heads + (_REKEYED * kept.kv_heads if kept.rekeyed is not None else 0)
-        flops = 2 * heads * (kept.query_dim + kept.value_dim) * keys * batch
+        more = _REKEYED * kept.kv_heads if kept.rekeyed is not None else 0
+        flops = (self._pair(1) + 2 * more * (kept.query_dim + kept.value_dim)) * keys * batch
         rate = (rates.shared if kept.shared and kept.row is None else rates.attention)[1]
         made = _products(kept, kept.remade.depth) * keys * batch if kept.remade is not None else 0.0
         read = kept.token_bytes() * keys * batch / rates.read
@@ -56,7 +68,7 @@ class Site:
             pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
             return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
         rate = (rates.shared if site.shared and site.row is None else rates.attention)[0]
-        seconds = rates.call + 2 * site.heads * (site.query_dim + site.value_dim) * pairs / rate
+        seconds = rates.call + self._pair(0) * pairs / rate
         return seconds * self.factors[0]
 
 
@@ -67,14 +79,12 @@ class Clock:
     Attributes:
         prefill, decode: what their kernels do beside attention.
         sites: the attentions.
-        rebuilds: whether prefill makes keys and values again where they are not kept.
     """
 
     prefill: Work
     decode: Work
     sites: tuple[Site, ...]
     rates: Rates
-    rebuilds: bool
 
     def times(self, workload: Workload, chunk: int) -> Times:
         """What the workload takes, served as one batch."""
@@ -106,10 +116,12 @@ class Clock:
         if begin:
             pairs -= (workload.batch - 1) * _pairs(reach, begin, workload.memory)
         calls = max(1.0, _computed(workload) / chunk)
-        # A call makes the keys that its tokens see again: on average half of what is there.
-        per_request = max(1.0, prompt / chunk)
-        behind = workload.memory if reach.memory else min(_seen(reach, prompt / 2 + chunk / 2), prompt)
-        rebuilt = behind * per_request * workload.batch if self.rebuilds else 0.0
+        # A call, or a tile, makes the keys that its tokens see again: on average half of what is there.
+        share = min(chunk, site.together or chunk)
+        per_request = max(1.0, prompt / share)
+        behind = workload.memory if reach.memory else min(_seen(reach, prompt / 2 + share / 2), prompt)
+        makes = site.kept.remade is not None or (site.rebuilds and not reach.memory)
+        rebuilt = behind * per_request * workload.batch if makes else 0.0
         prefill = site.prefill(self.rates, pairs, rebuilt) + (calls - 1) * self.rates.call
         return prefill, decode
 

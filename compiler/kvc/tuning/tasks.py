@@ -176,7 +176,6 @@ def _calls(lowered: Lowered, phase: Any) -> Iterator[tuple[PackedWeight, str]]:
 
 def _attention(decision: Decision) -> Iterator[Found]:
     plan, variant = decision.plan, decision.variant
-    rebuilds = variant.lowered.attention.rebuilds
     for site in variant.model.facts.sites:
         if site.row is not None:  # whose kernels have no parameters
             continue
@@ -184,7 +183,7 @@ def _attention(decision: Decision) -> Iterator[Found]:
         for workload in plan.workload:
             keys, tokens, chunks = _sizes(plan, workload)
             memory = workload.memory if site.mask.reach.memory else 0
-            if not (rebuilds and site.kept in _REBUILT) and tokens:
+            if site.kept not in _REBUILT and tokens:
                 middle = max(tokens // max(1, -(-tokens // keys)), (keys + plan.chunk) // 2)
                 yield "prefill", parameters, tokens, memory or min(middle, keys), chunks
             answer = answer_of(workload)

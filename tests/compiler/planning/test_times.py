@@ -25,7 +25,7 @@ NOTHING = Work(())
 
 
 def clock(site: AttentionSite, rates: Rates = RATES) -> Clock:
-    return Clock(NOTHING, NOTHING, (Site(site, site),), rates, True)
+    return Clock(NOTHING, NOTHING, (Site(site, site),), rates)
 
 
 def test_decode_reads_what_every_token_sees() -> None:
@@ -51,6 +51,17 @@ def test_keys_that_are_made_again_take_their_products_in_every_step() -> None:
     assert times.prefill_seconds == pytest.approx(each * 750 * 3 / 1e6)
     halves = clock(made, rates).times(work, 375)
     assert halves.prefill_seconds == pytest.approx(each * (375 + 187.5) * 2 * 3 / 1e6)
+    # A GPU's tiles make them each, whatever the chunk is.
+    tiles = Clock(NOTHING, NOTHING, (Site(made, made, together=125),), rates)
+    assert tiles.times(work, 1000).prefill_seconds == pytest.approx(each * (375 + 62.5) * 6 * 3 / 1e6)
+
+
+def test_operations_that_are_repeated_count() -> None:
+    rates = replace(RATES, read=1e18, attention=(1e6, 1e6), call=0.0)
+    repeated = Clock(NOTHING, NOTHING, (Site(SITE, SITE, operations=(5, 7)),), rates)
+    times = repeated.times(Workload(3, 1000), 512)
+    assert times.decode_seconds == pytest.approx(7 * 250 * 3 * (750 + 125) / 1e6)
+    assert times.prefill_seconds == pytest.approx(5 * 750 * 750 / 2 * 3 / 1e6)
 
 
 def test_keys_that_are_made_of_values_take_as_long_as_two_queries_more() -> None:

@@ -19,14 +19,15 @@ from tvm.tirx import PrimFunc
 from kvc_passes.errors import PlanningError
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import HeadProduct
-from kvc_passes.sites import AttentionSite
+from kvc_passes.sites import AttentionSite, Remade
 from kvc_passes.weight_format import WeightFormat
 
 from ..attention import AttentionShape
 from ..emit import Emitter, Expr, argument, i64, size_var
 from ..shapes import attention_shape
-from . import attention, products, rows, shared
+from . import attention, products, remade, rows, shared
 from .device import DeviceKernel
+from .remade import Making
 
 PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
 SHARED = -1
@@ -108,10 +109,11 @@ class CudaAttention:
         cls, sites: tuple[AttentionSite, ...], context: int | None, variants: Variants
     ) -> CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
-        tile = min(attention.choose_tile(s.group, max(s.head_dim, s.value_dim)) for s in sites)
+        tile = min(_tile(site) for site in sites)
         return cls(variants, tile, context or _LONG)
 
-    rebuilds: bool = False
+    def rebuilds(self, key: int, value: int, dtype: str) -> bool:
+        return remade.rebuilds(key, value, dtype)
 
     def rebuilt(
         self,
@@ -120,8 +122,17 @@ class CudaAttention:
         value: HeadProduct,
         key_format: WeightFormat,
         value_format: WeightFormat,
+        *,
+        dtype: str,
     ) -> PrimFunc:
-        raise PlanningError("there is no kernel that makes keys and values again on a GPU")
+        heads = key.heads // key.group
+        latent = attention_shape(site, self.page_size)
+        shape, extra = remade.rebuilt_shape(latent, heads, key.width, value.width)
+        kept = Remade(latent.value_dim, 0, fine=False)
+        types = (key_format.dtype, value_format.dtype)
+        making = Making(kept, *types, (False, False), absorbed=True, extra=extra)
+        names = ("rebuilt", shape, making, dtype)
+        return self.variants.function(names, partial(self._made, site, shape, making, False, dtype))
 
     def remade(
         self,
@@ -131,8 +142,68 @@ class CudaAttention:
         *,
         biases: tuple[bool, bool],
         decodes: bool,
+        dtype: str,
     ) -> PrimFunc:
-        raise PlanningError("there is no kernel that makes keys and values again on a GPU")
+        assert site.remade is not None
+        shape = attention_shape(site, self.page_size)
+        making = Making(site.remade, key_format.dtype, value_format.dtype, biases)
+        names = ("remade", shape, making, self.context, decodes, dtype)
+        return self.variants.function(names, partial(self._made, site, shape, making, decodes, dtype))
+
+    def _made(
+        self,
+        site: AttentionSite,
+        shape: AttentionShape,
+        making: Making,
+        decodes: bool,
+        dtype: str,
+        arch: int,
+    ) -> PrimFunc:
+        """Attention of `shape` over the pools of a site, of which keys and values are made."""
+        e, splits = Emitter(), self.splits(site)
+        n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
+        rows = b if decodes else n
+        inputs = {
+            "q": argument("q", (1, shape.heads, rows, shape.head_dim), dtype),
+            **self._pools(site, pages),
+            "positions": argument("positions", (rows,), "int64"),
+            **({} if decodes else {"tiles": argument("tiles", (t, 3), "int32")}),
+            "table": argument("block_table", (b, m), "int32"),
+            **_extras(shape),
+            **_made_of(shape, making, dtype),
+        }
+        out = argument("out", (1, rows, shape.heads, shape.value_dim), dtype)
+        values = {**inputs, "out": out, "n": n, "b": b, "width": m}
+        given = list(inputs.values())
+        if not decodes:
+            kernel = remade.prefill_kernel(shape, making, dtype, arch)
+            self.variants.launch(e, kernel, values, (t, shape.kv_heads))
+            return e.function([*given, out], given, [out])
+        part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
+        kernel = remade.decode_kernel(shape, making, dtype, arch)
+        self.variants.launch(e, kernel, {**values, "part": part}, (b, shape.kv_heads, splits))
+        self._merge(e, shape, splits, dtype, part, out)
+        return e.function([*given, part, out], given, [part, out])
+
+    def _merge(self, e: Emitter, shape: AttentionShape, splits: int, dtype: str, part: Any, out: Any) -> None:
+        """The shares of a decode put together."""
+        b, kernel = part.shape[0], attention.merge_kernel(shape, splits, dtype)
+        grid = (b, shape.heads, attention.merge_blocks(shape, splits))
+        self.variants.launch(e, kernel, {"part": part, "out": out, "b": b}, grid)
+
+    def operations(self, site: AttentionSite, *, decodes: bool) -> int:
+        shape, dtype = attention_shape(site, self.page_size), site.kv_dtype
+        scores = shape.query_dim
+        if shape.shared and site.remade is None:
+            scores *= shared.scored(shape, dtype, decodes)
+        return 2 * shape.heads * (scores + shape.value_dim)
+
+    def together(self, site: AttentionSite, plain: AttentionSite) -> int:
+        shape, dtype = attention_shape(plain, self.page_size), site.kv_dtype
+        kept = site.remade or Remade(site.value_dim, 0, fine=False)
+        making = Making(kept, dtype, dtype, (False, False))
+        rows = remade.prefill_rows(shape, making, dtype, self.variants.arch)
+        return max(1, min(rows // shape.group, self.tile))
 
     def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
         raise PlanningError("there is no kernel that makes keys of values on a GPU")
@@ -144,12 +215,17 @@ class CudaAttention:
         return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
 
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = attention_shape(site, self.page_size)
+        shape = self._kept(site)
         key = ("append", shape, self.tile, self.context, dtype)
         return self.variants.function(key, lambda arch: self._append(site, dtype, arch))
 
-    def _append(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+    def _kept(self, site: AttentionSite) -> AttentionShape:
+        """The shape of what pages hold."""
         shape = attention_shape(site, self.page_size)
+        return shape if site.remade is None else remade.kept_shape(shape, site.remade)
+
+    def _append(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+        shape = self._kept(site)
         e, n, pages = Emitter(), size_var("n"), size_var("pages")
         k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
         if shape.shared:
@@ -209,7 +285,6 @@ class CudaAttention:
             kernel, programs = shared.decode_kernel(shape, dtype)
         else:
             kernel, programs = attention.decode_kernel(shape, splits, dtype), shape.kv_heads
-        merge = attention.merge_kernel(shape, splits, dtype)
         e = Emitter()
         pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
         inputs = {
@@ -223,8 +298,7 @@ class CudaAttention:
         out = argument("out", (1, b, shape.heads, shape.value_dim), attention.out_dtype(shape, dtype))
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
         self.variants.launch(e, kernel, values, (b, programs, splits))
-        blocks = attention.merge_blocks(shape, splits)
-        self.variants.launch(e, merge, values, (b, shape.heads, blocks))
+        self._merge(e, shape, splits, dtype, part, out)
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
     def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
@@ -359,10 +433,32 @@ class CudaProducts:
         return {name: argument(name, t.shape, t.dtype) for name, t in zip(names, tensors)}
 
 
+def _tile(site: AttentionSite) -> int:
+    """Query tokens of a tile that a program does at once."""
+    if site.sliced is not None:
+        return shared.choose_tile(attention_shape(site, PAGE_SIZE))
+    if site.shared and site.remade is None:  # keys and values are made again, for one KV head
+        return attention.choose_tile(1)
+    return attention.choose_tile(site.group, max(site.head_dim, site.value_dim))
+
+
 def _extras(shape: AttentionShape) -> dict[str, Any]:
     """Further arguments, in the order of kernel_sets.AttentionKernels."""
     wanted = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
     return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
+
+
+def _made_of(shape: AttentionShape, making: Making, dtype: str) -> dict[str, Any]:
+    """W_K, W_V and biases as arguments, by the names that kernels have for them."""
+    depth, heads = making.kept.depth, shape.kv_heads
+    columns = {"key": heads * (shape.head_dim - making.extra), "value": heads * shape.value_dim}
+    key = (heads * depth, columns["key"] // heads) if making.absorbed else (columns["key"], depth)
+    shapes = {"key": (key, making.key_dtype), "value": ((columns["value"], depth), making.value_dtype)}
+    weights = {f"w{name}": argument(f"w_{name}", *each) for name, each in shapes.items()}
+    has = zip(columns, making.biases)
+    return weights | {
+        f"b{name}": argument(f"b_{name}", (columns[name],), dtype) for name, there in has if there
+    }
 
 
 def _parts(count: Expr, size: int) -> Expr:

@@ -15,6 +15,16 @@ APPEND_ELEMENTS = 256
 """Tokens and elements of a program of the append kernel."""
 
 
+NOT_MADE = dict.fromkeys(("wkey", "wvalue", "bkey", "bvalue", "MADE"))
+"""Parameters that kvc.kernels.cuda.remade has."""
+
+
+def choose_tile(shape: AttentionShape) -> int:
+    """Query tokens of a tile that a program of prefill does at once."""
+    rows, heads, _ = _blocks(shape, in_float32(shape, shape.kv_dtype), decodes=False)
+    return rows // heads
+
+
 def append_kernel(shape: AttentionShape, x_dtype: str) -> DeviceKernel:
     """Writes what is kept of a call's tokens into their pages, in place.
 
@@ -33,29 +43,21 @@ def prefill_kernel(shape: AttentionShape, x_dtype: str, arch: int = 80) -> tuple
     tokens), table i32[b, width], extras, out [1, n, H, DV] of out_dtype, n, width. Grid (t, programs a tile).
     """
     float32 = in_float32(shape, x_dtype)
-    rows = 32 if float32 else 64
-    # Queries that meet keys of their own: those of one key, so that no other is read.
-    heads = min(power(shape.heads), rows) if shape.sliced is None else _group(shape)
-    wide = 256 if not float32 else 128 if shape.sliced is None else 64
-    block = min(max(power(shape.value_dim), 16), wide)
+    rows, heads, block = _blocks(shape, float32, decodes=False)
     # sm_90 and sm_100 keep operands in shared memory; elsewhere larger blocks would spill registers.
     ample = 90 <= arch < 120 and not float32
     constants = {
         **_sizes(shape, block, 128 if ample else 32 if float32 else 64),
-        "BM": max(rows, power(heads), 16),
+        "BM": rows,
         "BH": heads,
         **options(shape, 64 if ample else 32, x_dtype, stored=False),
         "GUARDED": shape.guarded,
         "WHOLE": shape.whole,
         "SLICED": _sliced(shape),
+        **NOT_MADE,
     }
-    x = f"*{TRITON_TYPES[x_dtype]}"
-    types = _types(
-        shape,
-        x,
-        tiles=True,
-        rest=[("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"), ("n", "i32"), ("width", "i32")],
-    )
+    x, out = (f"*{TRITON_TYPES[kind]}" for kind in (x_dtype, out_dtype(shape, x_dtype)))
+    types = _types(shape, x, tiles=True, rest=[("out", out), ("n", "i32"), ("width", "i32")])
     kernel = attention_kernel("shared.prefill", types, constants, shape, 8, 2)
     return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
 
@@ -67,23 +69,47 @@ def decode_kernel(shape: AttentionShape, x_dtype: str) -> tuple[DeviceKernel, in
     shares, H, DV + 2] (as for attention.decode_kernel), b, width. Grid (b, programs a share, shares).
     """
     float32 = in_float32(shape, x_dtype)
-    rows = min(max(power(shape.heads), 16), 16 if float32 else 32)
-    heads = rows
-    if shape.sliced is not None:  # whole groups
-        rows = max(rows, power(_group(shape)))
-        heads = rows // _group(shape) * _group(shape)
-    block = min(max(power(shape.value_dim), 16), 256 if float32 else 512)
+    rows, heads, block = _blocks(shape, float32, decodes=True)
     constants = {
         **_sizes(shape, block, 32 if float32 else 128),
         "BM": rows,
         "BH": heads,
         **options(shape, 16 if float32 else 32, x_dtype, stored=False),
         "SLICED": _sliced(shape),
+        **NOT_MADE,
     }
     x = f"*{TRITON_TYPES[x_dtype]}"
     types = _types(shape, x, tiles=False, rest=[("part", "*fp32"), ("b", "i32"), ("width", "i32")])
     kernel = attention_kernel("shared.decode", types, constants, shape, 8, 2)
     return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
+
+
+def scored(shape: AttentionShape, x_dtype: str, decodes: bool) -> int:
+    """How often a query is multiplied with its own key, or another: programs of its values do so each."""
+    _, heads, block = _blocks(shape, in_float32(shape, x_dtype), decodes)
+    keys = max(1, heads // _group(shape)) if shape.sliced is not None else 1
+    return keys * -(-shape.value_dim // block)
+
+
+def _blocks(shape: AttentionShape, float32: bool, decodes: bool) -> tuple[int, int, int]:
+    """Rows of a program, heads among them, and elements of their values.
+
+    Queries that meet keys of their own: prefill takes those of one key, so that no other is read, decode
+    whole groups.
+    """
+    group = _group(shape)
+    if decodes:
+        rows = min(max(power(shape.heads), 16), 16 if float32 else 32)
+        wide, heads = 256 if float32 else 512, rows
+        if shape.sliced is not None:
+            rows = max(rows, power(group))
+            heads = rows // group * group
+    else:
+        rows = 32 if float32 else 64
+        wide = 256 if not float32 else 128 if shape.sliced is None else 64
+        heads = min(power(shape.heads), rows) if shape.sliced is None else group
+        rows = max(rows, power(heads))
+    return rows, heads, min(max(power(shape.value_dim), 16), wide)
 
 
 def _group(shape: AttentionShape) -> int:

@@ -5,14 +5,16 @@
 The pool is [pages, PG, D]: what is kept of a token is the key of all H heads, and its first DV elements are
 their value. Rows are too wide for registers: scores are summed up over DC elements at a time, and a program
 computes VB elements of its rows' values. Programs of the same rows compute their scores each. Queries have QD
-elements. SLICED is None, or says how a query meets its own part of the key (triton_sliced). Everything else
-is as in triton_attention.
+elements. SLICED is None, or says how a query meets its own part of the key (triton_sliced). MADE is None, or
+says how keys and values are made again with wkey and wvalue [KV heads * elements, x's elements] and biases
+(triton_remade): then a program's rows are of one KV head. Everything else is as in triton_attention.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_masks import oldest
+from .triton_remade import made_scores, made_values
 from .triton_sliced import scores
 from .triton_softmax import LOG2E, normalized, weigh
 from .triton_stored import load
@@ -36,12 +38,13 @@ def append(
 
 @triton.jit
 def attend(
-    acc, total, top, query, inside, position, h, slope, xpool, columns, head, block, start, low, high,
+    acc, total, top, query, inside, position, h, slope, xpool, wkey, wvalue, bkey, bvalue,
+    columns, head, block, start, low, high,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
     PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, MASKED: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    SLICED: tl.constexpr,
+    SLICED: tl.constexpr, MADE: tl.constexpr,
 ):  # fmt: skip
     """Take the block of keys from `start` into elements block * VB .. of the rows' values, sums and maxima.
 
@@ -64,7 +67,10 @@ def attend(
         else:
             page = tl.load(columns + key // PG).to(tl.int64)
         row = page * PG + key % PG
-    if SLICED is not None:
+    if MADE is not None:
+        own = head // MADE[0]
+        x = made_scores(query, inside, xpool, row, there, wkey, bkey, own, MADE, D, BM, BN, MASKED, TYPE)
+    elif SLICED is not None:
         x = scores(query, inside, h, xpool, row, there, head, SLICED, H, D, DV, BM, BN, BH, MASKED, TYPE)
     else:
         x = tl.zeros((BM, BN), tl.float32)
@@ -91,22 +97,24 @@ def attend(
         SINK_KEYS,
         PREDICATE,
     )
-    rv = block * VB + tl.arange(0, VB)
-    values = load(
-        xpool, row[:, None], rv[None, :], there[:, None], D, (DV + VB - 1) // VB * VB > D, MASKED, "", TYPE
-    )
+    if MADE is not None:
+        values = made_values(xpool, row, there, wvalue, bvalue, own, MADE, D, DV, VB, BN, MASKED, TYPE)
+    else:
+        rv = block * VB + tl.arange(0, VB)
+        beyond: tl.constexpr = (DV + VB - 1) // VB * VB > D
+        values = load(xpool, row[:, None], rv[None, :], there[:, None], D, beyond, MASKED, "", TYPE)
     acc = tl.dot(weight.to(TYPE), values, acc * fade[:, None], input_precision="tf32x3")
     return acc, total, highest
 
 
 @triton.jit
 def prefill(
-    q, xpool, positions, tiles, table, slopes, sinks, out, n, width,
+    q, xpool, positions, tiles, table, slopes, sinks, wkey, wvalue, bkey, bvalue, out, n, width,
     H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
     VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    GUARDED: tl.constexpr, WHOLE: tl.constexpr, SLICED: tl.constexpr,
+    GUARDED: tl.constexpr, WHOLE: tl.constexpr, SLICED: tl.constexpr, MADE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of query tokens and BH heads, BM // BH tokens at a time, and VB elements of it."""
     STEP: tl.constexpr = BM // BH
@@ -147,9 +155,9 @@ def prefill(
             for j in range(0, apart):
                 acc, total, top = attend(
                     acc, total, top, query, inside, position, h, slope,
-                    xpool, columns, head, block, j * BN, low, high,
+                    xpool, wkey, wvalue, bkey, bvalue, columns, head, block, j * BN, low, high,
                     H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
                 )  # fmt: skip
             at = tl.maximum(at, apart)
         if PREDICATE is None and WINDOW == 0 and CHUNK == 0:
@@ -158,17 +166,17 @@ def prefill(
             for j in range(at, whole):
                 acc, total, top = attend(
                     acc, total, top, query, inside, position, h, slope,
-                    xpool, columns, head, block, j * BN, low, high,
+                    xpool, wkey, wvalue, bkey, bvalue, columns, head, block, j * BN, low, high,
                     H, D, DV, DC, VB, PG, BM, BN, BH, False, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
                 )  # fmt: skip
             at = whole
         for j in range(at, end):
             acc, total, top = attend(
                 acc, total, top, query, inside, position, h, slope,
-                xpool, columns, head, block, j * BN, low, high,
+                xpool, wkey, wvalue, bkey, bvalue, columns, head, block, j * BN, low, high,
                 H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
             )  # fmt: skip
         result = normalized(acc, total[:, None], GUARDED)
         there = inside[:, None] & (rv < DV)[None, :]
@@ -179,12 +187,12 @@ def prefill(
 
 @triton.jit
 def decode(
-    q, xpool, positions, table, slopes, sinks, part, b, width,
+    q, xpool, positions, table, slopes, sinks, wkey, wvalue, bkey, bvalue, part, b, width,
     H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
     VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    SLICED: tl.constexpr,
+    SLICED: tl.constexpr, MADE: tl.constexpr,
 ):  # fmt: skip
     """A share of the attention of a sequence's token and BH heads, VB elements of it, not normalised.
 
@@ -230,9 +238,10 @@ def decode(
         if SINK_KEYS > 0:
             start += tl.where(j >= tl.cdiv(SINK_KEYS, BN), hole * BN, 0)
         acc, total, top = attend(
-            acc, total, top, query, inside, position, h, slope, xpool, columns, head, block, start, low, high,
+            acc, total, top, query, inside, position, h, slope,
+            xpool, wkey, wvalue, bkey, bvalue, columns, head, block, start, low, high,
             H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
         )  # fmt: skip
     part += ((sequence.to(tl.int64) * shares + share) * H + h) * (DV + 2)
     if block == 0:

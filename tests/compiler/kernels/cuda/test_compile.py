@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import device, shared
+from kvc.kernels.cuda import device, remade, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -21,7 +21,7 @@ from kvc.kernels.cuda.attention import (
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
-from kvc_passes.sites import Sliced
+from kvc_passes.sites import Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
 
 pytest.importorskip("triton")
@@ -139,6 +139,28 @@ def test_what_is_key_and_value_in_one_compiles_without_spills(name: str, dtype: 
         kernels += [kernel for _, kernel, _, _ in variants]
     for kernel in kernels:
         compile_kernel(kernel, arch)
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("float16", 80), ("bfloat16", 90), ("float32", 80)])
+def test_keys_and_values_made_again_compile_without_spills(dtype: str, arch: int) -> None:
+    shape = dataclasses.replace(SHAPE, kv_heads=32, kv_dtype=dtype)
+    kept, biased = Remade(4096, 64, fine=dtype != "float32"), dtype == "float16"
+    making = remade.Making(kept, dtype, dtype, (biased, biased))
+    latent = dataclasses.replace(SHARED["DeepSeek-V2-Lite"], kv_dtype=dtype, page_size=64)
+    rebuilt, extra = remade.rebuilt_shape(latent, 16, 128, 128)
+    absorbed = remade.Making(Remade(512, 0, False), dtype, dtype, (False, False), absorbed=True, extra=extra)
+    masked = dataclasses.replace(shape, window=4096, softcap=30.0, slopes=True)
+    kernels = [
+        remade.prefill_kernel(shape, making, dtype, arch),
+        remade.prefill_kernel(masked, making, dtype, arch),
+        remade.decode_kernel(shape, making, dtype, arch),
+    ]
+    if remade.rebuilds(128, 128, dtype):
+        kernels.append(remade.prefill_kernel(rebuilt, absorbed, dtype, arch))
+    for kernel in kernels:
+        code = compile_kernel(kernel, arch)
+        assert holds(code, WGMMA if arch == 90 else MMA)
+        assert holds(code, COPY)
 
 
 def test_names_tell_variants_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tvm.ir import Call
 from tvm_ffi import structural_walk
 
 from kvc.kernels.cuda.host import SHARED, VARIANT, CudaAttention, CudaProducts, Variants
+from kvc_passes.sites import Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
 from support import site
 
@@ -50,6 +52,38 @@ def test_decode_splits_what_is_worth_it() -> None:
     assert kernels.splits(WIDE) == 33
     assert CudaAttention.for_sites((WIDE,), 300, Variants(80)).splits(WIDE) == 2
     assert CudaAttention.for_sites((WIDE,), 64, Variants(80)).splits(WIDE) == 1
+
+
+def test_operations_are_counted_with_those_that_programs_repeat() -> None:
+    kernels = CudaAttention.for_sites((WIDE,), CONTEXT, Variants(90))
+    assert kernels.operations(WIDE, decodes=True) == 2 * 32 * 256
+    shared = site(heads=12, kv_heads=1, head_dim=768, value_dim=768, kept="x_absorbed", kv_dtype="float16")
+    assert kernels.operations(shared, decodes=False) == 2 * 12 * (3 * 768 + 768)  # values in blocks of 256
+    assert kernels.operations(shared, decodes=True) == 2 * 12 * (2 * 768 + 768)
+    kept = Sliced(32, 128, 640, 64, fine=True)
+    keys = replace(shared, heads=32, head_dim=kept.width, value_dim=kept.value_dim, kept="k_plus_r")
+    keys = replace(keys, sliced=kept)
+    assert kernels.operations(keys, decodes=False) == 2 * 32 * (19 * 128 + 4736)
+    # A program of decode has all heads, and multiplies each query with every key.
+    assert kernels.operations(keys, decodes=True) == 2 * 32 * (10 * 32 * 128 + 4736)
+
+
+def test_a_tile_fills_a_program() -> None:
+    kept = Sliced(8, 128, 640, 64, fine=True)
+    keys = site(heads=16, kv_heads=1, head_dim=kept.width, value_dim=kept.value_dim, kept="k_plus_r")
+    keys = replace(keys, sliced=kept, kv_dtype="float16")
+    assert CudaAttention.for_sites((keys,), CONTEXT, Variants(80)).tile == 32  # of 2 heads
+    absorbed = site(heads=12, kv_heads=1, head_dim=768, value_dim=768, kept="x_absorbed", kv_dtype="float16")
+    assert CudaAttention.for_sites((absorbed,), CONTEXT, Variants(80)).tile == 128
+
+
+def test_rows_of_a_tile_share_what_is_made_again() -> None:
+    made = site(heads=32, kv_heads=32, head_dim=128, value_dim=128, kept="x_gemm", kv_dtype="float16")
+    made = replace(made, remade=Remade(4096, 64, fine=True))
+    for arch, tokens in ((80, 64), (90, 128)):
+        kernels = CudaAttention.for_sites((made,), CONTEXT, Variants(arch))
+        assert kernels.together(made, made) == tokens
+        assert kernels.operations(made, decodes=True) == 2 * 32 * 256
 
 
 def test_few_rows_take_other_kernels_than_many() -> None:

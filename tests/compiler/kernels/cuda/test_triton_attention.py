@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from triton_case import DTYPES, SHAPES, Case, sliced
+from triton_case import DTYPES, LATENT, MADE, SHAPES, Case, MadeCase, sliced
 from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import predicates, shared
+from kvc.kernels.cuda import predicates, remade, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -34,14 +34,17 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
     q = 2 * case.normal(1, shape.heads, at, shape.query_dim)
     out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = prefill_kernel(shape, tile, case.dtype), shape.kv_heads
-    if shape.shared:
+    given = [*case.extras]
+    if isinstance(case, MadeCase):
+        kernel = remade.prefill_kernel(shape, case.making, case.dtype)
+        given += case.weights
+    elif shape.shared:
         kernel, programs = shared.prefill_kernel(shape, case.dtype)
     run(
         kernel,
         (len(tiles), programs),
         *(q, *case.state, torch.from_numpy(np.concatenate(positions))),
-        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras, out, at),
-        case.table.shape[1],
+        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *given, out, at, case.table.shape[1]),
     )
     return q[0].transpose(0, 1), out[0], positions
 
@@ -62,12 +65,16 @@ def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndar
     part = torch.full((count, splits, shape.heads, shape.value_dim + 2), torch.nan)
     out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = decode_kernel(shape, splits, case.dtype), shape.kv_heads
-    if shape.shared:
+    given = [*case.extras]
+    if isinstance(case, MadeCase):
+        kernel = remade.decode_kernel(shape, case.making, case.dtype)
+        given += case.weights
+    elif shape.shared:
         kernel, programs = shared.decode_kernel(shape, case.dtype)
     run(
         kernel,
         (count, programs, splits),
-        *(q, *case.state, torch.from_numpy(positions), case.table, *case.extras),
+        *(q, *case.state, torch.from_numpy(positions), case.table, *given),
         *(part, count, case.table.shape[1]),
     )
     grid = (count, shape.heads, merge_blocks(shape, splits))
@@ -164,6 +171,15 @@ def test_more_kept_keys_than_heads_of_a_program(dtype: str) -> None:
     shape = sliced(34, 34, 8, rest=24, half=4, sink_scores=True, softcap=20.0, page_size=16)
     check_decode(Case(shape, dtype, [(70, 1), (1, 1)], 19), 2)
     check_prefill(Case(shape, dtype, [(17, 2)], 20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MADE)
+def test_keys_and_values_that_are_made_again(name: str, dtype: str) -> None:
+    lengths = [(101, 37), (1, 1), (64, 2)]
+    check_prefill(MadeCase(name, dtype, lengths, 21))
+    if name not in LATENT:
+        check_decode(MadeCase(name, dtype, [(length, 1) for length, _ in lengths], 22), 2)
 
 
 def test_many_shares_of_wide_values() -> None:
