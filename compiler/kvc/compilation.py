@@ -16,6 +16,8 @@ from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
 from kvc_passes.plans import Plan
+from kvc_passes.row_segments import segments_of
+from kvc_passes.row_slices import Segment
 from kvc_passes.sites import FormName
 from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED, VALUES
 from kvc_passes.weights import WeightPart
@@ -45,6 +47,14 @@ from .reconstruction import WithKeyWeights, decided, solver_of
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
+_MOST_SLICES = 64
+"""Of a chunk: each is a call of its own."""
+_LEAST_SLICE = 32
+"""Tokens, where a slice reads weights."""
+_SMALL = 1 << 14
+"""Bytes up to which they are those of norms."""
+_WORTH = 64
+"""What is alive has to fall by one part in so many, or smaller slices are no option."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,18 @@ class Lowered:
     """The weights of each function, in its order."""
     attention: AttentionKernels
     machine: Machine
+    segments: tuple[Segment, ...] = ()
+    """Of prefill: what may run for a part of the tokens after another."""
+
+    @property
+    def least_slice(self) -> int:
+        """Tokens of the smallest slice worth trying: with fewer, all time goes into reading weights."""
+        return _LEAST_SLICE if any(segment.weights > _SMALL for segment in self.segments) else 1
+
+    @property
+    def unit(self) -> int:
+        """Tokens that slices are multiples of."""
+        return max((segment.unit for segment in self.segments), default=1)
 
 
 def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner) -> Model:
@@ -199,16 +221,33 @@ def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
         for name in together
     }
     takes = {phase: list(each) for phase, each in zip(functions, recipes)}
-    return Lowered(functions, together, tensors, takes, attention, machine)
+    segments = segments_of(functions["prefill"])
+    return Lowered(functions, together, tensors, takes, attention, machine, segments)
 
 
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
     """What the planner weighs."""
     arenas = {phase: Arena.of(mod) for phase, mod in lowered.functions.items()}
+    in_slices = Arena.of(lowered.functions["prefill"], segments=lowered.segments)
 
     @cache
-    def arena(chunk: int, batch: int) -> int:
-        return max(a.size(bounds_of(phase, chunk, batch)) for phase, a in arenas.items())
+    def size(phase: Phase, chunk: int, batch: int, ffn: int) -> int:
+        return (in_slices if ffn else arenas[phase]).size(bounds_of(phase, chunk, batch), ffn)
+
+    def arena(chunk: int, batch: int, ffn: int) -> int:
+        return max(size(phase, chunk, batch, ffn if phase == "prefill" else 0) for phase in arenas)
+
+    @cache
+    def slices(chunk: int, batch: int) -> tuple[int, ...]:
+        bounds, found = bounds_of("prefill", chunk, batch), []
+        least = max(arenas["prefill"].alive(bounds), default=0)
+        rows = chunk // 2 if lowered.segments else 0
+        while rows >= lowered.least_slice and rows % lowered.unit == 0 and rows * _MOST_SLICES >= chunk:
+            alive = max(in_slices.alive(bounds, rows))
+            if alive < least - least // _WORTH:
+                found.append(rows)
+            least, rows = min(least, alive), rows // 2
+        return tuple(found)
 
     sizes = [tensor.bytes for tensor in lowered.tensors.values()]
     return Costs(
@@ -218,6 +257,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
         weights=sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes),
         runtime=runtime,
         arena=arena,
+        slices=slices,
         page_size=lowered.attention.page_size,
         tile=lowered.attention.tile,
         keys_transposed=lowered.attention.keys_transposed,
@@ -235,7 +275,15 @@ def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) 
     Raises TargetError without a linker, or without what else the target needs.
     """
     finished = {
-        phase: finish(mod, phase, bounds_of(phase, plan.chunk, plan.max_batch), plan.bytes.arena, runner)
+        phase: finish(
+            mod,
+            phase,
+            bounds_of(phase, plan.chunk, plan.max_batch),
+            plan.bytes.arena,
+            runner,
+            lowered.segments if phase == "prefill" else (),
+            plan.ffn_chunk if phase == "prefill" else 0,
+        )
         for phase, mod in lowered.functions.items()
     }
     module = join(finished)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.plans import Plan, Workload
+from kvc_passes.plans import Plan, Workload, chunk_text
 from kvc_passes.sites import Reach
 
 from .options import format_size
@@ -26,10 +26,11 @@ def plan_tables(plan: Plan, facts_name: str) -> list[Table]:
 def _bytes_table(plan: Plan, facts_name: str) -> Table:
     b, on_gpu = plan.bytes, plan.target["kind"] == "cuda"
     process = "interpreter, libraries, tokenizer, threads (measured on this machine)"
+    slices = f", feed-forward in slices of {plan.ffn_chunk}" if plan.ffn_chunk else ""
     lines = [
         ("weights", b.weights, "copied to the GPU" if on_gpu else "memory-mapped from the artifact"),
         ("KV pages", b.pools, f"pages of {plan.page_size} tokens, see below"),
-        ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens"),
+        ("temporaries", b.arena, f"one arena; prefill in chunks of {plan.chunk} tokens{slices}"),
         ("workspaces", b.workspaces, "local buffers of kernels, of every thread"),
         ("logits", b.outputs, f"{plan.max_batch} rows, and the sampler's scratch"),
         ("tables", b.tables, f"block tables {plan.max_batch} x {plan.table_width}, positions, slots"),
@@ -115,7 +116,7 @@ def comparison_table(name: str, columns: Sequence[tuple[int, Plan | BudgetError]
     line("weights", lambda p: format_size(p.bytes.weights), lacks)
     line("KV pages", lambda p: format_size(p.bytes.pools), lacks)
     line("temporaries", lambda p: format_size(p.bytes.arena), lacks)
-    line("prefill chunk", lambda p: str(p.chunk), lacks)
+    line("prefill chunk", lambda p: chunk_text(p.chunk, p.ffn_chunk), lacks)
     line("forms", lambda p: forms_text(p.forms), lacks)
     line("tokens a sequence", lambda p: f"{p.max_context:,}", lacks)
     line("one request", lambda p: f"{p.capacities[0].context:,} tokens", lacks)
@@ -135,10 +136,11 @@ def reason_tables(plan: Plan, why: Explanation) -> list[Table]:
     reasons = _titled("why", ("layers", "form", ""), 3)
     for line in why.reasons:
         add_row(reasons, *line)
+    reasons.caption, reasons.caption_justify = Text(why.slices), "left"
     curve = _titled("memory against time, for this workload", ("forms", "chunk", "budget", "predicted"), 1)
     for point in why.curve[:: max(1, len(why.curve) // 8)]:
         size = format_size(point.bytes)
-        add_row(curve, point.forms, str(point.chunk), size, f"{point.seconds:.2f} s")
+        add_row(curve, point.forms, chunk_text(point.chunk, point.ffn), size, f"{point.seconds:.2f} s")
     curve.caption, curve.caption_justify = Text(_gap_text(why.gap)), "left"
     gains = _titled("what permissions would buy", ("--allow", "bytes less", "tokens of one request"), 1)
     for gain in why.gains:

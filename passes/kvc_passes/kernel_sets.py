@@ -142,7 +142,7 @@ class MatmulKernels(Protocol):
     ) -> PrimFunc:
         """(x [1,m,depth], *packed, [bias [columns]], [residual like y], y [1,m,columns]), all of `dtype`.
 
-        Flat: y is f32 [m,columns].
+        A row of y depends on the same row of x and of the residual alone. Flat: y is f32 [m,columns].
         """
 
     def head_packed(self, heads: int, columns: int, depth: int, format: WeightFormat) -> TensorType:

@@ -63,20 +63,11 @@ class Kernel:
     @classmethod
     def of(cls, function: Any) -> Kernel | None:
         """The kernel as loop nests; None for one of another form, such as hand-written or scheduled ones."""
-        if not isinstance(function, tirx.PrimFunc) or not isinstance(function.body, s_tir.SBlockRealize):
-            return None
-        attrs = function.attrs or {}
-        if attrs.get("tirx.is_scheduled", False) or not all(map(tirx.is_buffer_var, function.params)):
-            return None
-        root = function.body.block
-        if root.iter_vars or root.match_buffers or not function.params:
-            return None
-        parts = list(root.body.seq) if isinstance(root.body, tirx.SeqStmt) else [root.body]
-        nests = [_nest(part) for part in parts]
-        if any(nest is None for nest in nests):
+        nests = nests_of(function)
+        if nests is None or not all(map(tirx.is_buffer_var, function.params)):
             return None
         *inputs, output = function.params
-        return cls(function, tuple(inputs), output, tuple(root.alloc_buffers), tuple(n for n in nests if n))
+        return cls(function, tuple(inputs), output, tuple(function.body.block.alloc_buffers), nests)
 
     def overwritable(self) -> tuple[int, ...]:
         """The inputs whose memory the output may take, by number.
@@ -114,6 +105,20 @@ class Kernel:
             if readers and all(n in found and _at_place(n, made) for n in readers):
                 found.append(nest)
         return found
+
+
+def nests_of(function: Any) -> tuple[Nest, ...] | None:
+    """The nests of a PrimFunc; None for one of another form, such as hand-written or scheduled ones."""
+    if not isinstance(function, tirx.PrimFunc) or not isinstance(function.body, s_tir.SBlockRealize):
+        return None
+    if (function.attrs or {}).get("tirx.is_scheduled", False):
+        return None
+    root = function.body.block
+    if root.iter_vars or root.match_buffers or not function.params:
+        return None
+    parts = list(root.body.seq) if isinstance(root.body, tirx.SeqStmt) else [root.body]
+    found = [_nest(part) for part in parts]
+    return None if None in found else tuple(n for n in found if n)
 
 
 def overwritten(function: tirx.PrimFunc, number: int) -> tirx.PrimFunc:

@@ -14,6 +14,7 @@ from .errors import PlanningError
 from .graph import Graph, dims, graph_of, op_name, same_shape, static
 from .kernel_sets import MatmulKernels
 from .markers import HEAD_PRODUCT, HEAD_WEIGHT, HeadProduct, attributes, tensors
+from .prove_rows import ROWS
 from .rebuild import drop_params, rebuild
 from .weights import HeadWeight, PackedWeight, WeightPart, head_weight_of, table_of, weight_of
 
@@ -173,7 +174,7 @@ class PackMatmuls:
                 dtype=dtype,
                 residual=residual is not None,
             )
-            made[key] = builder.add_func(kernel, MATMUL)
+            made[key] = builder.add_func(kernel.with_attr(ROWS, True), MATMUL)
         leading = dims(x)[:-1]
         one, depth, columns = (tirx.IntImm("int64", size) for size in (1, weight.depth, weight.columns))
         shape, flat = [one, leading[-1], columns], len(leading) != 2

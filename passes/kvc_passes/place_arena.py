@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from tvm import IRModule, relax, tirx
 
 from .base import Result
 from .errors import PlanningError
-from .graph import graph_of, op_name, operands, static
+from .graph import dims, graph_of, op_name, operands, static
 from .rebuild import substitute, with_main
+from .row_slices import TOKENS, Segment, SliceWriter, has_tokens, is_kernel_call
 
 ALIGNMENT = 64  # bytes; generated code loads whole vectors
 
@@ -25,14 +27,26 @@ class Temporary:
     alloc: relax.Call
     first: int
     last: int
+    inner: bool = False
+    """Whether only one segment uses it: it holds the rows of a slice."""
 
-    def size(self, bounds: Mapping[str, int]) -> int:
-        """Bytes, aligned, with the symbols at their bounds."""
+    def size(self, bounds: Mapping[str, int], rows: int = 0) -> int:
+        """Bytes, aligned, with the symbols at their bounds; `rows`: tokens of a slice, 0 for all."""
+        if self.inner and rows:
+            bounds = {**bounds, TOKENS: min(bounds[TOKENS], rows)}
         count = 1
         for dim in self.alloc.args[0].values:
             count *= evaluate(dim, bounds)
         size = count * element_bytes(str(self.alloc.args[1].value))
         return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def with_slices(self, segment: Segment) -> Temporary:
+        """The same where a segment runs slice by slice: what it shares with others is alive in all of it."""
+        begins, ends = segment.holds(self.first), segment.holds(self.last)
+        if begins and ends:
+            return replace(self, inner=True)
+        first, last = segment.first if begins else self.first, segment.last if ends else self.last
+        return replace(self, first=first, last=last) if begins or ends else self
 
 
 @dataclass(frozen=True)
@@ -40,11 +54,14 @@ class Arena:
     """The temporaries of a function and where they can lie."""
 
     temporaries: tuple[Temporary, ...]
+    roots: Mapping[relax.Var, frozenset[relax.Var]] = field(default_factory=dict)
+    """Of every value the temporaries that it lies in."""
 
     @classmethod
-    def of(cls, mod: IRModule, *, leave: bool = False) -> Arena:
+    def of(cls, mod: IRModule, *, segments: Sequence[Segment] = (), leave: bool = False) -> Arena:
         """The temporaries of `main`; values that alias one keep it alive.
 
+        segments: parts that run slice by slice; what they share with others is alive in all of them.
         leave: those that the function returns are none: they stay allocations of their own.
         """
         graph = graph_of(mod["main"])
@@ -67,25 +84,48 @@ class Arena:
             if not leave:
                 raise PlanningError(f"the temporary {root.name} leaves the function")
             first.pop(root)
-        return cls(tuple(Temporary(v, graph.definitions[v], first[v], last[v]) for v in first))
+        found = [Temporary(v, graph.definitions[v], first[v], last[v]) for v in first]
+        for segment in segments:
+            found = [t.with_slices(segment) for t in found]
+        return cls(tuple(found), {var: frozenset(own) for var, own in roots.items()})
 
-    def size(self, bounds: Mapping[str, int]) -> int:
-        """Bytes that the arena needs with the symbols at their bounds."""
-        return self.place(bounds)[1]
+    def size(self, bounds: Mapping[str, int], rows: int = 0) -> int:
+        """Bytes that the arena needs with the symbols at their bounds, `rows` tokens a slice."""
+        return self.place(bounds, rows)[1]
 
-    def place(self, bounds: Mapping[str, int]) -> tuple[dict[relax.Var, int], int]:
+    def place(self, bounds: Mapping[str, int], rows: int = 0) -> tuple[dict[relax.Var, int], int]:
         """Offset of every temporary, and the bytes of all: the best of three orders."""
-        unlike = dict(zip(self._shapes, self.temporaries))
-        known = {key: t.size(bounds) for key, t in unlike.items()}
-        sizes = [known[key] for key in self._shapes]
+        sizes = self._sizes(bounds, rows)
+        least = max(self._alive(sizes), default=ALIGNMENT)
         lives = [(t.first, t.last - t.first + 1) for t in self.temporaries]
         keys: tuple[Callable[[int], tuple[int, int]], ...] = (
             lambda i: (-sizes[i], lives[i][0]),
             lambda i: (-lives[i][1], -sizes[i]),
             lambda i: (-sizes[i] * lives[i][1], lives[i][0]),
         )
-        offsets, total = min((self._placed(sizes, key) for key in keys), key=lambda found: found[1])
+        found = []
+        for key in keys:
+            found.append(self._placed(sizes, key))
+            if found[-1][1] == least:
+                break  # no order takes less
+        offsets, total = min(found, key=lambda each: each[1])
         return {t.var: offset for t, offset in zip(self.temporaries, offsets)}, total
+
+    def alive(self, bounds: Mapping[str, int], rows: int = 0) -> list[int]:
+        """Bytes that are alive at every binding up to the last that uses any."""
+        return self._alive(self._sizes(bounds, rows))
+
+    def _alive(self, sizes: Sequence[int]) -> list[int]:
+        change = [0] * (max((t.last for t in self.temporaries), default=-1) + 2)
+        for t, size in zip(self.temporaries, sizes):
+            change[t.first] += size
+            change[t.last + 1] -= size
+        return list(accumulate(change[:-1]))
+
+    def _sizes(self, bounds: Mapping[str, int], rows: int) -> list[int]:
+        unlike = dict(zip(self._shapes, self.temporaries))
+        known = {key: t.size(bounds, rows) for key, t in unlike.items()}
+        return [known[key] for key in self._shapes]
 
     def _placed(self, sizes: Sequence[int], key: Callable[[int], tuple[int, int]]) -> tuple[list[int], int]:
         """Blocks one after another in the order of `key`, each in the smallest gap that it fits."""
@@ -104,7 +144,7 @@ class Arena:
     @cached_property
     def _shapes(self) -> list[str]:
         """What the size of each temporary depends on: layers repeat."""
-        return [f"{t.alloc.args[0]} {t.alloc.args[1]}" for t in self.temporaries]
+        return [f"{t.alloc.args[0]} {t.alloc.args[1]} {t.inner}" for t in self.temporaries]
 
     @cached_property
     def _together(self) -> list[list[int]]:
@@ -133,52 +173,106 @@ class PlaceArena:
     Placement is best fit over lifetimes, by decreasing size, length of life or both, as in "Efficient Memory
     Management for Deep Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed.
     With `leave`, temporaries that the function returns stay allocations of their own.
+
+    With `rows`, the calls of every segment run for so many tokens after another: tensors that only they use
+    have room for those, and of others a call gets the rows of its tokens, where they lie.
     """
 
     bounds: Mapping[str, int]
     bytes: int | None = None
     leave: bool = False
+    segments: tuple[Segment, ...] = ()
+    rows: int = 0
+    """Tokens of a slice, a multiple of the unit of every segment; 0 for all at once."""
 
     def run(self, mod: IRModule) -> Result:
         """Facts of the result: bytes of the arena."""
-        function = mod["main"]
+        function, segments = mod["main"], self.segments if self.rows else ()
         graph = graph_of(function)
-        offsets, needed = Arena.of(mod, leave=self.leave).place(self.bounds)
+        arena = Arena.of(mod, segments=segments, leave=self.leave)
+        offsets, needed = arena.place(self.bounds, self.rows)
         total = needed if self.bytes is None else self.bytes
         if needed > total:
             raise PlanningError(f"temporaries take {needed} bytes, {total} were planned")
+        inside = {step: s for s in segments for step in range(s.first, s.last + 1)}
         builder = relax.BlockBuilder()
         with builder.function(
             "main", list(function.params), attrs=dict(function.attrs) if function.attrs else None
         ):
             shape = relax.ShapeExpr([tirx.IntImm("int64", total)])
-            arena = builder.emit(
+            storage = builder.emit(
                 relax.op.memory.alloc_storage(shape, 0, "global", "uint8"), name_hint="arena"
             )
+            tensors = _Tensors(builder, storage, arena, offsets, self.rows)
             values: dict[relax.Var, relax.Expr] = {}
-            made: dict[tuple[int, str], relax.Var] = {}
-            for var in graph.order:
-                value = graph.definitions[var]
-                if var not in offsets:
+            writer = SliceWriter(builder, function, self.bounds[TOKENS], self.rows) if segments else None
+            calls: list[relax.Call] = []
+            for step, var in enumerate(graph.order):
+                value, segment = graph.definitions[var], inside.get(step)
+                if writer is not None and segment is not None and is_kernel_call(value):
+                    calls.append(value)
+                    if step == segment.last:
+                        writer.write(calls, tensors.rows, values)
+                        calls = []
+                elif tensors.is_inner(var):
+                    continue  # every slice has tensors of its own
+                elif var in offsets:
+                    values[var] = tensors.at(offsets[var], value.args[0], str(value.args[1].value))
+                else:
                     values[var] = builder.emit(substitute(value, values), name_hint=var.name)
-                    continue
-                place = (offsets[var], f"{value.args[0]}{value.args[1]}")
-                if place not in made:  # layers repeat: most temporaries have been made before
-                    made[place] = _tensor(builder, arena, offsets[var], value)
-                values[var] = made[place]
             builder.emit_func_output(substitute(function.body.body, values))
         new = builder.get()["main"]
         return Result(with_main(mod, new.with_attr("global_symbol", "main")), len(offsets), total)
 
 
-def _tensor(builder: relax.BlockBuilder, arena: relax.Var, offset: int, alloc: relax.Call) -> relax.Var:
-    """A tensor at `offset`, its data pointer moved there: kernels take no tensors with an offset."""
-    shape, dtype = alloc.args[0], alloc.args[1].value
-    tensor = builder.emit(relax.op.memory.alloc_tensor(arena, offset, shape, dtype))
-    if offset == 0:
-        return tensor
-    move = relax.ExternFunc("vm.builtin.ensure_zero_offset")
-    return builder.emit(relax.Call(move, [tensor], ty_args=[relax.TensorType(shape, dtype)]))
+class _Tensors:
+    """Tensors at places of the arena. Layers repeat: most have been made before."""
+
+    def __init__(
+        self,
+        builder: relax.BlockBuilder,
+        storage: relax.Var,
+        arena: Arena,
+        offsets: Mapping[relax.Var, int],
+        rows: int,
+    ) -> None:
+        self.builder, self.storage, self.arena = builder, storage, arena
+        self.offsets, self.slice = offsets, rows
+        self.inner = {t.var for t in arena.temporaries if t.inner and has_tokens(t.var)}
+        self.made: dict[tuple[int, str], relax.Var] = {}
+
+    def is_inner(self, var: relax.Var) -> bool:
+        """Whether a value lies in what slices have for themselves."""
+        own = self.arena.roots.get(var, frozenset())
+        return bool(own) and own <= self.inner
+
+    def rows(self, value: relax.Var, number: int, shape: relax.ShapeExpr) -> relax.Expr:
+        """The rows of slice `number`, which are `shape`."""
+        (root,) = self.arena.roots[value]
+        offset = self.offsets[root]
+        if root not in self.inner:
+            offset += number * self.slice * row_bytes(root)
+        return self.at(offset, shape, str(value.ty.dtype.dtype))
+
+    def at(self, offset: int, shape: relax.ShapeExpr, dtype: str) -> relax.Var:
+        """The tensor at an offset, its data pointer moved there: kernels take no tensors with an offset."""
+        key = (offset, f"{shape}{dtype}")
+        if key not in self.made:
+            made = self.builder.emit(relax.op.memory.alloc_tensor(self.storage, offset, shape, dtype))
+            if offset != 0:
+                move = relax.ExternFunc("vm.builtin.ensure_zero_offset")
+                moved = relax.Call(move, [made], ty_args=[relax.TensorType(shape, dtype)])
+                made = self.builder.emit(moved)
+            self.made[key] = made
+        return self.made[key]
+
+
+def row_bytes(value: relax.Var) -> int:
+    """Bytes of a tensor for one token."""
+    count = 1
+    for dim in dims(value):
+        count *= evaluate(dim, {TOKENS: 1})
+    return count * element_bytes(str(value.ty.dtype.dtype))
 
 
 def element_bytes(dtype: str) -> int:

@@ -115,6 +115,8 @@ class Plan:
     """What each alternative of the workload is predicted to take."""
     rates: str = ""
     """Where the rates that these follow from come from."""
+    ffn_chunk: int = 0
+    """Tokens of a prefill call for which feed-forward parts are computed at once, 0 for all of them."""
 
     @property
     def table_width(self) -> int:
@@ -129,6 +131,11 @@ class Plan:
     def max_tiles(self) -> int:
         """Most tiles a prefill call can have: every sequence may end in a part tile."""
         return self.chunk // self.tile + self.max_batch
+
+
+def chunk_text(chunk: int, ffn: int) -> str:
+    """How a prefill call is cut, in words: the tokens of a chunk, and of a slice of feed-forward parts."""
+    return f"{chunk}, feed-forward in slices of {ffn}" if ffn else str(chunk)
 
 
 def plan_from_json(text: str) -> Plan:

@@ -23,6 +23,7 @@ sys.path.append(str(ROOT))
 from tools.onnx_graph import Graph  # noqa: E402
 
 import kvc  # noqa: E402
+from kvc.planning.saved import SavedPlan, save_plan  # noqa: E402
 from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.sequences import Sequences  # noqa: E402
 from kvc.widen import widen  # noqa: E402
@@ -100,6 +101,23 @@ def test_logits_on_a_pretend_gpu(
     done = run(built, libraries)
     assert done.returncode == 0, done.stderr
     assert worst(built, tmp_path) < LIMITS[dtype]
+
+
+def test_feed_forward_in_slices_on_a_pretend_gpu(
+    model_file: ModelFile, libraries: Path, tmp_path: Path
+) -> None:
+    """Slices of 8 tokens: calls have 25 and 17, so slices behind their ends are not launched."""
+    model, target = model_file("llama", True, "float16"), "cuda:sm_90"
+    planner = kvc.planner(model, target=target)
+    decision = planner.plan_of(planner.usual()[0], 128, 2 * 10**9, (kvc.Workload(2, 64),), 8)
+    assert decision is not None
+    save_plan(tmp_path / "plan.json", SavedPlan(planner.model.facts.name, target, (), decision.plan))
+    built = Built(model, tmp_path / "m.kvc", tmp_path / "dump")
+    artifact = kvc.compile(model, plan=tmp_path / "plan.json", output=built.artifact, dump=built.dump)
+    assert artifact.plan.ffn_chunk == 8
+    done = run(built, libraries)
+    assert done.returncode == 0, done.stderr
+    assert worst(built, tmp_path) < LIMITS["float16"]
 
 
 def test_weights_of_four_bits_on_a_pretend_gpu(libraries: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from tvm.target import Target
 
 from kvc_passes.base import Pass
 from kvc_passes.place_arena import PlaceArena
+from kvc_passes.prove_rows import ProveRows
+from kvc_passes.row_slices import Segment
 
 from ..pipeline import Phase, Runner
 from .legalize import legalize_ops
@@ -27,6 +29,8 @@ def lower(
     for step in fuse:
         mod = runner.apply(mod, step, label).module
     mod = fused(mod, target, runner, label)
+    if phase == "prefill":
+        mod = runner.apply(mod, ProveRows(), label).module
     with target:
         mod = runner.apply(mod, schedule, label).module
     return allocated(mod, runner, label)
@@ -59,10 +63,21 @@ def allocated(mod: IRModule, runner: Runner, label: str = "") -> IRModule:
     )
 
 
-def finish(mod: IRModule, phase: Phase, bounds: dict[str, int], arena: int, runner: Runner) -> IRModule:
-    """Place all temporaries in one arena of `arena` bytes and lower to the virtual machine's builtins."""
-    mod = runner.apply(mod, PlaceArena(bounds, arena), f"{phase}-").module
-    return to_vm(mod, runner, f"{phase}-")
+def finish(
+    mod: IRModule,
+    phase: Phase,
+    bounds: dict[str, int],
+    arena: int,
+    runner: Runner,
+    segments: tuple[Segment, ...] = (),
+    rows: int = 0,
+) -> IRModule:
+    """Place all temporaries in one arena of `arena` bytes and lower to the virtual machine's builtins.
+
+    segments: what runs for `rows` tokens after another; 0 for all at once.
+    """
+    place = PlaceArena(bounds, arena, segments=segments, rows=rows)
+    return to_vm(runner.apply(mod, place, f"{phase}-").module, runner, f"{phase}-")
 
 
 def to_vm(mod: IRModule, runner: Runner, label: str = "") -> IRModule:

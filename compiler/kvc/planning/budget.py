@@ -34,8 +34,10 @@ class Costs:
         chunks: prefill chunks that are tried, in tokens, the best first.
         weights: bytes of the weights as they are stored.
         runtime: bytes of the process itself.
-        arena: bytes of temporaries for (chunk, batch), the larger of prefill and decode.
+        arena: bytes of temporaries for (chunk, batch, tokens of a slice or 0), the most of all functions.
         workspaces: bytes of kernels' local buffers, on all threads.
+        slices: for (chunk, batch) the slices of feed-forward parts that are worth trying, in tokens: fewer
+            and fewer, each with less alive.
         page_size: tokens a page.
         tile: query tokens of one prefill task.
         keys_transposed: how a page holds its keys.
@@ -46,31 +48,34 @@ class Costs:
     chunks: tuple[int, ...]
     weights: int
     runtime: int
-    arena: Callable[[int, int], int]
+    arena: Callable[[int, int, int], int]
     page_size: int
     tile: int
     keys_transposed: bool = True
     workspaces: int = 0
+    slices: Callable[[int, int], tuple[int, ...]] = lambda chunk, batch: ()
 
 
 def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan:
-    """The fastest plan within `budget` bytes: the largest chunk that fits, what is left as pages.
+    """The largest chunk within `budget` bytes, in slices where it must be, and what is left as pages.
 
     Raises:
         InputError: the workload asks for more context than the model has.
         BudgetError: no plan fits; says what is needed and what was given.
     """
     check_workload(costs.facts, workload)
-    for chunk in useful_chunks(costs.chunks, workload):
-        plan = planned(costs, budget, workload, chunk)
+    for chunk, ffn in calls(costs, workload):
+        plan = planned(costs, budget, workload, chunk, ffn)
         if plan is not None:
             return plan
     raise refused(costs, budget, workload)
 
 
-def planned(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int) -> Plan | None:
-    """The plan with one prefill chunk, what is left as pages; None if it does not fit."""
-    draft = Draft(costs, budget, workload, chunk)
+def planned(
+    costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: int, ffn: int = 0
+) -> Plan | None:
+    """The plan with one prefill chunk and its slices, what is left as pages; None if it does not fit."""
+    draft = Draft(costs, budget, workload, chunk, ffn)
     if draft.smallest().bytes.total > budget:
         return None
     plan = draft.filled()
@@ -79,8 +84,7 @@ def planned(costs: Costs, budget: int, workload: tuple[Workload, ...], chunk: in
 
 def refused(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> BudgetError:
     """Why nothing fits, with the smallest budget that works."""
-    chunks = useful_chunks(costs.chunks, workload)
-    plans = [Draft(costs, budget, workload, chunk).smallest() for chunk in chunks]
+    plans = [Draft(costs, budget, workload, *call).smallest() for call in calls(costs, workload)]
     least = min(plans, key=lambda p: p.bytes.total)
     needed = least.bytes.total + _VARIATION
     return BudgetError(_refusal(least, needed, workload), needed=needed, given=budget)
@@ -119,8 +123,11 @@ def capacities(costs: Costs, plan: Plan) -> tuple[Workload, ...]:
 
 def fits(costs: Costs, budget: int, workload: Workload) -> bool:
     """Whether some chunk serves it within a budget."""
-    chunks = useful_chunks(costs.chunks, (workload,))
-    return any(Draft(costs, budget, (workload,), c).smallest().bytes.total <= budget for c in chunks[::-1])
+    chunks = useful_chunks(costs.chunks, (workload,))[::-1]
+    found = [(chunk, 0) for chunk in chunks]
+    # In slices the smallest chunk takes least, too.
+    found[1:1] = [(chunks[0], ffn) for ffn in costs.slices(chunks[0], workload.batch)[-1:]]
+    return any(Draft(costs, budget, (workload,), *call).smallest().bytes.total <= budget for call in found)
 
 
 def most_of(limit: int, fits: Callable[[int], bool]) -> int:
@@ -142,14 +149,22 @@ def useful_chunks(chunks: tuple[int, ...], workload: tuple[Workload, ...]) -> li
     return useful or [chunks[-1]]
 
 
+def calls(costs: Costs, workload: tuple[Workload, ...]) -> list[tuple[int, int]]:
+    """Prefill chunks worth trying, each whole (0) and in slices, in tokens."""
+    batch = max(w.batch for w in workload)
+    chunks = useful_chunks(costs.chunks, workload)
+    return [(chunk, ffn) for chunk in chunks for ffn in (0, *costs.slices(chunk, batch))]
+
+
 @dataclass(frozen=True)
 class Draft:
-    """Plans with one prefill chunk."""
+    """Plans with one prefill chunk, feed-forward parts whole (0) or in slices of `ffn` tokens."""
 
     costs: Costs
     budget: int
     workload: tuple[Workload, ...]
     chunk: int
+    ffn: int = 0
 
     def smallest(self) -> Plan:
         """No more pages than the workload needs."""
@@ -230,12 +245,13 @@ class Draft:
             max_context=_context(groups, size, context, costs.facts.context),
             bytes=Bytes(0, 0, 0, 0, 0, 0),
             max_memory=max(w.memory for w in self.workload),
+            ffn_chunk=self.ffn,
         )
         counted = Bytes(
             weights=costs.weights,
             pools=pool_bytes(draft, costs.facts),
             tables=table_bytes(draft, costs.facts),
-            arena=costs.arena(self.chunk, batch),
+            arena=costs.arena(self.chunk, batch, self.ffn),
             outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
             runtime=costs.runtime,
             workspaces=costs.workspaces,
@@ -286,10 +302,11 @@ def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:
     tokens = max(group.pages for group in least.groups if not group.reach.memory) * least.page_size
     rows = sum(group.pages for group in least.groups if group.reach.memory) * least.page_size
     beside = f" and {rows} rows of encoders' output" if rows else ""
+    slices = f" and feed-forward in slices of {least.ffn_chunk}" if least.ffn_chunk else ""
     parts = [
         f"weights {format_size(b.weights)}",
         f"KV pages {format_size(b.pools)} for {tokens} tokens{beside}",
-        f"temporaries {format_size(b.arena + b.workspaces)} with chunks of {least.chunk} tokens",
+        f"temporaries {format_size(b.arena + b.workspaces)} with chunks of {least.chunk} tokens{slices}",
         f"logits and tables {format_size(b.outputs + b.tables)}",
         f"the process {format_size(b.runtime)}",
     ]

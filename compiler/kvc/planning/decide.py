@@ -1,7 +1,8 @@
-"""Every byte and every predicted second in one choice: the form of each layer and the prefill chunk."""
+"""Every byte and every predicted second in one choice: the forms of layers, the prefill chunk, its slices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -18,7 +19,7 @@ from ..machine import Machine
 from ..pipeline import Runner
 from .budget import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
 from .knapsack import Item, Option, smallest, solve
-from .times import Clock, Site, total
+from .times import Clock, Site
 from .work import work_of
 
 Chosen = tuple[StateForm, ...]
@@ -42,6 +43,8 @@ class Estimate:
 
     chosen: Chosen
     chunk: int
+    ffn: int
+    """Tokens of a slice of feed-forward parts, 0 for the whole chunk."""
     bytes: int
     seconds: float
 
@@ -65,6 +68,7 @@ class Planner:
         self.model, self.machine, self.runtime, self.runner = model, machine, runtime, runner
         self.forced = forced
         self._variants: dict[Chosen, Variant] = {}
+        self._parts: dict[tuple[Chosen, tuple[Workload, ...], int, int], _Parts] = {}
         self._paged: Chosen = tuple(forms[0] for forms in model.facts.forms)
 
     def decide(self, budget: int, workload: tuple[Workload, ...]) -> Decision:
@@ -83,16 +87,16 @@ class Planner:
         raise min(failed, key=lambda error: error.needed)
 
     def plan_of(
-        self, chosen: Chosen, chunk: int, budget: int, workload: tuple[Workload, ...]
+        self, chosen: Chosen, chunk: int, budget: int, workload: tuple[Workload, ...], ffn: int = 0
     ) -> Decision | None:
         """The plan with everything chosen, None if it does not fit."""
         variant = self.variant(chosen)
-        plan = planned(variant.costs, budget, workload, chunk)
+        plan = planned(variant.costs, budget, workload, chunk, ffn)
         return None if plan is None else self.finished(plan, variant, chosen)
 
     def finished(self, plan: Plan, variant: Variant, chosen: Chosen) -> Decision:
         """The plan with its forms, its predicted times and what its budget could hold."""
-        times = tuple(variant.clock.times(w, plan.chunk) for w in plan.workload)
+        times = tuple(variant.clock.times(w, plan.chunk, plan.ffn_chunk) for w in plan.workload)
         most = plan.capacities or capacities(variant.costs, plan)
         forms = tuple(form.name for form in chosen)
         source = self.machine.rates.source
@@ -148,15 +152,16 @@ class Planner:
         for _ in range(_ATTEMPTS):
             if best is None or (whole is not None and whole.seconds < best.seconds):
                 break
-            decision = self.plan_of(best.chosen, best.chunk, budget, workload)
+            decision = self.plan_of(best.chosen, best.chunk, budget, workload, best.ffn)
             if decision is not None:
                 return replace(decision, gap=_gap(best, first))
-            real = Draft(self.variant(best.chosen).costs, budget, workload, best.chunk).smallest().bytes.total
-            limit -= max(real - best.bytes, 1)  # a mix of forms may take more than its parts
+            draft = Draft(self.variant(best.chosen).costs, budget, workload, best.chunk, best.ffn)
+            # A mix of forms may take more than its parts.
+            limit -= max(draft.smallest().bytes.total - best.bytes, 1)
             best = self.estimate(limit, workload, known)
         if whole is None:
             return None
-        decision = self.plan_of(whole.chosen, whole.chunk, budget, workload)
+        decision = self.plan_of(whole.chosen, whole.chunk, budget, workload, whole.ffn)
         return None if decision is None else replace(decision, gap=_gap(whole, first))
 
     def estimate(
@@ -171,18 +176,32 @@ class Planner:
 
         mixed: whether layers may be of several of `known`.
         """
-        found = []
-        for chunk in useful_chunks(self.machine.chunks, workload):
-            parts = [_Parts(self.variant(chosen), chosen, workload, chunk) for chosen in known]
-            for count in range(1, len(parts) + 1 if mixed else 2):
-                for some in combinations(parts, count):
-                    estimate = _best(some, limit)
-                    if estimate is not None:
-                        found.append(estimate)
+        chunks = useful_chunks(self.machine.chunks, workload)
+        whole = [[self._part(chosen, workload, chunk, 0) for chosen in known] for chunk in chunks]
+        found = [each for parts in whole for each in _mixes(parts, limit, mixed)]
+        for chunk, parts in zip(chunks, whole, strict=True):
+            best = min((e.seconds for e in found), default=math.inf)
+            if limit is not None and best <= _least_seconds(parts):
+                continue  # slices are never faster than the whole
+            for ffn in self._slices(chunk, workload, known):
+                some = [self._part(chosen, workload, chunk, ffn) for chosen in known]
+                found += _mixes(some, limit, mixed)
         if limit is None:
             return min(found, key=lambda e: e.bytes)
-        # Of equal times the first is taken: the larger chunk, K and V.
+        # Of equal times the first is taken: whole, the larger chunk, K and V.
         return min(found, key=lambda e: e.seconds, default=None)
+
+    def _slices(self, chunk: int, workload: tuple[Workload, ...], known: Sequence[Chosen]) -> list[int]:
+        """Slices of a chunk that are worth trying for one of `known`, the largest first."""
+        batch = max(w.batch for w in workload)
+        tried = (self.variant(chosen).costs.slices(chunk, batch) for chosen in known)
+        return sorted({ffn for slices in tried for ffn in slices}, reverse=True)
+
+    def _part(self, chosen: Chosen, workload: tuple[Workload, ...], chunk: int, ffn: int) -> _Parts:
+        key = (chosen, workload, chunk, ffn)
+        if key not in self._parts:
+            self._parts[key] = _Parts(self.variant(chosen), *key)
+        return self._parts[key]
 
     def variant(self, chosen: Chosen) -> Variant:
         """The model in chosen forms, lowered once."""
@@ -192,7 +211,7 @@ class Planner:
             lowered = lower_model(model, self.machine, self.runner)
             pairs = zip(model.facts.sites, self.model.facts.sites, strict=True)
             clock = Clock(
-                prefill=work_of(lowered.functions["prefill"]),
+                prefill=work_of(lowered.functions["prefill"], lowered.segments),
                 decode=work_of(lowered.functions["decode"]),
                 sites=tuple(self._site(kept, graph, lowered.attention) for kept, graph in pairs),
                 rates=self.machine.rates,
@@ -217,9 +236,11 @@ def _gap(best: Estimate, first: Estimate | None) -> float:
 class _Parts:
     """What each layer of a variant takes with one chunk, and what everything else does."""
 
-    def __init__(self, variant: Variant, chosen: Chosen, workload: tuple[Workload, ...], chunk: int) -> None:
-        self.chosen, self.chunk = chosen, chunk
-        draft = Draft(variant.costs, 0, workload, chunk).smallest()
+    def __init__(
+        self, variant: Variant, chosen: Chosen, workload: tuple[Workload, ...], chunk: int, ffn: int
+    ) -> None:
+        self.chosen, self.chunk, self.ffn = chosen, chunk, ffn
+        draft = Draft(variant.costs, 0, workload, chunk, ffn).smallest()
         self.arena, self.weights = draft.bytes.arena, draft.bytes.weights
         self.others = draft.bytes.total - draft.bytes.arena - draft.bytes.weights - draft.bytes.pools
         pages = {index: group.pages for group in draft.groups for index in group.sites}
@@ -229,8 +250,26 @@ class _Parts:
         self.others += draft.bytes.pools - sum(self.pools)
         clock = variant.clock
         self.seconds = [sum(sum(clock.attention(site, w, chunk)) for w in workload) for site in clock.sites]
-        self.rest = total(clock, workload, chunk) - sum(self.seconds)
+        self.rest = sum(sum(clock.rest(w, chunk, ffn)) for w in workload)
         self.memory = [site.mask.reach.memory for site in sites]
+
+
+def _mixes(parts: Sequence[_Parts], limit: int | None, mixed: bool) -> Iterator[Estimate]:
+    """The best of each of several variants, and of their mixes where layers may differ."""
+    for count in range(1, len(parts) + 1 if mixed else 2):
+        for some in combinations(parts, count):
+            estimate = _best(some, limit)
+            if estimate is not None:
+                yield estimate
+
+
+def _least_seconds(parts: Sequence[_Parts]) -> float:
+    """What no mix of these is faster than, whatever fits."""
+    first = parts[0]
+    rest: float = first.rest + sum(min(0.0, p.rest - first.rest) for p in parts[1:])
+    for seconds in zip(*(p.seconds for p in parts)):
+        rest += min(seconds)
+    return rest
 
 
 def _best(parts: Sequence[_Parts], limit: int | None) -> Estimate | None:
@@ -261,7 +300,7 @@ def _best(parts: Sequence[_Parts], limit: int | None) -> Estimate | None:
         for together, p in zip(members, which, strict=True):
             for site in together:
                 chosen[site] = p.chosen[site]
-    return Estimate(tuple(chosen), first.chunk, fixed + choice.bytes, first.rest + choice.seconds)
+    return Estimate(tuple(chosen), first.chunk, first.ffn, fixed + choice.bytes, first.rest + choice.seconds)
 
 
 def _alike(

@@ -12,7 +12,8 @@ from tvm import IRModule
 from kvc_passes.errors import InputError
 from kvc_passes.facts import StateForm
 from kvc_passes.place_arena import Arena
-from kvc_passes.plans import Plan, Workload
+from kvc_passes.plans import Plan, Workload, chunk_text
+from kvc_passes.row_slices import Segment
 from kvc_passes.state_forms import LAST, UNJUDGED
 
 from ..options import format_size
@@ -33,6 +34,8 @@ class Point:
     seconds: float
     """Predicted, of all alternatives of the workload."""
     chunk: int
+    ffn: int
+    """Tokens of a slice of feed-forward parts, 0 for the whole chunk."""
     forms: str
     """Forms with their numbers of layers."""
 
@@ -58,6 +61,8 @@ class Explanation:
     gains: tuple[Gain, ...]
     gap: float
     """How much longer the plan takes, as a share, than the least that any choice could."""
+    slices: str = ""
+    """Why feed-forward parts are in slices of a chunk, or whole."""
 
 
 def explain(planner: Planner, decision: Decision) -> Explanation:
@@ -68,7 +73,19 @@ def explain(planner: Planner, decision: Decision) -> Explanation:
         curve=curve(planner, plan.workload),
         gains=_gains(planner, plan),
         gap=decision.gap,
+        slices=_slices(decision),
     )
+
+
+def _slices(decision: Decision) -> str:
+    plan, costs = decision.plan, decision.variant.costs
+    whole = costs.arena(plan.chunk, plan.max_batch, 0)
+    if plan.ffn_chunk:
+        more = format_size(whole - plan.bytes.arena)
+        return f"feed-forward in slices of {plan.ffn_chunk} tokens: whole, temporaries take {more} more"
+    if not costs.slices(plan.chunk, plan.max_batch):
+        return f"feed-forward whole: no slices of a chunk of {plan.chunk} make temporaries less"
+    return "feed-forward whole: it fits, and slices would read weights more often"
 
 
 def curve(planner: Planner, workload: tuple[Workload, ...]) -> tuple[Point, ...]:
@@ -83,7 +100,7 @@ def curve(planner: Planner, workload: tuple[Workload, ...]) -> tuple[Point, ...]
     points: list[Point] = []
     for each in found:
         if each is not None and (not points or each.seconds < points[-1].seconds):
-            points.append(Point(each.bytes, each.seconds, each.chunk, _forms(each)))
+            points.append(Point(each.bytes, each.seconds, each.chunk, each.ffn, _forms(each)))
     return tuple(points)
 
 
@@ -160,7 +177,7 @@ def _gains(planner: Planner, plan: Plan) -> tuple[Gain, ...]:
         return ()
     costs = planner.variant(tuple(f[0] for f in planner.model.facts.forms)).costs
     used = set(planner.model.facts.allowed)
-    now = Draft(costs, plan.budget, plan.workload, plan.chunk).smallest().bytes.total
+    now = Draft(costs, plan.budget, plan.workload, plan.chunk, plan.ffn_chunk).smallest().bytes.total
     found = []
     for text in _TRIED:
         if used & set(text.split(",")) or any(name.startswith("kv-") for name in used):
@@ -170,7 +187,7 @@ def _gains(planner: Planner, plan: Plan) -> tuple[Gain, ...]:
         except InputError:
             continue
         changed = replace(costs, facts=replace(costs.facts, sites=sites))
-        then = Draft(changed, plan.budget, plan.workload, plan.chunk).smallest().bytes.total
+        then = Draft(changed, plan.budget, plan.workload, plan.chunk, plan.ffn_chunk).smallest().bytes.total
         context = _longest_alone(changed, plan)
         if then < now or context > plan.capacities[0].context:
             found.append(Gain(text, now - then, context))
@@ -184,22 +201,16 @@ def _longest_alone(costs: Costs, plan: Plan) -> int:
     return most_of(costs.facts.context or LONGEST, within)
 
 
-def timeline(mod: IRModule, bounds: dict[str, int]) -> list[int]:
-    """Bytes of temporaries that are alive at each kernel call of a lowered function."""
-    temporaries = Arena.of(mod).temporaries
-    last = max((t.last for t in temporaries), default=0)
-    change = [0] * (last + 2)
-    for t in temporaries:
-        size = t.size(bounds)
-        change[t.first] += size
-        change[t.last + 1] -= size
-    alive, total = [], 0
-    for step in change[:-1]:
-        total += step
-        alive.append(total)
-    return alive
+def timeline(
+    mod: IRModule, bounds: dict[str, int], segments: Sequence[Segment] = (), rows: int = 0
+) -> list[int]:
+    """Bytes of temporaries that are alive at each kernel call of a lowered function.
+
+    segments: what runs for `rows` tokens after another, where that is not 0.
+    """
+    return Arena.of(mod, segments=segments if rows else ()).alive(bounds, rows)
 
 
 def described(points: Sequence[Point]) -> list[tuple[str, str, str, str]]:
     """The curve in words: memory, predicted time, chunk, forms."""
-    return [(format_size(p.bytes), f"{p.seconds:.2f} s", str(p.chunk), p.forms) for p in points]
+    return [(format_size(p.bytes), f"{p.seconds:.2f} s", chunk_text(p.chunk, p.ffn), p.forms) for p in points]

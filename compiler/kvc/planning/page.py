@@ -156,13 +156,15 @@ def _curve(why: Explanation, plan: Plan) -> Any:
 
 def _memory(decision: Decision) -> Any:
     figure, axes = _figure(2.8)
-    plan, functions = decision.plan, decision.variant.lowered.functions
+    plan, lowered = decision.plan, decision.variant.lowered
     phases: tuple[tuple[Phase, str], ...] = (
         ("prefill", _COLOURS["temporaries"]),
         ("decode", _COLOURS["weights"]),
     )
     for phase, colour in phases:
-        alive = timeline(functions[phase], bounds_of(phase, plan.chunk, plan.max_batch))
+        bounds = bounds_of(phase, plan.chunk, plan.max_batch)
+        rows = plan.ffn_chunk if phase == "prefill" else 0
+        alive = timeline(lowered.functions[phase], bounds, lowered.segments, rows)
         steps = [i / max(1, len(alive) - 1) for i in range(len(alive))]
         axes.plot(steps, [size / 1e6 for size in alive], color=colour, linewidth=0.8, label=phase)
     axes.axhline(plan.bytes.arena / 1e6, color="black", linestyle="--", label="the arena")

@@ -27,8 +27,9 @@ _VARIATION: Final = 2 << 20
 class SavedPlan:
     """A plan and what else compiling by it takes.
 
-    Of the plan, budget, workload, chunk, forms and the groups' pages and max_context are obeyed; all else
-    follows from them and is counted again. Where the process takes more than it did, pages are given back.
+    Of the plan, budget, workload, chunk, ffn_chunk, forms and the groups' pages and max_context are obeyed;
+    all else follows from them and is counted again. Where the process takes more than it did, pages are given
+    back.
     """
 
     model: str
@@ -75,6 +76,9 @@ def _check_numbers(plan: Plan) -> None:
             raise ValueError(f"{name} is {number!r}")
     if not plan.workload:
         raise ValueError("the workload is empty")
+    ffn = plan.ffn_chunk
+    if type(ffn) is not int or not 0 <= ffn < plan.chunk:
+        raise ValueError(f"ffn_chunk is {ffn!r}: it is 0 for no slices, or below the chunk")
     for form in plan.forms:
         if form not in STATE_FORMS:
             raise ValueError(f"there is no form of state {form!r}")
@@ -100,7 +104,16 @@ def checked(planner: Planner, saved: SavedPlan, where: Path) -> Decision:
             raise InputError(f"{where}: there are no kernels for {form} on the target {saved.target} yet")
     chosen = legal_forms(planner.model, forms, f"{where}: {{}}")
     variant = planner.variant(chosen)
-    draft = Draft(variant.costs, plan.budget, plan.workload, plan.chunk)
+    if plan.ffn_chunk and not variant.lowered.segments:
+        raise InputError(
+            f"{where}: ffn_chunk is {plan.ffn_chunk}, but nothing of {facts.name} takes less in slices"
+        )
+    unit = variant.lowered.unit
+    if plan.ffn_chunk % unit:
+        raise InputError(
+            f"{where}: ffn_chunk is {plan.ffn_chunk}; for {facts.name} it is a multiple of {unit}"
+        )
+    draft = Draft(variant.costs, plan.budget, plan.workload, plan.chunk, plan.ffn_chunk)
     needed = draft.smallest()
     if len(needed.groups) != len(plan.groups):
         raise InputError(

@@ -86,9 +86,9 @@ class Clock:
     sites: tuple[Site, ...]
     rates: Rates
 
-    def times(self, workload: Workload, chunk: int) -> Times:
-        """What the workload takes, served as one batch."""
-        rest = self.rest(workload, chunk)
+    def times(self, workload: Workload, chunk: int, ffn: int = 0) -> Times:
+        """What the workload takes, served as one batch; `ffn`: tokens of a slice of feed-forward parts."""
+        rest = self.rest(workload, chunk, ffn)
         found = [self.attention(site, workload, chunk) for site in self.sites]
         prefill = rest[0] + sum(pair[0] for pair in found)
         decode = rest[1] + sum(pair[1] for pair in found)
@@ -96,13 +96,13 @@ class Clock:
         prompts = _computed(workload)
         return Times(prefill, decode, prompts, workload.batch * answer)
 
-    def rest(self, workload: Workload, chunk: int) -> tuple[float, float]:
+    def rest(self, workload: Workload, chunk: int, ffn: int = 0) -> tuple[float, float]:
         """Seconds of everything but attention, in prefill and in decode."""
         computed, answer = _computed(workload), answer_of(workload)
         whole, part = divmod(computed, chunk)
         asked = max(1, min(workload.batch, round(workload.batch * chunk / computed)))
-        prefill = whole * self.prefill.seconds(self.rates, chunk, asked)
-        prefill += self.prefill.seconds(self.rates, part, asked) if part else 0.0
+        prefill = whole * self.prefill.seconds(self.rates, chunk, asked, ffn)
+        prefill += self.prefill.seconds(self.rates, part, asked, ffn) if part else 0.0
         return prefill, answer * self.decode.seconds(self.rates, workload.batch, workload.batch)
 
     def attention(self, site: Site, workload: Workload, chunk: int) -> tuple[float, float]:
@@ -134,11 +134,6 @@ def _products(plain: AttentionSite, depth: int) -> int:
 def answer_of(workload: Workload) -> int:
     """Tokens of a request that are taken for its answer."""
     return min(_ANSWER, max(1, workload.context // 4)) if workload.context > 1 else 0
-
-
-def total(clock: Clock, workload: Sequence[Workload], chunk: int) -> float:
-    """Seconds of all alternatives of a workload, one after the other."""
-    return sum(clock.times(w, chunk).seconds for w in workload)
 
 
 def _computed(workload: Workload) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tvm import IRModule, relax
-from tvm.ir import GlobalVar
 
-from kvc_passes.graph import dims, static
+from kvc_passes.graph import dims, graph_of, static
 from kvc_passes.place_arena import element_bytes, evaluate
+from kvc_passes.row_slices import Segment, is_kernel_call
 
 from .rates import Rates
 
@@ -47,25 +47,33 @@ class Work:
     """The kernels of a function, and how often each is called."""
 
     steps: tuple[tuple[Step, int], ...]
+    segments: tuple[tuple[Step, int], ...] = ()
+    """Those that may be called for one slice of the tokens after another."""
 
-    def seconds(self, rates: Rates, n: int, r: int) -> float:
-        """Of one call for n tokens and r rows of logits, without attention."""
-        return sum(count * step.seconds(rates, n, r) for step, count in self.steps)
+    def seconds(self, rates: Rates, n: int, r: int, rows: int = 0) -> float:
+        """Of one call for n tokens and r rows of logits, without attention; `rows`: tokens of a slice."""
+        whole, rest = divmod(n, rows) if rows else (0, n)
+        seconds = sum(count * step.seconds(rates, n, r) for step, count in self.steps)
+        for step, count in self.segments:
+            seconds += whole * count * step.seconds(rates, rows, r) if whole else 0.0
+            seconds += count * step.seconds(rates, rest, r) if rest else 0.0
+        return seconds
 
 
-def work_of(mod: IRModule) -> Work:
+def work_of(mod: IRModule, segments: Sequence[Segment] = ()) -> Work:
     """Read the kernel calls of `main`, those that see a block table left out."""
-    function = mod["main"]
-    params = dict.fromkeys(function.params)
+    graph = graph_of(mod["main"])
+    params = dict.fromkeys(graph.function.params)
+    inside = {step for segment in segments for step in range(segment.first, segment.last + 1)}
     counts: Counter[Step] = Counter()
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if isinstance(call, relax.Call) and isinstance(call.op, GlobalVar):
-                step = _step(call, params)
-                if step is not None:
-                    counts[step] += 1
-    return Work(tuple(counts.items()))
+    sliced: Counter[Step] = Counter()
+    for number, var in enumerate(graph.order):
+        call = graph.definitions[var]
+        if is_kernel_call(call):
+            step = _step(call, params)
+            if step is not None:
+                (sliced if number in inside else counts)[step] += 1
+    return Work(tuple(counts.items()), tuple(sliced.items()))
 
 
 def _step(call: relax.Call, params: Mapping[relax.Var, None]) -> Step | None:

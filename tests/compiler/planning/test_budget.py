@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvc.planning import budget as planner
-from kvc.planning.budget import Costs, make_plan
+from kvc.planning.budget import Costs, Draft, make_plan
 from kvc.runtime.executor import input_shapes
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.facts import ModelFacts
@@ -33,7 +33,7 @@ def facts(context: int | None = 1024, layers: int = 2, heads: int = 2, dim: int 
 
 def costs(**changes: Any) -> Costs:
     values: dict[str, Any] = {"facts": facts(), "target": {"kind": "llvm"}, "weights": 3 * MIB}
-    values |= {"runtime": 5 * MIB, "arena": lambda chunk, batch: 4096 * chunk + 512 * batch}
+    values |= {"runtime": 5 * MIB, "arena": lambda chunk, batch, ffn: 4096 * chunk + 512 * batch}
     values |= {"page_size": 16, "tile": 4, "chunks": CHUNKS}
     return Costs(**values | changes)
 
@@ -72,12 +72,29 @@ def test_the_workload_decides_batch_and_least_pages() -> None:
 
 
 def test_the_largest_chunk_that_fits_is_taken() -> None:
-    big = costs(arena=lambda chunk, batch: chunk * 100_000)
-    base = make_plan(costs(arena=lambda chunk, batch: 0), 64 * MIB, (Workload(1, 1024),))
+    big = costs(arena=lambda chunk, batch, ffn: chunk * 100_000)
+    base = make_plan(costs(arena=lambda chunk, batch, ffn: 0), 64 * MIB, (Workload(1, 1024),))
     rest = base.bytes.total - base.bytes.arena - (base.groups[0].pages - 64) * base.groups[0].page_bytes
     for chunk in CHUNKS:
         plan = make_plan(big, rest + chunk * 100_000 + 8192, (Workload(1, 1024),))
         assert plan.chunk == chunk
+
+
+def test_a_chunk_is_cut_where_it_does_not_fit_whole() -> None:
+    """And the smallest budget is that of the smallest slices."""
+    made = costs(
+        arena=lambda chunk, batch, ffn: (ffn or chunk) * 100_000 + chunk * 1000,
+        slices=lambda chunk, batch: (chunk // 2, chunk // 4),
+    )
+    work = (Workload(1, 1024),)
+    whole = make_plan(made, 1 << 30, work)
+    assert (whole.chunk, whole.ffn_chunk) == (512, 0)
+    least = Draft(made, 0, work, 512).smallest().bytes.total
+    cut = make_plan(made, least - 1, work)
+    assert (cut.chunk, cut.ffn_chunk, cut.bytes.arena) == (512, 256, 256 * 100_000 + 512 * 1000)
+    with pytest.raises(BudgetError, match="chunks of 32 tokens and feed-forward in slices of 8") as refused:
+        make_plan(made, 1, work)
+    assert make_plan(made, refused.value.needed - SLACK, work).ffn_chunk == 8
 
 
 def test_no_chunk_is_much_larger_than_the_workload() -> None:
@@ -131,11 +148,13 @@ def test_a_refusal_says_what_takes_the_memory() -> None:
 @st.composite
 def _costs(draw: st.DrawFn) -> Costs:
     per_token, per_sequence = draw(st.integers(0, 10**5)), draw(st.integers(0, 10**5))
+    wide, most = draw(st.integers(0, 10**5)), draw(st.integers(1, 4))  # of feed-forward parts, in slices
     return costs(
         facts=facts(draw(st.sampled_from([None, 64, 100, 2048])), draw(st.integers(1, 4))),
         weights=draw(st.integers(0, 10**8)),
         runtime=draw(st.integers(0, 10**8)),
-        arena=lambda chunk, batch: chunk * per_token + batch * per_sequence,
+        arena=lambda chunk, batch, ffn: chunk * per_token + batch * per_sequence + (ffn or chunk) * wide,
+        slices=lambda chunk, batch: tuple(chunk >> k for k in range(1, most) if chunk >> k >= 8),
         page_size=draw(st.sampled_from([8, 16, 32])),
         tile=draw(st.sampled_from([1, 4, 8])),
     )

@@ -31,6 +31,12 @@ def built(model_file: ModelFile, fixed_rates: None) -> Planner:
     return kvc.planner(model_file("gpt2"))
 
 
+def calls_of(built: Planner) -> list[tuple[int, int]]:
+    """Every chunk, whole and in all slices that it can be cut into."""
+    chunks = built.machine.chunks
+    return [(c, ffn) for c in chunks for ffn in (0, c // 2, c // 4, c // 8)]
+
+
 def between(built: Planner) -> int:
     """A budget that holds one of two layers as K and V."""
     points = curve(built, WORK)
@@ -57,13 +63,13 @@ def test_layers_may_differ_and_the_promise_is_theirs(
 
 
 def test_no_forced_alternative_is_predicted_to_be_faster(built: Planner) -> None:
-    """Over budgets, against every uniform form with every chunk, counted in full."""
+    """Over budgets, against every uniform form with every chunk, whole and in slices, counted in full."""
     points = curve(built, WORK)
     for budget in range(points[0].bytes, points[-1].bytes + 1, 1_500_000):
         chosen = built.decide(budget, WORK).plan
         for forms in built.usual():
-            for chunk in built.machine.chunks:
-                other = built.plan_of(forms, chunk, budget, WORK)
+            for chunk, ffn in calls_of(built):
+                other = built.plan_of(forms, chunk, budget, WORK, ffn)
                 if other is not None:
                     assert chosen.times[0].seconds <= other.plan.times[0].seconds * (1 + 1e-9)
 
@@ -102,15 +108,19 @@ def test_what_is_said_of_a_plan(built: Planner) -> None:
     decision = built.decide(between(built), WORK)
     why = explain(built, decision)
     assert [line[1] for line in why.reasons] == list(decision.plan.forms)
+    assert decision.plan.ffn_chunk
+    assert why.slices.startswith(f"feed-forward in slices of {decision.plan.ffn_chunk} tokens: whole, ")
     roomy = explain(built, built.decide(200_000_000, WORK))
+    assert roomy.slices == "feed-forward whole: it fits, and slices would read weights more often"
     gains = {gain.allow: gain.saved for gain in roomy.gains}
     # 32 x 256 tokens of 2 layers with K and V of 128 float32: codes of 8 bits and a scale of 16 for each head
     assert gains["kv-int8"] == 32 * 256 * 2 * 2 * (128 * 3 - 4 * 2)
     assert gains["kv-int4"] > gains["kv-int8"]
-    lowered = decision.variant.lowered.functions["prefill"]
-    bounds = {"n": decision.plan.chunk, "r": 32, "b": 32}
-    alive = timeline(lowered, bounds)
-    assert 0 < max(alive) <= decision.plan.bytes.arena
+    lowered, plan = decision.variant.lowered, decision.plan
+    bounds = {"n": plan.chunk, "r": 32, "b": 32}
+    alive = timeline(lowered.functions["prefill"], bounds, lowered.segments, plan.ffn_chunk)
+    assert 0 < max(alive) <= plan.bytes.arena
+    assert max(alive) <= max(timeline(lowered.functions["prefill"], bounds))
     assert alive[-1] == 0 or len(alive) > 10
 
 
@@ -129,7 +139,8 @@ def test_where_no_mix_fits_the_best_uniform_choice_does(built: Planner) -> None:
     mixed, plain = built.decide(budget, WORK), planner.decide(budget, WORK)
     assert set(plain.plan.forms) == {"x_absorbed"}
     assert plain.plan.bytes.total <= budget
-    others = [planner.plan_of(planner.usual()[1], chunk, budget, WORK) for chunk in built.machine.chunks]
+    forms = planner.usual()[1]
+    others = [planner.plan_of(forms, chunk, budget, WORK, ffn) for chunk, ffn in calls_of(built)]
     seconds = plain.plan.times[0].seconds
     assert seconds == min(o.plan.times[0].seconds for o in others if o is not None)
     assert (mixed.gap, explain(built, mixed).gap) == (0, 0)
@@ -171,6 +182,9 @@ def edited(tmp_path: Path, built: Planner, change: Callable[[dict[str, Any]], ob
         (lambda d: d["plan"].update(forms=["paged_kv"]), InputError, "1 layers, not for gpt2 with 2"),
         (lambda d: d["plan"].update(forms=["kv", "kv"]), InputError, "there is no form of state 'kv'"),
         (lambda d: d["plan"].update(chunk=0), InputError, "chunk is 0"),
+        (lambda d: d["plan"].update(ffn_chunk=-32), InputError, "ffn_chunk is -32: .* below the chunk"),
+        (lambda d: d["plan"].update(ffn_chunk=512), InputError, "ffn_chunk is 512: .* below the chunk"),
+        (lambda d: d["plan"].update(ffn_chunk=True), InputError, "ffn_chunk is True"),
         (lambda d: d["plan"].update(workload=[]), InputError, "the workload is empty"),
         (lambda d: d["plan"]["workload"][0].update(context=9999), InputError, "asks for 9999 tokens"),
         (lambda d: d["plan"]["groups"].clear(), InputError, "1 groups of layers, not 0"),
@@ -203,6 +217,28 @@ def test_more_pages_and_a_smaller_chunk_may_be_asked_for(built: Planner, tmp_pat
     assert (plan.chunk, plan.groups[0].pages) == (100, before.groups[0].pages)
     assert plan.bytes.pools == plan.groups[0].pages * plan.groups[0].page_bytes
     assert plan.bytes.total <= plan.budget
+
+
+def test_slices_where_there_are_none_are_refused(model_file: ModelFile, tmp_path: Path) -> None:
+    planner = kvc.planner(model_file("phi"))  # attention takes the most, whatever the feed-forward part does
+    path = edited(tmp_path, planner, lambda d: d["plan"].update(ffn_chunk=64))
+    with pytest.raises(InputError, match="ffn_chunk is 64, but nothing of phi takes less in slices"):
+        checked(planner, read_plan(path), path)
+
+
+def test_slices_are_taken_where_they_buy_time(built: Planner) -> None:
+    """And not where the whole chunk fits: every slice reads the weights again."""
+    points = curve(built, WORK)
+    assert points[-1].ffn == 0
+    sliced = next(p for p in points if p.ffn)
+    plan = built.decide(sliced.bytes + 4096, WORK).plan
+    assert 0 < plan.ffn_chunk < plan.chunk
+    forms = {form.name: form for form in built.usual()[0] + built.usual()[1]}
+    chosen = tuple(forms[name] for name in plan.forms)
+    whole = [built.plan_of(chosen, chunk, plan.budget, WORK) for chunk in built.machine.chunks]
+    assert plan.times[0].seconds < min(w.plan.times[0].seconds for w in whole if w is not None)
+    costs = built.variant(chosen).costs
+    assert plan.bytes.arena == costs.arena(plan.chunk, 32, plan.ffn_chunk) < costs.arena(plan.chunk, 32, 0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -13,7 +13,7 @@ import kvc
 from kvc.kernels.traits import CpuTraits
 from kvc.planning.rates import Rates, nominal
 from kvc.planning.times import Clock, Site, answer_of
-from kvc.planning.work import Work
+from kvc.planning.work import Step, Work
 from kvc_passes.plans import Workload
 from kvc_passes.sites import AttentionSite, MaskFact, Rekeyed, Remade
 
@@ -99,6 +99,20 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert shared.decode_seconds == alone.decode_seconds
 
 
+def test_every_slice_reads_the_weights_again() -> None:
+    product = Step("product", 1 << 20, 16, "n", (0, 0, 0))
+    other = Step("other", 0, 0, "1", (0, 4096, 0))
+    work = Work(((other, 3),), ((product, 2), (other, 1)))
+    cut = 3 * other.seconds(RATES, 100, 1)
+    for rows in (32, 32, 32, 4):
+        cut += 2 * product.seconds(RATES, rows, 1) + other.seconds(RATES, rows, 1)
+    whole = work.seconds(RATES, 100, 1)
+    assert work.seconds(RATES, 100, 1, 32) == pytest.approx(cut)
+    assert whole == pytest.approx(4 * other.seconds(RATES, 100, 1) + 2 * product.seconds(RATES, 100, 1))
+    assert work.seconds(RATES, 100, 1, 128) == pytest.approx(whole)
+    assert cut > whole
+
+
 def test_the_work_of_a_model_is_its_weights(model_file: ModelFile) -> None:
     """Every weight is multiplied once; the logits for the asked rows alone."""
     model = model_file("llama")
@@ -106,7 +120,7 @@ def test_the_work_of_a_model_is_its_weights(model_file: ModelFile) -> None:
     variant = built.variant(built.usual()[0])
     sizes = {"prefill": 0, "decode": 0}
     for name, work in (("prefill", variant.clock.prefill), ("decode", variant.clock.decode)):
-        products = [(step, count) for step, count in work.steps if step.kind == "product"]
+        products = [(s, count) for s, count in work.steps + work.segments if s.kind == "product"]
         sizes[name] = sum(step.weights * count for step, count in products)
         assert {step.bits for step, _ in products} == {32}
         assert {step.rows for step, _ in products} == ({"n", "r"} if name == "prefill" else {"n"})
