@@ -42,8 +42,6 @@ def test_the_logits_are_the_models(model_file: ModelFile, tmp_path: Path) -> Non
     assert (windows.page_bytes, values.page_bytes) == (16 * paged, 16 * 576)
     pages = sum(group.pages * group.page_bytes for group in artifact.plan.groups)
     assert pages <= artifact.plan.bytes.pools < pages + 4096  # pools begin on boundaries
-    plain = kvc.plan(model, budget="400MB", workload="2x200", state="paged_kv")
-    assert artifact.plan.bytes.weights < plain.bytes.weights + 4096  # factors of keys, head by head
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 512, 160)]
     found = rows(artifact, tokens, [30, 1, 75])
     expected = OnnxRuntime(model).logits(tokens)[[29, 30, *range(105, 160)]]
@@ -51,6 +49,7 @@ def test_the_logits_are_the_models(model_file: ModelFile, tmp_path: Path) -> Non
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_precision_is_as_exact_as_keys_and_values(model_file: ModelFile, tmp_path: Path) -> None:
     """What of V is rounded enters K before it is turned, and no more of it than K loses in its own page."""
     model = model_file("gemma4", False, "float16")

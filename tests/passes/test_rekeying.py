@@ -29,10 +29,10 @@ def read(*given: Any, tables: dict[str, np.ndarray] | None = None, **options: An
     return rekeying(forms.provenance, key, value, tables or {})
 
 
-@pytest.mark.parametrize("turn", [turned, by_halves])
-@pytest.mark.parametrize("half", [HALF, 2])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, KV_HEADS])
+@pytest.mark.parametrize(
+    ("kv_heads", "normed", "half", "turn"),
+    [(1, True, HALF, turned), (KV_HEADS, False, 2, turned), (KV_HEADS, True, HALF, by_halves)],
+)
 def test_values_times_a_weight_then_turned(kv_heads: int, normed: bool, half: int, turn: Any) -> None:
     found = read(by_weight, turn, kv_heads=kv_heads, normed=normed, half=half)
     (factor,) = found.factors
