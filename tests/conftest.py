@@ -31,7 +31,7 @@ def _exporter_version() -> str:
     """Names what the exported files depend on."""
     models = Path(__file__).parents[1] / "models" / "kvc_models"
     digest = hashlib.sha256()
-    for name in ("tiny.py", "export.py", "families.py", "adapt.py", "others.py", "pairs.py"):
+    for name in ("tiny.py", "export.py", "families.py", "adapt.py", "others.py", "pairs.py", "encoders.py"):
         digest.update((models / name).read_bytes())
     for package in ("torch", "transformers", "onnxscript"):
         digest.update(importlib.metadata.version(package).encode())
@@ -42,8 +42,8 @@ def _exporter_version() -> str:
 def model_file(pytestconfig: pytest.Config) -> ModelFile:
     """`model_file(family, with_past=False, dtype="float32")` exports a tiny model.
 
-    Families beside those of kvc_models.tiny: "cnn", "encoder", and decoders of encoder-decoder pairs such as
-    "tiny-whisper".
+    Families beside those of kvc_models.tiny: "cnn", "encoder", and decoders and encoders of encoder-decoder
+    pairs, such as "tiny-whisper" and "tiny-whisper-encoder".
 
     An export takes 5 to 10 s and always gives the same file, so that pytest's cache keeps it between runs.
     """
@@ -63,12 +63,15 @@ def model_file(pytestconfig: pytest.Config) -> ModelFile:
     def write(out: Path, family: str, with_past: bool, dtype: str) -> None:
         if not out.exists():
             from kvc_models import export_cnn, export_encoder, export_tiny
+            from kvc_models.encoders import export_pair_encoder
             from kvc_models.pairs import PAIRS, export_pair_decoder, make_pair
 
             part = out.with_suffix(f".{os.getpid()}.onnx")
             others = {"cnn": export_cnn, "encoder": export_encoder}
             if family in others:
                 others[family](part)
+            elif family.endswith("-encoder"):
+                export_pair_encoder(make_pair(family.removesuffix("-encoder"), dtype), part)
             else:
                 if family in PAIRS:
                     export_pair_decoder(make_pair(family, dtype), part)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from kvc_passes.errors import InputError
@@ -22,14 +24,17 @@ with without_torch():
     import tvm.relax  # noqa: F401  before anything else imports it
 
 # ruff: isort: split
+from tvm import IRModule
+
 from kvc_passes.state_forms import KEYS
 
 from .compilation import build_libraries, forced_forms, judged, packed_weights, read_model
 from .configuration import assets_of
+from .encoder import read_encoder
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
 from .machine import CpuMachine, Machine
-from .pipeline import Runner
+from .pipeline import FunctionName, Runner
 from .planning.available import available
 from .planning.decide import Decision, Planner
 from .planning.saved import checked, read_plan
@@ -50,6 +55,8 @@ def compile(
     allow: str | Iterable[str] = (),
     state: str | None = None,
     plan: str | os.PathLike[str] | None = None,
+    encoder: str | os.PathLike[str] | None = None,
+    encoder_dims: Mapping[str, int] | None = None,
     tune_db: str | os.PathLike[str] | None = None,
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
@@ -74,6 +81,8 @@ def compile(
             exact forms and the prefill chunk with which the workload is predicted to take the least time.
         plan: a file that `kvc plan --save` wrote, perhaps edited: budget, workload, target, permissions and
             forms are taken from it, and everything is checked again.
+        encoder: the ONNX file of the encoder whose output the decoder reads, compiled into the same artifact.
+        encoder_dims: extents of its inputs that the file leaves open and requests may not choose, by name.
         tune_db: a folder of records of `kvc tune`, which kernels get their parameters from.
         force: replace an artifact that is there already.
         dump: folder for the IR after every pass, numbered.
@@ -96,14 +105,20 @@ def compile(
     destination = Path(output) if output is not None else source.with_suffix(".kvc")
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: the output would replace the model; give another --output")
-    decide = _wanted(source, budget, workload, target, allow, state, plan, tune_db, runner)
+    pair = Pair(source, encoder, encoder_dims)
+    decide = _wanted(pair, budget, workload, target, allow, state, plan, tune_db, runner)
     with ArtifactWriter(destination, force=force) as writer:
         decision = decide()
         model, lowered = decision.variant.model, decision.variant.lowered
-        for library in build_libraries(lowered, decision.plan, writer.folder, runner):
+        made, bounds = decision.encoder, dict[str, int]()
+        more: dict[FunctionName, IRModule] = {}
+        if made is not None:
+            more, bounds = {"encoder": made.finished(decision.plan)}, made.bounds(decision.plan)
+        for library in build_libraries(lowered, decision.plan, writer.folder, runner, more, bounds):
             writer.add(library)
-        writer.weights(packed_weights(model, lowered, runner))
-        writer.functions(lowered.takes)
+        weights = packed_weights(model, lowered, runner)
+        writer.weights(chain(weights, made.packed_weights() if made else ()))
+        writer.functions(lowered.takes | ({"encoder": made.takes} if made else {}))
         writer.facts(decision.plan, model.facts)
         writer.assets(assets_of(source))
         if isinstance(lowered.machine, CpuMachine):
@@ -122,14 +137,23 @@ def plan(
     target: str = "cpu",
     allow: str | Iterable[str] = (),
     state: str | None = None,
+    encoder: str | os.PathLike[str] | None = None,
+    encoder_dims: Mapping[str, int] | None = None,
     report: Report | None = None,
 ) -> Plan:
     """The plan that `compile` would build, without generating code. Arguments and errors as for `compile`."""
     alternatives, machine = parse_workload(workload), parse_target(target)
     size = budget_of(budget, machine)
-    return (
-        planner(path, target=target, allow=allow, state=state, report=report).decide(size, alternatives).plan
+    built = planner(
+        path,
+        target=target,
+        allow=allow,
+        state=state,
+        encoder=encoder,
+        encoder_dims=encoder_dims,
+        report=report,
     )
+    return built.decide(size, alternatives).plan
 
 
 def planner(
@@ -138,6 +162,8 @@ def planner(
     target: str = "cpu",
     allow: str | Iterable[str] = (),
     state: str | None = None,
+    encoder: str | os.PathLike[str] | None = None,
+    encoder_dims: Mapping[str, int] | None = None,
     tune_db: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> Planner:
@@ -145,9 +171,9 @@ def planner(
 
     Arguments and errors as for `compile`; importing and proving is done once, here.
     """
-    source, machine = Path(path), _machine(target, tune_db)
-    require_file(source)
-    return planner_of(source, machine, parse_permissions(allow), state, _runner(None, report))
+    pair, machine = Pair(Path(path), encoder, encoder_dims), _machine(target, tune_db)
+    require_file(pair.decoder)
+    return planner_of(pair, machine, parse_permissions(allow), state, _runner(None, report))
 
 
 def budget_of(budget: str | int, machine: Machine) -> int:
@@ -158,7 +184,7 @@ def budget_of(budget: str | int, machine: Machine) -> int:
 
 
 def _wanted(
-    source: Path,
+    pair: Pair,
     budget: str | int | None,
     workload: str | Workload | Iterable[str | Workload] | None,
     target: str,
@@ -178,7 +204,7 @@ def _wanted(
             parse_workload(workload),
             parse_permissions(allow),
         )
-        return lambda: planner_of(source, machine, allowed, state, runner).decide(size, alternatives)
+        return lambda: planner_of(pair, machine, allowed, state, runner).decide(size, alternatives)
     given = {"budget": budget, "workload": workload, "state": state, "allow": tuple(allow) or None}
     for name, value in given.items():
         if value is not None:
@@ -187,7 +213,7 @@ def _wanted(
         raise InputError("--plan says the target, too: give one of them, or edit the plan")
     saved = read_plan(Path(plan))
     machine, allowed = _machine(saved.target, tune_db), parse_permissions(saved.allow)
-    return lambda: checked(planner_of(source, machine, allowed, None, runner), saved, Path(plan))
+    return lambda: checked(planner_of(pair, machine, allowed, None, runner), saved, Path(plan))
 
 
 def _machine(target: str, tune_db: str | os.PathLike[str] | None) -> Machine:
@@ -196,11 +222,24 @@ def _machine(target: str, tune_db: str | os.PathLike[str] | None) -> Machine:
     return machine if tune_db is None else with_records(machine, Path(tune_db))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A decoder, and the encoder that is compiled with it; arguments as for `compile`."""
+
+    decoder: Path
+    encoder: str | os.PathLike[str] | None = None
+    encoder_dims: Mapping[str, int] | None = None
+
+
 def planner_of(
-    source: Path, machine: Machine, allow: Permissions, state: str | None, runner: Runner
+    pair: Pair, machine: Machine, allow: Permissions, state: str | None, runner: Runner
 ) -> Planner:
     """Import and prove a model; meanwhile measure what a process takes here."""
-    names = _forms(state)
+    names, source = _forms(state), pair.decoder
+    if pair.encoder is not None:
+        require_file(Path(pair.encoder))
+    elif pair.encoder_dims:
+        raise InputError("--encoder-dim is for an encoder: give it, too")
     runner.report("import")
     imported = import_onnx(source, allow.names)
     Text.check(assets_of(source))
@@ -214,8 +253,13 @@ def planner_of(
                 raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")
         if set(names) & set(KEYS):
             model = judged(model, runner)
+        encoder = None
+        if pair.encoder is not None:
+            wanted, fixed = imported.roles.memory, pair.encoder_dims or {}
+            encoder = read_encoder(Path(pair.encoder), model.facts, wanted, fixed, machine, runner)
+            model = replace(model, facts=replace(model.facts, encoder=encoder.facts))
         forced = forced_forms(model, names) if names else ()
-        return Planner(model, machine, runtime.result(), runner, forced)
+        return Planner(model, machine, runtime.result(), runner, forced, encoder)
 
 
 def _forms(state: str | None) -> tuple[FormName, ...]:

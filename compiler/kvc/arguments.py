@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from kvc_passes.errors import InputError
+
 
 def add_model(parser: argparse.ArgumentParser, metavar: str = "MODEL.onnx") -> None:
     """The model, which may be left out where `metavar` is in brackets, and what may be changed of it."""
@@ -17,6 +19,33 @@ def add_model(parser: argparse.ArgumentParser, metavar: str = "MODEL.onnx") -> N
         help="permissions to change results beyond rounding: window=N, sinks=N, kv-int8, kv-fp8, kv-int4, "
         "token-scales",
     )
+
+
+def add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        metavar="ENCODER.onnx",
+        help="the encoder whose output the model reads: compiled into the same artifact and budget",
+    )
+    parser.add_argument(
+        "--encoder-dim",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="an extent of the encoder's inputs that the file leaves open, fixed",
+    )
+
+
+def encoder_dims(options: argparse.Namespace) -> dict[str, int]:
+    """The extents of --encoder-dim by name. Raises InputError for what is none."""
+    found = {}
+    for text in options.encoder_dim:
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdecimal() or not 0 < int(number) < 1 << 31:
+            raise InputError(f"--encoder-dim {text}: write it as NAME=N, an extent of at least 1")
+        found[name] = int(number)
+    return found
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +113,14 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npy",
         help="the encoder's output [rows, width] that a prompt comes with, for decoders that read one; once "
         "for every prompt",
+    )
+    parser.add_argument(
+        "--encoder-input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE.npy",
+        help="an input of the encoder in the artifact, instead of its output: for all prompts along the "
+        "first axis, or once for every prompt",
     )
     parser.add_argument(
         "--chat",

@@ -36,7 +36,7 @@ from kvc_passes.plans import Plan, plan_from_json
 
 from .weights_file import TensorSpec, Weight, map_weights, read_layout, write_weights
 
-FORMAT: Final = 5
+FORMAT: Final = 6
 
 REQUIRED: Final = ("weights.safetensors", "plan.json", "facts.json")
 ASSETS: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ def answer(options: argparse.Namespace) -> int:
     """Answer the given prompts; one is streamed, several are served together and printed in order."""
     prompts = options.prompt or _read_prompts(options.prompts_file)
     sampling = _sampling(options)
-    memory = [_read_memory(path) for path in options.memory]
+    memory = [_read_array(path) for path in options.memory]
     if memory and len(memory) != len(prompts):
         raise InputError(f"{len(prompts)} prompts, and --memory for {len(memory)}: give one for each prompt")
+    inputs = _read_inputs(options.encoder_input, len(prompts))
     with load(options.artifact) as session:
         chat = session.text.has_template if options.chat is None else options.chat
         if len(prompts) == 1:
-            given = memory[0] if memory else None
-            for piece in session.stream(prompts[0], chat=chat, memory=given, **sampling):
+            given, more = memory[0] if memory else None, inputs[0] if inputs else None
+            for piece in session.stream(prompts[0], chat=chat, memory=given, encoder_inputs=more, **sampling):
                 print(piece, end="", flush=True)
             print()
         else:
-            answers = session.generate(prompts, chat=chat, memory=memory or None, **sampling)
+            answers = session.generate(
+                prompts, chat=chat, memory=memory or None, encoder_inputs=inputs or None, **sampling
+            )
             for prompt, completion in zip(prompts, answers):
                 _show(prompt, completion)
         _summary(session)
@@ -96,13 +100,33 @@ def _read_prompts(path: Path) -> list[str]:
     return lines
 
 
-def _read_memory(path: Path) -> NDArray[Any]:
-    """An encoder's output as numpy saves it."""
+def _read_inputs(given: Sequence[str], prompts: int) -> list[dict[str, NDArray[Any]]]:
+    """The encoder's inputs of each prompt: a file for each, or one with all along the first axis."""
+    found: dict[str, list[NDArray[Any]]] = {}
+    for text in given:
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise InputError(f"--encoder-input {text}: write it as NAME=FILE.npy")
+        found.setdefault(name, []).append(_read_array(Path(file)))
+    for name, arrays in found.items():
+        whole = arrays[0]
+        if len(arrays) == 1 < prompts and whole.ndim and len(whole) == prompts:
+            found[name] = list(whole)
+        elif len(arrays) != prompts:
+            raise InputError(
+                f"{prompts} prompts, and --encoder-input {name} for {len(arrays)}: give one for each prompt, "
+                "or one with all along its first axis"
+            )
+    return [{name: arrays[i] for name, arrays in found.items()} for i in range(prompts)] if found else []
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    """An array as numpy saves it."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no .npy file"
-        raise InputError(f"{path}: an encoder's output cannot be read: {reason}") from None
+        raise InputError(f"{path}: the array cannot be read: {reason}") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: holds several arrays; give a .npy file with one")
     return array

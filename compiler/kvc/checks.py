@@ -16,7 +16,8 @@ from kvc_passes.errors import InputError, PlanningError
 
 from . import perplexity
 from .artifact import Artifact
-from .reference import Reference
+from .reference import EncoderReference, Reference
+from .runtime.encoder import random_inputs
 from .runtime.executor import Executor
 from .runtime.sequences import Sequences
 from .runtime.state import Kept
@@ -48,6 +49,7 @@ def verify(
     path: str | os.PathLike[str],
     against: str | os.PathLike[str],
     *,
+    encoder: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     text: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -59,7 +61,8 @@ def verify(
     the worst planned workload is compared with the plan. The tolerance is that of the type that keys and
     values are kept in, by default. A model that was compiled with permissions is measured, not judged: how
     far its logits are off, and its perplexity on a text that comes with kvc, if it has a tokenizer. With
-    `text`, a file, every model's perplexity on that is measured.
+    `text`, a file, every model's perplexity on that is measured. With `encoder`, its ONNX file, the rows that
+    the encoder in the artifact makes of random inputs are compared, and logits after them.
 
     Raises:
         InputError: the artifact, the ONNX file or the text cannot be read, ONNX Runtime is not installed, or
@@ -81,6 +84,8 @@ def verify(
     executor = Executor(artifact)
     try:
         checks = list(_Logits(executor, reference, tolerance, seed).checks())
+        if encoder is not None:
+            checks += _encoder(executor, reference, Path(encoder), tolerance, seed)
         if text is not None or (artifact.facts.allowed and artifact.file("tokenizer.json")):
             checks.append(_perplexity(artifact, executor, reference, None if text is None else Path(text)))
     finally:
@@ -174,6 +179,39 @@ class _Logits:
                 differences.append(_difference(row, expected[i][kept[i].length - 1]))
         self.sequences.close(*kept)
         return self._check("ragged batches", f"{count} sequences, {len(differences)} rows", differences)
+
+
+def _encoder(
+    executor: Executor, reference: Reference, path: Path, tolerance: float, seed: int
+) -> list[Check]:
+    """Rows of random inputs, and the logits of tokens that see them."""
+    plan, facts, random = executor.plan.encoder, executor.facts.encoder, np.random.default_rng(seed)
+    if plan is None or facts is None:
+        raise InputError(f"the artifact has no encoder to compare with {path}")
+    own, sequences = EncoderReference(path, reference.roles.memory), Sequences(executor, share=False)
+    if set(own.inputs) != {each.name for each in facts.inputs}:
+        raise InputError(f"{path}: has other inputs than the encoder in the artifact: another model")
+    rows_off, logits_off, rows = [], [], 0
+    extents = sorted({plan.longest, facts.least, (plan.longest + facts.least) // 2})
+    for extent in extents:
+        inputs = random_inputs(facts, extent, random)
+        expected, memory = own.rows(inputs), executor.run_encoder(inputs)
+        if memory.shape != expected.shape:
+            raise InputError(f"{path}: has another output than the encoder in the artifact: another model")
+        rows_off.append(_difference(memory, expected))
+        tokens = random.integers(
+            0, executor.facts.vocab, min(8, executor.plan.chunk, executor.plan.max_context)
+        )
+        kept = sequences.open(tokens.tolist(), memory)
+        (got,) = sequences.prefill([(kept, len(tokens))])
+        sequences.close(kept)
+        logits_off.append(_difference(got, reference.logits(tokens, expected)[-1]))
+        rows = max(rows, len(memory))
+    detail = f"{len(extents)} inputs, up to {rows} rows"
+    return [
+        Check("encoder", detail, max(rows_off), tolerance),
+        Check("encoder and decoder", detail, max(logits_off), tolerance),
+    ]
 
 
 def _perplexity(artifact: Artifact, executor: Executor, reference: Reference, text: Path | None) -> Check:

@@ -21,7 +21,16 @@ from kvc_passes.errors import Error, InputError, PlanningError
 from kvc_passes.facts import ModelFacts
 
 from . import __version__
-from .arguments import add_budget, add_model, add_plan, add_records, add_run, add_tune
+from .arguments import (
+    add_budget,
+    add_encoder,
+    add_model,
+    add_plan,
+    add_records,
+    add_run,
+    add_tune,
+    encoder_dims,
+)
 
 if TYPE_CHECKING:
     from .tuning.tuned import Choice
@@ -127,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_ = command("compile", _compile, "compile an ONNX decoder into an artifact that keeps to a budget")
     add_model(compile_)
     add_budget(compile_)
+    add_encoder(compile_)
     add_records(compile_)
     compile_.add_argument(
         "--plan",
@@ -141,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show how a budget would be spent, without compiling")
     add_model(plan)
     add_budget(plan)
+    add_encoder(plan)
     add_records(plan)
     add_plan(plan)
     tune = command("tune", _tune, "measure candidates for a model's kernels, and record the best")
@@ -155,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "compare a compiled model with its ONNX file and its promise")
     verify.add_argument("artifact", type=Path, metavar="MODEL.kvc")
     verify.add_argument("--against", type=Path, required=True, metavar="MODEL.onnx")
+    verify.add_argument(
+        "--encoder", type=Path, metavar="ENCODER.onnx", help="compare the encoder in the artifact, too"
+    )
     verify.add_argument(
         "--tolerance",
         type=float,
@@ -221,6 +235,8 @@ def _compile(options: argparse.Namespace) -> int:
             allow=options.allow,
             state=options.state,
             plan=options.plan,
+            encoder=options.encoder,
+            encoder_dims=encoder_dims(options),
             tune_db=options.tune_db,
             force=options.force,
             dump=options.dump,
@@ -288,6 +304,7 @@ def _verify(options: argparse.Namespace) -> int:
         checks = verify(
             options.artifact,
             options.against,
+            encoder=options.encoder,
             tolerance=options.tolerance,
             text=options.text,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from .machine import Machine
 from .model_facts import facts_of
 from .permissions import Permissions
 from .pipeline import (
+    FunctionName,
     Phase,
     Runner,
     Understood,
@@ -269,12 +270,21 @@ def bounds_of(phase: Phase, chunk: int, batch: int) -> dict[str, int]:
     return {"n": batch if phase == "decode" else chunk, "r": batch, "b": batch}
 
 
-def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) -> list[str]:
-    """Generate code for both functions and link it, in `folder`; the libraries' names.
+def build_libraries(
+    lowered: Lowered,
+    plan: Plan,
+    folder: Path,
+    runner: Runner,
+    more: Mapping[FunctionName, IRModule] | None = None,
+    bounds: Mapping[str, int] | None = None,
+) -> list[str]:
+    """Generate code for the functions and link it, in `folder`; the libraries' names.
+
+    more: further functions, finished. bounds: of symbols in their kernels.
 
     Raises TargetError without a linker, or without what else the target needs.
     """
-    finished = {
+    finished: dict[FunctionName, IRModule] = {
         phase: finish(
             mod,
             phase,
@@ -286,14 +296,14 @@ def build_libraries(lowered: Lowered, plan: Plan, folder: Path, runner: Runner) 
         )
         for phase, mod in lowered.functions.items()
     }
-    module = join(finished)
-    own = lowered.machine.workspace_bytes([module])
+    module = join({**finished, **(more or {})})
+    own = lowered.machine.workspace_bytes([module], bounds or {})
     if own > plan.bytes.workspaces:
         planned = plan.bytes.workspaces
         raise PlanningError(f"local buffers of kernels take {own} bytes, {planned} were planned")
     kernels = sum(isinstance(f, tirx.PrimFunc) for f in module.functions.values())
     runner.report(f"generate code for {kernels} kernels")
-    return lowered.machine.build(module, folder, runner)
+    return lowered.machine.build(module, folder, runner, bounds or {})
 
 
 def packed_weights(model: Model, lowered: Lowered, runner: Runner) -> Iterator[Weight]:

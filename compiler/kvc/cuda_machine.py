@@ -89,7 +89,9 @@ class CudaMachine:
     def schedule(self, phase: Phase) -> ScheduleForCuda:
         return ScheduleForCuda(self.target)
 
-    def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
+    def build(
+        self, module: IRModule, folder: Path, runner: Runner, bounds: Mapping[str, int] = {}
+    ) -> list[str]:
         """One library an architecture, and kernels.json with what every kernel takes."""
         prepare()
         report, files, kernels = [], [], self.variants.kernels
@@ -129,7 +131,7 @@ class CudaMachine:
     def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
         return stored(part, tensor, weights, rows)
 
-    def workspace_bytes(self, modules: Iterable[IRModule]) -> int:
+    def workspace_bytes(self, modules: Iterable[IRModule], bounds: Mapping[str, int] = {}) -> int:
         return 0
 
     def runtime_bytes(self, assets: Path, weights: int) -> int:

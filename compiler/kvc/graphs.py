@@ -88,25 +88,25 @@ def compile_graph(
     size = None if budget is None else parse_size(budget)
     if not isinstance(machine, CpuMachine):
         raise TargetError(f"any graph is compiled for CPUs alone, not for the target {target}")
-    outputs = sum(whole_pages(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
-    lowering = _Lowering(machine, bounds, runner, outputs)
+    lowering = Lowering.of_graph(machine, bounds, runner, mod)
     base = lowering.of(fused(relax.transform.CanonicalizeBindings()(mod), machine.target, runner))
     chosen, solution, splits = base, None, 0
     if size is not None and base.peak > size:
-        search = _Search(fixed_order, certify, seconds)
-        chosen, solution, splits = _within(base, size, lowering, search)
-    placed = runner.apply(allocated(chosen.kernels, runner), PlaceArena(bounds, leave=True))
+        search = Search(fixed_order, certify, seconds)
+        chosen, solution, splits = within(base, size, lowering, search)
+    placed = runner.apply(allocated(chosen.kernels, runner), PlaceArena(bounds, returned="apart"))
     executable = tvm.compile(
         relax.transform.AttachGlobalSymbol()(to_vm(placed.module, runner)),
         machine.target,
         relax_pipeline=tvm.transform.Sequential([]),
         tir_pipeline="default",
     )
+    outputs = chosen.outputs
     return CompiledGraph(executable, placed.facts, chosen.workspace, outputs, base.arena, solution, splits)
 
 
 @dataclass(frozen=True)
-class _Lowered:
+class LoweredGraph:
     """A module of kernel calls, the same with its kernels scheduled, and what it takes."""
 
     module: IRModule
@@ -121,7 +121,7 @@ class _Lowered:
 
 
 @dataclass(frozen=True)
-class _Lowering:
+class Lowering:
     """From kernel calls in their final order to the bytes that they take."""
 
     machine: CpuMachine
@@ -129,29 +129,39 @@ class _Lowering:
     runner: Runner
     outputs: int
 
-    def of(self, mod: IRModule, overwriting: bool = False) -> _Lowered:
+    @classmethod
+    def of_graph(
+        cls, machine: CpuMachine, bounds: Mapping[str, int], runner: Runner, mod: IRModule
+    ) -> Lowering:
+        """For a module that returns what `mod` does."""
+        outputs = sum(whole_pages(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
+        return cls(machine, bounds, runner, outputs)
+
+    def of(self, mod: IRModule, overwriting: bool = False) -> LoweredGraph:
         """overwriting: with outputs over inputs where that is possible."""
         with self.machine.target:
             kernels = self.runner.apply(mod, self.machine.schedule("prefill")).module
         if overwriting:
             kernels = self.runner.apply(kernels, OverwriteInputs(self.bounds, mod)).module
-        workspace = self.machine.products.traits.threads * pool_bytes(thread_buffers([kernels]))
-        return _Lowered(mod, kernels, self.arena(kernels), workspace, self.outputs)
+        workspace = self.machine.products.traits.threads * pool_bytes(thread_buffers([kernels], self.bounds))
+        return LoweredGraph(mod, kernels, self.arena(kernels), workspace, self.outputs)
 
     def arena(self, mod: IRModule) -> int:
-        return Arena.of(allocated(mod, self.runner), leave=True).size(self.bounds)
+        return Arena.of(allocated(mod, self.runner), "apart").size(self.bounds)
 
 
 @dataclass(frozen=True)
-class _Search:
-    fixed_order: bool
-    certify: bool
-    seconds: float
+class Search:
+    """How to look for a schedule; the options of `compile_graph`."""
+
+    fixed_order: bool = False
+    certify: bool = False
+    seconds: float = 60.0
 
 
-def _within(
-    base: _Lowered, budget: int, lowering: _Lowering, search: _Search
-) -> tuple[_Lowered, Solution | None, int]:
+def within(
+    base: LoweredGraph, budget: int, lowering: Lowering, search: Search
+) -> tuple[LoweredGraph, Solution | None, int]:
     """The module within `budget` bytes, and the chains that had to be split for that."""
     lowest: BudgetError | None = None
     if search.fixed_order or _conceivable(base, budget, lowering):
@@ -182,7 +192,7 @@ def _within(
     raise lowest
 
 
-def _conceivable(lowered: _Lowered, budget: int, lowering: _Lowering) -> bool:
+def _conceivable(lowered: LoweredGraph, budget: int, lowering: Lowering) -> bool:
     """Whether no operation by itself takes more than the budget; its output may lie over an input."""
     # Only here: numba takes half a second to import.
     from kvc_passes.remat.lowest import least_conceivable
@@ -192,8 +202,8 @@ def _conceivable(lowered: _Lowered, budget: int, lowering: _Lowering) -> bool:
 
 
 def _ordered(
-    base: _Lowered, budget: int, lowering: _Lowering, search: _Search
-) -> tuple[_Lowered, Solution | None]:
+    base: LoweredGraph, budget: int, lowering: Lowering, search: Search
+) -> tuple[LoweredGraph, Solution | None]:
     """The module within `budget` bytes: where places leave gaps, less may be alive."""
     over = lowering.of(base.module, overwriting=True)
     if over.peak <= budget:

@@ -80,14 +80,19 @@ class Machine(Protocol):
     def schedule(self, phase: Phase) -> Pass:
         """The pass that schedules what TVM generated."""
 
-    def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
-        """Write the library or libraries of `module` into `folder`; their names. Raises TargetError."""
+    def build(
+        self, module: IRModule, folder: Path, runner: Runner, bounds: Mapping[str, int] = {}
+    ) -> list[str]:
+        """Write the library or libraries of `module` into `folder`; their names. Raises TargetError.
+
+        bounds: of symbols in the shapes of kernels' local buffers.
+        """
 
     def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
         """A weight as the products' kernels take it."""
 
-    def workspace_bytes(self, modules: Iterable[IRModule]) -> int:
-        """Bytes that kernels allocate for themselves, where a budget counts them."""
+    def workspace_bytes(self, modules: Iterable[IRModule], bounds: Mapping[str, int] = {}) -> int:
+        """Bytes that kernels allocate for themselves, where a budget counts them; `bounds` as for `build`."""
 
     def runtime_bytes(self, assets: Path, weights: int) -> int:
         """Bytes of the process itself, where a budget counts them; `weights` bytes come on top at least."""
@@ -141,8 +146,10 @@ class CpuMachine:
     def schedule(self, phase: Phase) -> ScheduleKernels:
         return ScheduleKernels(self.target, phase != "decode")
 
-    def build(self, module: IRModule, folder: Path, runner: Runner) -> list[str]:
-        function = reserve(thread_buffers([module]), self.products.traits.threads)
+    def build(
+        self, module: IRModule, folder: Path, runner: Runner, bounds: Mapping[str, int] = {}
+    ) -> list[str]:
+        function = reserve(thread_buffers([module], bounds), self.products.traits.threads)
         module = IRModule({**module.functions, RESERVE: function.with_attr("global_symbol", RESERVE)})
         with self.target:
             executable = tvm.compile(
@@ -155,8 +162,8 @@ class CpuMachine:
     def store(self, part: WeightPart, tensor: TensorType, weights: Mapping[str, Array]) -> Array:
         return stored(part, tensor, weights, packing)
 
-    def workspace_bytes(self, modules: Iterable[IRModule]) -> int:
-        return self.products.traits.threads * pool_bytes(thread_buffers(modules))
+    def workspace_bytes(self, modules: Iterable[IRModule], bounds: Mapping[str, int] = {}) -> int:
+        return self.products.traits.threads * pool_bytes(thread_buffers(modules, bounds))
 
     def runtime_bytes(self, assets: Path, weights: int) -> int:
         return measure(assets, others=weights)

@@ -15,6 +15,7 @@ from kvc_passes.sites import FLOAT_BYTES, FloatName
 from kvc_passes.weights import table_of, weight_of
 
 from .configuration import Configuration
+from .frontend.encoders import ImportedEncoder
 from .frontend.importer import Imported
 from .pipeline import Understood
 
@@ -30,15 +31,15 @@ def facts_of(imported: Imported, understood: Understood) -> ModelFacts:
     path = imported.file.path
     function = understood.module["main"]
     graph = graph_of(function)
-    vocab = _rows_read(graph, function.params[0])
+    vocab = rows_read(graph, function.params[0])
     if vocab is None:
         raise UnsupportedModel(f"{path}: the token ids do not index an embedding table of known size")
     columns = static(dims(function.body.body)[-1])
     if columns is None or len(dims(function.body.body)) != 3:
         raise UnsupportedModel(f"{path}: the first output is not logits [batch, sequence, vocabulary]")
-    _check_types(path, imported, graph)
+    check_types(path, imported, graph)
     configuration = Configuration.beside(path)
-    known = (_rows_read(graph, function.params[1]), configuration.context, understood.limit)
+    known = (rows_read(graph, function.params[1]), configuration.context, understood.limit)
     limits = [n for n in known if n]
     return ModelFacts(
         name=path.stem,
@@ -63,7 +64,7 @@ def _memory(function: relax.Function, name: str | None) -> tuple[int, FloatName]
     return static(dims(param)[2]) or 0, dtype
 
 
-def _check_types(path: Path, imported: Imported, graph: Graph) -> None:
+def check_types(path: Path, imported: Imported | ImportedEncoder, graph: Graph) -> None:
     """Refuse what would be stored as something else than it is: memory that no plan counts."""
     for var in graph.order:
         for constant in operands(graph.definitions[var]):
@@ -103,7 +104,7 @@ def _is_factor(graph: Graph, var: relax.Var) -> bool:
     return bool(users)
 
 
-def _rows_read(graph: Graph, index: relax.Var) -> int | None:
+def rows_read(graph: Graph, index: relax.Var) -> int | None:
     """How large `index` can be: rows of the smallest table that is read at it, or at it plus a constant.
 
     Raises:

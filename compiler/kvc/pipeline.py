@@ -51,6 +51,8 @@ from .frontend.importer import Imported
 
 Phase = Literal["prefill", "decode", "encode"]
 """A compiled function. encode: of an encoder's output, where the model reads one."""
+FunctionName = Phase | Literal["encoder"]
+"""A function of the library; the encoder makes what the function encode keeps."""
 _LARGEST_TABLE = 1 << 20  # elements
 
 

@@ -14,6 +14,7 @@ from kvc_passes.facts import to_json
 from kvc_passes.plans import Workload
 
 from .api import budget_of, planner
+from .arguments import encoder_dims
 from .machine import CpuMachine
 from .options import parse_workload
 from .plan_report import comparison_table, plan_tables, rates_table, reason_tables
@@ -50,6 +51,8 @@ def run(options: argparse.Namespace, report: Report) -> tuple[Sequence[Any], int
         target=options.target,
         allow=options.allow,
         state=options.state,
+        encoder=options.encoder,
+        encoder_dims=encoder_dims(options),
         tune_db=options.tune_db,
         report=report,
     )
@@ -80,10 +83,12 @@ def _found(built: Planner, budget: int, options: argparse.Namespace) -> tuple[Wo
     if name == "--max-batch" and limit is not None and given > limit:
         raise InputError(f"--max-batch {text}: the model has {limit} positions")
     find = longest if options.max_context else most_requests
+    one = Workload(given, 1, memory=memory) if options.max_context else Workload(1, given, memory=memory)
     most = find(built, budget, given, memory)
     if most == 0:
-        one = Workload(given, 1, memory=memory) if options.max_context else Workload(1, given, memory=memory)
-        built.decide(budget, (one,))  # says why it does not fit
+        fitting = built.decide(budget, (one,))  # says why it does not fit
+        most = find(fitting.by or built, budget, given, memory)  # it may with less for the encoder
+    if most == 0:
         raise BudgetError(
             f"{name} {text}: nothing fits {budget} bytes", needed=built.least((one,)), given=budget
         )
@@ -113,14 +118,14 @@ def _shown(options: argparse.Namespace, built: Planner, decision: Decision) -> S
         save_plan(options.save, SavedPlan(name, options.target, allow, plan))
     why: Explanation | None = None
     if options.plot or options.report or not options.json:
-        why = explain(built, decision)
+        why = explain(decision.by or built, decision)
     if why is not None and (options.plot or options.report):
         from .planning.page import draw, page
 
         if options.plot:
             draw(options.plot, why, plan)
         if options.report:
-            page(options.report, built, decision, why)
+            page(options.report, decision.by or built, decision, why)
     if options.json or why is None:
         print(to_json(plan), end="")
         return []

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.plans import Plan, Workload, chunk_text
+from kvc_passes.plans import EncoderPlan, Plan, Workload, chunk_text
 from kvc_passes.sites import Reach
 
 from .options import format_size
@@ -21,6 +21,15 @@ from .report import add_row, ranges
 def plan_tables(plan: Plan, facts_name: str) -> list[Table]:
     """Every byte of a plan and what it is for, and what the layers keep."""
     return [_bytes_table(plan, facts_name), _groups_table(plan)]
+
+
+def _encoder_text(encoder: EncoderPlan) -> str:
+    """What the encoder takes, here and in other lines."""
+    arena = format_size(encoder.arena)
+    if encoder.arena < encoder.natural:
+        arena += f" instead of {format_size(encoder.natural)}"
+    weights = format_size(encoder.weights)
+    return f"inputs; of the lines above: weights {weights}, temporaries {arena}"
 
 
 def _bytes_table(plan: Plan, facts_name: str) -> Table:
@@ -36,6 +45,8 @@ def _bytes_table(plan: Plan, facts_name: str) -> Table:
         ("tables", b.tables, f"block tables {plan.max_batch} x {plan.table_width}, positions, slots"),
         ("process", b.runtime, "CUDA's context and the machine code (a bound)" if on_gpu else process),
     ]
+    if plan.encoder is not None:
+        lines.insert(-1, ("encoder", b.encoder, _encoder_text(plan.encoder)))
     workloads = ",".join(map(str, plan.workload))
     table = Table(
         title=Text(f"{facts_name}: {workloads} in {format_size(plan.budget)}"), title_justify="left"

@@ -45,6 +45,35 @@ class StateForm:
 
 
 @dataclass(frozen=True)
+class EncoderInput:
+    """An input of the encoder, as a request comes with it."""
+
+    name: str
+    """In the ONNX file."""
+    dtype: str
+    """What it is computed with; 16-bit floats of the file are given as float32."""
+    shape: tuple[int | None, ...]
+    """Behind the batch; None: the extent that requests may choose."""
+    ids: int | None = None
+    """Token ids are 0 .. ids - 1; None for other numbers."""
+    mask: bool = False
+    """Says which elements are no padding. Requests are not padded: all ones, and it may be left out."""
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """The encoder that is compiled with a decoder."""
+
+    name: str
+    inputs: tuple[EncoderInput, ...]
+    least: int
+    """The smallest extent that a request may choose; 0 where it has no choice."""
+    parameter_bytes: dict[str, int]
+    """As of the decoder."""
+    nodes: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What was proved about a model, independent of budget and target."""
 
@@ -70,6 +99,8 @@ class ModelFacts:
     """For every site, the forms of its state, legal or not."""
     memory: tuple[int, FloatName] | None = None
     """Elements and type of a row of the encoder's output that the decoder reads."""
+    encoder: EncoderFacts | None = None
+    """The encoder in the same artifact, if there is one."""
 
     @property
     def reads_memory(self) -> bool:
@@ -101,7 +132,15 @@ def facts_from_json(text: str) -> ModelFacts:
     lists = {name: tuple(data[name]) for name in ("positions", "warnings", "allowed")}
     forms = tuple(tuple(StateForm(**form) for form in site) for site in data["forms"])
     memory = None if data["memory"] is None else tuple(data["memory"])
-    return ModelFacts(**{**data, **lists, "sites": sites, "forms": forms, "memory": memory})
+    parts = {"sites": sites, "forms": forms, "memory": memory, "encoder": _encoder(data.get("encoder"))}
+    return ModelFacts(**{**data, **lists, **parts})
+
+
+def _encoder(data: dict[str, Any] | None) -> EncoderFacts | None:
+    if data is None:
+        return None
+    inputs = tuple(EncoderInput(**{**each, "shape": tuple(each["shape"])}) for each in data["inputs"])
+    return EncoderFacts(**{**data, "inputs": inputs})
 
 
 def _site(data: dict[str, Any]) -> AttentionSite:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from tvm import IRModule, relax, tirx
 
@@ -17,6 +17,9 @@ from .rebuild import substitute, with_main
 from .row_slices import TOKENS, Segment, SliceWriter, has_tokens, is_kernel_call
 
 ALIGNMENT = 64  # bytes; generated code loads whole vectors
+Returned = Literal["none", "apart", "within"]
+"""Temporaries that a function returns: there must be none; they are allocations of their own; or they lie in
+the arena, whose memory stays as long as the caller holds them."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ class Arena:
     temporaries: tuple[Temporary, ...]
     roots: Mapping[relax.Var, frozenset[relax.Var]] = field(default_factory=dict)
     """Of every value the temporaries that it lies in."""
+    returned: frozenset[relax.Var] = frozenset()
+    """Those that leave the function, where they may."""
 
     @classmethod
-    def of(cls, mod: IRModule, *, segments: Sequence[Segment] = (), leave: bool = False) -> Arena:
+    def of(cls, mod: IRModule, returned: Returned = "none", *, segments: Sequence[Segment] = ()) -> Arena:
         """The temporaries of `main`; values that alias one keep it alive.
 
-        segments: parts that run slice by slice; what they share with others is alive in all of them.
-        leave: those that the function returns are none: they stay allocations of their own.
+        segments: parts that run slice by slice; what they share with others is alive in all of them. Raises
+        PlanningError for a temporary that is returned and must not be.
         """
         graph = graph_of(mod["main"])
         roots: dict[relax.Var, set[relax.Var]] = {}
@@ -79,22 +84,29 @@ class Arena:
             if not isinstance(value, relax.Call) or op_name(value) == "reshape":
                 roots[var] = set(used)
         result = graph.function.body.body
-        returned = {r for o in operands(graph.definitions.get(result, result)) for r in roots.get(o, ())}
-        for root in returned | roots.get(result, set()):
-            if not leave:
+        leaving = {r for o in operands(graph.definitions.get(result, result)) for r in roots.get(o, ())}
+        leaving |= roots.get(result, set())
+        for root in leaving:
+            if returned == "none":
                 raise PlanningError(f"the temporary {root.name} leaves the function")
-            first.pop(root)
+            last[root] = len(graph.order)
+            if returned == "apart":
+                first.pop(root)
         found = [Temporary(v, graph.definitions[v], first[v], last[v]) for v in first]
         for segment in segments:
             found = [t.with_slices(segment) for t in found]
-        return cls(tuple(found), {var: frozenset(own) for var, own in roots.items()})
+        of_values = {var: frozenset(own) for var, own in roots.items()}
+        return cls(tuple(found), of_values, frozenset(leaving & first.keys()))
 
     def size(self, bounds: Mapping[str, int], rows: int = 0) -> int:
         """Bytes that the arena needs with the symbols at their bounds, `rows` tokens a slice."""
         return self.place(bounds, rows)[1]
 
     def place(self, bounds: Mapping[str, int], rows: int = 0) -> tuple[dict[relax.Var, int], int]:
-        """Offset of every temporary, and the bytes of all: the best of three orders."""
+        """Offset of every temporary, and the bytes of all: the best of three orders.
+
+        What leaves the function is also tried after everything else: it takes no more than beside the arena.
+        """
         sizes = self._sizes(bounds, rows)
         least = max(self._alive(sizes), default=ALIGNMENT)
         lives = [(t.first, t.last - t.first + 1) for t in self.temporaries]
@@ -103,9 +115,13 @@ class Arena:
             lambda i: (-lives[i][1], -sizes[i]),
             lambda i: (-sizes[i] * lives[i][1], lives[i][0]),
         )
+        orders = [sorted(range(len(sizes)), key=key) for key in keys]
+        if self.returned:
+            leaves = [t.var in self.returned for t in self.temporaries]
+            orders += [sorted(order, key=lambda i: leaves[i]) for order in orders]
         found = []
-        for key in keys:
-            found.append(self._placed(sizes, key))
+        for order in orders:
+            found.append(self._placed(sizes, order))
             if found[-1][1] == least:
                 break  # no order takes less
         offsets, total = min(found, key=lambda each: each[1])
@@ -127,10 +143,10 @@ class Arena:
         known = {key: t.size(bounds, rows) for key, t in unlike.items()}
         return [known[key] for key in self._shapes]
 
-    def _placed(self, sizes: Sequence[int], key: Callable[[int], tuple[int, int]]) -> tuple[list[int], int]:
-        """Blocks one after another in the order of `key`, each in the smallest gap that it fits."""
+    def _placed(self, sizes: Sequence[int], order: Sequence[int]) -> tuple[list[int], int]:
+        """Blocks one after another in this order, each in the smallest gap that it fits."""
         offsets = [-1] * len(sizes)
-        for i in sorted(range(len(sizes)), key=key):
+        for i in order:
             busy = sorted((offsets[j], offsets[j] + sizes[j]) for j in self._together[i] if offsets[j] >= 0)
             best: tuple[int, int] | None = None
             free = 0
@@ -172,7 +188,6 @@ class PlaceArena:
 
     Placement is best fit over lifetimes, by decreasing size, length of life or both, as in "Efficient Memory
     Management for Deep Neural Net Inference" (Pisarchyk and Lee, 2020). `bytes` = None takes what is needed.
-    With `leave`, temporaries that the function returns stay allocations of their own.
 
     With `rows`, the calls of every segment run for so many tokens after another: tensors that only they use
     have room for those, and of others a call gets the rows of its tokens, where they lie.
@@ -180,7 +195,7 @@ class PlaceArena:
 
     bounds: Mapping[str, int]
     bytes: int | None = None
-    leave: bool = False
+    returned: Returned = "none"
     segments: tuple[Segment, ...] = ()
     rows: int = 0
     """Tokens of a slice, a multiple of the unit of every segment; 0 for all at once."""
@@ -189,7 +204,7 @@ class PlaceArena:
         """Facts of the result: bytes of the arena."""
         function, segments = mod["main"], self.segments if self.rows else ()
         graph = graph_of(function)
-        arena = Arena.of(mod, segments=segments, leave=self.leave)
+        arena = Arena.of(mod, self.returned, segments=segments)
         offsets, needed = arena.place(self.bounds, self.rows)
         total = needed if self.bytes is None else self.bytes
         if needed > total:

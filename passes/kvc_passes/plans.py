@@ -62,6 +62,8 @@ class Bytes:
     """The process itself: interpreter, libraries, tokenizer, threads."""
     workspaces: int = 0
     """Local buffers of kernels, of every thread."""
+    encoder: int = 0
+    """An encoder's inputs: of a call, and those that requests came with."""
 
     @property
     def total(self) -> int:
@@ -82,6 +84,21 @@ class Times:
     @property
     def seconds(self) -> float:
         return self.prefill_seconds + self.decode_seconds
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """How the encoder runs: one request after another."""
+
+    name: str
+    longest: int
+    """The largest extent that a request may choose; 0 where it has no choice."""
+    arena: int
+    """Bytes of its temporaries, within those of Bytes.arena."""
+    natural: int
+    """The same as its graph stands; more than `arena` where parts are computed later, again, or in slices."""
+    weights: int
+    """Bytes of its weights, a part of Bytes.weights."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,8 @@ class Plan:
     """Where the rates that these follow from come from."""
     ffn_chunk: int = 0
     """Tokens of a prefill call for which feed-forward parts are computed at once, 0 for all of them."""
+    encoder: EncoderPlan | None = None
+    """Of the encoder in the same artifact."""
 
     @property
     def table_width(self) -> int:
@@ -146,7 +165,9 @@ def plan_from_json(text: str) -> Plan:
     times = tuple(Times(**t) for t in data.get("times", ()))
     lists = {"workload": workload, "groups": groups, "capacities": capacities, "times": times}
     lists["forms"] = tuple(data.get("forms", ()))
-    return Plan(**{**data, **lists, "bytes": Bytes(**data["bytes"])})
+    encoder = data.get("encoder")
+    parts = {"bytes": Bytes(**data["bytes"]), "encoder": None if encoder is None else EncoderPlan(**encoder)}
+    return Plan(**{**data, **lists, **parts})
 
 
 def _group(data: dict[str, Any]) -> StateGroup:

@@ -63,7 +63,7 @@ class _Steps:
         self.params = set(self.graph.function.params)
         order = self.graph.order
         self.calls = [i for i, var in enumerate(order) if _runs(self.graph.definitions[var])]
-        arena = Arena.of(mod, leave=True)
+        arena = Arena.of(mod, "apart")
         own = {t.var for t in arena.temporaries}
         self.roots = {var: roots for var, roots in arena.roots.items() if roots <= own}
         sizes = {t.var: row_bytes(t.var) for t in arena.temporaries if has_tokens(t.var)}

@@ -109,7 +109,7 @@ def arena(mod: IRModule) -> int:
     passes = (relax.transform.ToNonDataflow(), relax.transform.RemovePurityChecking())
     for each in (*passes, relax.transform.CallTIRRewrite()):
         mod = each(mod)
-    return Arena.of(mod, leave=True).size({})
+    return Arena.of(mod, "apart").size({})
 
 
 def same(a: IRModule, b: IRModule, *arrays: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from tvm.relax import op
 
 from kvc_passes.errors import PlanningError
 from kvc_passes.graph import Graph, op_name
-from kvc_passes.place_arena import ALIGNMENT, PlaceArena, evaluate
+from kvc_passes.place_arena import ALIGNMENT, Arena, PlaceArena, evaluate
 from support import ops, param, symbol
 
 USE = "test.use"
@@ -138,17 +138,37 @@ def test_a_symbol_without_a_bound_is_a_bug() -> None:
         PlaceArena({"b": 1}).run(symbolic())
 
 
-def test_a_temporary_must_not_leave_the_function() -> None:
+def returning(returned: int, *others: int) -> IRModule:
+    """A function whose first temporary, of so many floats, is returned; the others are used after it."""
     builder = relax.BlockBuilder()
-    x = param("x", [N])
-    with builder.function("main", [x]):
-        made = builder.emit(
-            op.builtin.alloc_tensor(relax.ShapeExpr([4]), "float32", 0, "global"), name_hint="made"
-        )
-        builder.emit(relax.Call(relax.ExternFunc(USE), [made], ty_args=[relax.TupleType([])]))
-        builder.emit_func_output(made)
-    with pytest.raises(PlanningError, match="the temporary made leaves the function"):
-        PlaceArena({}).run(builder.get())
+    with builder.function("main", [param("x", [N])]):
+        made = []
+        for number, size in enumerate((returned, *others)):
+            shape = relax.ShapeExpr([size])
+            alloc = op.builtin.alloc_tensor(shape, "float32", 0, "global")
+            made.append(builder.emit(alloc, name_hint=f"made{number}"))
+            builder.emit(relax.Call(relax.ExternFunc(USE), [made[-1]], ty_args=[relax.TupleType([])]))
+        builder.emit_func_output(made[0])
+    return builder.get()
+
+
+def test_a_temporary_must_not_leave_the_function() -> None:
+    with pytest.raises(PlanningError, match="the temporary made0 leaves the function"):
+        PlaceArena({}).run(returning(4))
+
+
+def test_what_leaves_lies_apart_or_stays_to_the_end() -> None:
+    """The others are alive one after another; of what is returned none may take the place."""
+    mod = returning(48, 16, 32)
+    assert Arena.of(mod, "apart").size({}) == aligned(4 * 32)
+    within = Arena.of(mod, "within")
+    offsets, size = within.place({})
+    assert size == aligned(4 * 48) + aligned(4 * 32)
+    kept, *others = [(offsets[t.var], offsets[t.var] + t.size({})) for t in within.temporaries]
+    assert all(end <= kept[0] or begin >= kept[1] for begin, end in others)
+    placed = PlaceArena({}, returned="within").run(mod)
+    assert placed.facts == size
+    assert "alloc_tensor(made0" not in placed.module.script()
 
 
 def test_aliases_keep_a_temporary_alive() -> None:

@@ -76,7 +76,7 @@ def arena(mod: IRModule) -> int:
     passes = (relax.transform.ToNonDataflow(), relax.transform.RemovePurityChecking())
     for each in (*passes, relax.transform.CallTIRRewrite()):
         mod = each(mod)
-    return Arena.of(mod, leave=True).size({})
+    return Arena.of(mod, "apart").size({})
 
 
 def test_a_graph_that_fits_stays_as_it_is() -> None:

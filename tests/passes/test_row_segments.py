@@ -97,7 +97,7 @@ class Built:
         return found
 
     def placed(self, rows: int) -> tuple[IRModule, int]:
-        place = PlaceArena({"n": BOUND}, segments=self.segments, rows=rows, leave=True)
+        place = PlaceArena({"n": BOUND}, segments=self.segments, rows=rows, returned="apart")
         result = place.run(self.mod)
         return result.module, result.facts
 
@@ -112,7 +112,7 @@ class Built:
 def test_the_wide_part_is_a_segment() -> None:
     built = Built.of(feed_forward)
     assert built.calls() == [["fused_matmul_relu", "fused_matmul1_add"]]
-    arena = Arena.of(built.mod, segments=built.segments, leave=True)
+    arena = Arena.of(built.mod, "apart", segments=built.segments)
     shapes = {str(t.alloc.args[0].values[-1].value): t.inner for t in arena.temporaries}
     assert shapes[str(INNER)]
     assert not shapes[str(WIDTH)]
@@ -125,7 +125,7 @@ def test_only_rows_of_a_slice_have_room(part: Part, rows_a_token: int) -> None:
     wide = rows_a_token * INNER * 4
     assert whole >= BOUND * wide
     assert whole - sliced >= (BOUND - ROWS) * wide - 64 * ROWS
-    alive = Arena.of(built.mod, segments=built.segments, leave=True).alive({"n": BOUND}, ROWS)
+    alive = Arena.of(built.mod, "apart", segments=built.segments).alive({"n": BOUND}, ROWS)
     assert max(alive) <= sliced
 
 
@@ -164,7 +164,7 @@ def test_results_are_those_of_the_whole(part: Part) -> None:
 
 def test_what_mixes_tokens_inside_stays_whole() -> None:
     built = Built.of(centred)
-    arena = Arena.of(built.mod, segments=built.segments, leave=True)
+    arena = Arena.of(built.mod, "apart", segments=built.segments)
     assert not any(t.inner and str(t.alloc.args[0].values[-1].value) == str(INNER) for t in arena.temporaries)
 
 

@@ -43,7 +43,7 @@ def module(body: Any, *params: relax.Var) -> IRModule:
 def arena(mod: IRModule) -> int:
     for each in (relax.transform.ToNonDataflow(), relax.transform.RemovePurityChecking()):
         mod = each(mod)
-    return Arena.of(relax.transform.CallTIRRewrite()(mod), leave=True).size({})
+    return Arena.of(relax.transform.CallTIRRewrite()(mod), "apart").size({})
 
 
 def weight(*shape: int, seed: int = 0) -> relax.Expr:

@@ -10,11 +10,11 @@ from tvm.relax import PyExprMutator, expr_functor
 from tvm.target import Target
 
 from kvc_passes.base import Pass
-from kvc_passes.place_arena import PlaceArena
+from kvc_passes.place_arena import PlaceArena, Returned
 from kvc_passes.prove_rows import ProveRows
 from kvc_passes.row_slices import Segment
 
-from ..pipeline import Phase, Runner
+from ..pipeline import FunctionName, Phase, Runner
 from .legalize import legalize_ops
 
 
@@ -65,7 +65,7 @@ def allocated(mod: IRModule, runner: Runner, label: str = "") -> IRModule:
 
 def finish(
     mod: IRModule,
-    phase: Phase,
+    phase: FunctionName,
     bounds: dict[str, int],
     arena: int,
     runner: Runner,
@@ -76,7 +76,8 @@ def finish(
 
     segments: what runs for `rows` tokens after another; 0 for all at once.
     """
-    place = PlaceArena(bounds, arena, segments=segments, rows=rows)
+    returned: Returned = "within" if phase == "encoder" else "none"
+    place = PlaceArena(bounds, arena, returned, segments=segments, rows=rows)
     return to_vm(runner.apply(mod, place, f"{phase}-").module, runner, f"{phase}-")
 
 
@@ -93,7 +94,7 @@ def to_vm(mod: IRModule, runner: Runner, label: str = "") -> IRModule:
     )
 
 
-def join(functions: dict[Phase, IRModule]) -> IRModule:
+def join(functions: dict[FunctionName, IRModule]) -> IRModule:
     """One module with one function a phase; kernels that several phases share are kept once."""
     builder = relax.BlockBuilder()
     for phase, mod in functions.items():

@@ -6,7 +6,7 @@ TVM's runtime takes them from a pool that every thread has of its own and that n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from tvm import IRModule, s_tir, tirx
 from tvm_ffi import structural_walk
 
 from kvc_passes.errors import PlanningError
-from kvc_passes.place_arena import element_bytes
+from kvc_passes.place_arena import element_bytes, evaluate
 
 from ..kernels.emit import Emitter, argument, i64
 from .schedule_kernels import own_buffers
@@ -28,12 +28,12 @@ Sizes = tuple[int, ...]
 """Bytes of buffers that are there at once, the largest first."""
 
 
-def thread_buffers(modules: Iterable[IRModule]) -> Sizes:
+def thread_buffers(modules: Iterable[IRModule], bounds: Mapping[str, int] | None = None) -> Sizes:
     """Buffers that are enough for each kernel: one for one, the largest that any of them needs at once.
 
     A pool that has blocks of these sizes never grows: it gives a buffer the smallest free block that holds
-    it, and a kernel's buffers are freed in the reverse of their order. Raises PlanningError for one without
-    a constant size.
+    it, and a kernel's buffers are freed in the reverse of their order. bounds: of symbols in their shapes.
+    Raises PlanningError for one whose size has no bound.
     """
     most: Sizes = ()
     for module in modules:
@@ -42,7 +42,7 @@ def thread_buffers(modules: Iterable[IRModule]) -> Sizes:
         # Of what TVM generated, a buffer gets small where it is used; templates say how large theirs are.
         compacted = dict(_with_compact_buffers(IRModule(generated)).functions_items())
         for function in (kernels | compacted).values():
-            most = _larger(most, _needed(function))
+            most = _larger(most, _needed(function, bounds or {}))
     return most
 
 
@@ -83,7 +83,7 @@ def _with_compact_buffers(module: IRModule) -> IRModule:
     )(module)
 
 
-def _needed(function: tirx.PrimFunc) -> Sizes:
+def _needed(function: tirx.PrimFunc, bounds: Mapping[str, int]) -> Sizes:
     """A kernel's buffers. TVM allocates all of them where the function, or a thread's part of it, begins."""
     found: list[Any] = []
 
@@ -94,14 +94,18 @@ def _needed(function: tirx.PrimFunc) -> Sizes:
         found.extend(block.alloc_buffers)
 
     structural_walk(function.body, [(tirx.AllocBuffer, of_statement), (s_tir.SBlock, of_block)])
-    return tuple(sorted(map(_size, found), reverse=True))
+    return tuple(sorted((_size(buffer, bounds) for buffer in found), reverse=True))
 
 
 def _larger(one: Sizes, other: Sizes) -> Sizes:
     return tuple(map(max, zip_longest(one, other, fillvalue=0)))
 
 
-def _size(buffer: Any) -> int:
-    if not all(isinstance(dim, tirx.IntImm) for dim in buffer.shape):
-        raise PlanningError(f"a kernel needs memory of its own, of no constant size, for {buffer.name}")
-    return math.prod(int(dim.value) for dim in buffer.shape) * element_bytes(str(buffer.dtype))
+def _size(buffer: Any, bounds: Mapping[str, int]) -> int:
+    try:
+        extents = [evaluate(dim, bounds) for dim in buffer.shape]
+    except PlanningError as error:
+        raise PlanningError(
+            f"a kernel needs memory of its own, of no constant size, for {buffer.name}: {error}"
+        ) from None
+    return math.prod(extents) * element_bytes(str(buffer.dtype))

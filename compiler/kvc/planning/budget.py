@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.facts import ModelFacts
-from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
+from kvc_passes.plans import Bytes, EncoderPlan, Plan, StateGroup, Workload
 from kvc_passes.sites import AttentionSite, Reach
 
 from ..options import format_size
+from ..runtime.encoder import encoder_bytes
 from ..runtime.executor import logits_bytes, pool_bytes, table_bytes
 from ..runtime.sampler import scratch_bytes
 
@@ -22,6 +23,16 @@ LONGEST: Final = 1 << 30
 MOST_REQUESTS: Final = 1 << 16
 _VARIATION: Final = 1 << 20
 """Bytes by which the process measures differently from run to run: a budget named in a refusal must work."""
+
+
+class EncoderCosts(Protocol):
+    """What an encoder costs in the same artifact."""
+
+    def workspace(self, workload: tuple[Workload, ...]) -> int:
+        """Bytes that its kernels allocate for themselves, on all threads."""
+
+    def plan(self, workload: tuple[Workload, ...]) -> EncoderPlan:
+        """Its part of a plan. Raises InputError where the workload has no room for any output."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Costs:
         page_size: tokens a page.
         tile: query tokens of one prefill task.
         keys_transposed: how a page holds its keys.
+        encoder: of the encoder, if there is one.
     """
 
     facts: ModelFacts
@@ -54,6 +66,7 @@ class Costs:
     keys_transposed: bool = True
     workspaces: int = 0
     slices: Callable[[int, int], tuple[int, ...]] = lambda chunk, batch: ()
+    encoder: EncoderCosts | None = None
 
 
 def make_plan(costs: Costs, budget: int, workload: tuple[Workload, ...]) -> Plan:
@@ -246,15 +259,22 @@ class Draft:
             bytes=Bytes(0, 0, 0, 0, 0, 0),
             max_memory=max(w.memory for w in self.workload),
             ffn_chunk=self.ffn,
+            encoder=None if costs.encoder is None else costs.encoder.plan(self.workload),
         )
+        weights, workspaces = costs.weights, costs.workspaces
+        arena = costs.arena(self.chunk, batch, self.ffn)
+        if costs.encoder is not None and draft.encoder is not None:
+            weights, arena = weights + draft.encoder.weights, max(arena, draft.encoder.arena)
+            workspaces += costs.encoder.workspace(self.workload)
         counted = Bytes(
-            weights=costs.weights,
+            weights=weights,
             pools=pool_bytes(draft, costs.facts),
             tables=table_bytes(draft, costs.facts),
-            arena=costs.arena(self.chunk, batch, self.ffn),
+            arena=arena,
             outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
             runtime=costs.runtime,
-            workspaces=costs.workspaces,
+            workspaces=workspaces,
+            encoder=encoder_bytes(draft, costs.facts),
         )
         return replace(draft, bytes=counted)
 
@@ -303,11 +323,13 @@ def _refusal(least: Plan, needed: int, workload: tuple[Workload, ...]) -> str:
     rows = sum(group.pages for group in least.groups if group.reach.memory) * least.page_size
     beside = f" and {rows} rows of encoders' output" if rows else ""
     slices = f" and feed-forward in slices of {least.ffn_chunk}" if least.ffn_chunk else ""
+    encoder = [f"the encoder's inputs {format_size(b.encoder)}"] if least.encoder else []
     parts = [
         f"weights {format_size(b.weights)}",
         f"KV pages {format_size(b.pools)} for {tokens} tokens{beside}",
         f"temporaries {format_size(b.arena + b.workspaces)} with chunks of {least.chunk} tokens{slices}",
         f"logits and tables {format_size(b.outputs + b.tables)}",
+        *encoder,
         f"the process {format_size(b.runtime)}",
     ]
     return (

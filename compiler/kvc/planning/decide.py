@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
 
+from kvc_passes.errors import BudgetError
 from kvc_passes.facts import StateForm
 from kvc_passes.kernel_sets import AttentionKernels
 from kvc_passes.plans import Plan, Workload
@@ -15,6 +17,7 @@ from kvc_passes.sites import AttentionSite, FormName
 from kvc_passes.state_forms import EXACT, KEYS, LAST, UNJUDGED
 
 from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
+from ..encoder import Encoder
 from ..machine import Machine
 from ..pipeline import Runner
 from .budget import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
@@ -57,16 +60,29 @@ class Decision:
     variant: Variant
     gap: float = 0.0
     """By how much the first choice would have been faster, as a share, had it fitted once it was lowered."""
+    by: Planner | None = None
+    """Who chose, with the encoder as it is compiled."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The encoder that is compiled into the artifact, within the plan."""
+        return None if self.by is None else self.by.encoder
 
 
 class Planner:
     """Weighs forms and chunks of one model on one target, for any budgets and workloads."""
 
     def __init__(
-        self, model: Model, machine: Machine, runtime: int, runner: Runner, forced: Chosen = ()
+        self,
+        model: Model,
+        machine: Machine,
+        runtime: int,
+        runner: Runner,
+        forced: Chosen = (),
+        encoder: Encoder | None = None,
     ) -> None:
         self.model, self.machine, self.runtime, self.runner = model, machine, runtime, runner
-        self.forced = forced
+        self.forced, self.encoder = forced, encoder
         self._variants: dict[Chosen, Variant] = {}
         self._parts: dict[tuple[Chosen, tuple[Workload, ...], int, int], _Parts] = {}
         self._paged: Chosen = tuple(forms[0] for forms in model.facts.forms)
@@ -74,9 +90,45 @@ class Planner:
     def decide(self, budget: int, workload: tuple[Workload, ...]) -> Decision:
         """The plan of the least predicted time, with what is left as pages.
 
+        An encoder takes what it takes as it stands where that fits, else what the smallest plan leaves.
         Raises InputError for more context than the model has, BudgetError with the smallest that works.
         """
         check_workload(self.model.facts, workload)
+        try:
+            return self._decided(budget, workload)
+        except BudgetError:
+            if self.encoder is None:
+                raise
+        costs, chunks = [v.costs for v in self._variants.values()], self.chunks(workload)
+        smallest = (Draft(c, budget, workload, chunk).smallest() for c in costs for chunk in chunks)
+        room = max(self.room(plan, budget) for plan in smallest)
+        return self.squeezed(room, workload)._decided(budget, workload)
+
+    def chunks(self, workload: tuple[Workload, ...]) -> list[int]:
+        """Prefill chunks worth trying."""
+        return useful_chunks(self.machine.chunks, workload)
+
+    def room(self, plan: Plan, budget: int) -> int:
+        """Bytes that a plan leaves for the encoder's temporaries and what its kernels allocate."""
+        assert self.encoder is not None
+        return max(0, budget - plan.bytes.total + plan.bytes.arena + self.encoder.workspace(plan.workload))
+
+    def squeezed(self, room: int, workload: tuple[Workload, ...]) -> Planner:
+        """The same with the encoder in `room` bytes, or in as little memory as is reached."""
+        assert self.encoder is not None
+        try:
+            encoder = self.encoder.within(room, workload)
+        except BudgetError:
+            encoder = self.encoder.least(workload)
+        other = copy(self)
+        other.encoder, other._parts = encoder, {}
+        other._variants = {
+            chosen: replace(variant, costs=replace(variant.costs, encoder=encoder))
+            for chosen, variant in self._variants.items()
+        }
+        return other
+
+    def _decided(self, budget: int, workload: tuple[Workload, ...]) -> Decision:
         tried: list[Chosen] = []
         for more in self._ladder(budget, workload):
             tried += more
@@ -100,7 +152,8 @@ class Planner:
         most = plan.capacities or capacities(variant.costs, plan)
         forms = tuple(form.name for form in chosen)
         source = self.machine.rates.source
-        return Decision(replace(plan, forms=forms, times=times, rates=source, capacities=most), variant)
+        whole = replace(plan, forms=forms, times=times, rates=source, capacities=most)
+        return Decision(whole, variant, by=self)
 
     def least(self, workload: tuple[Workload, ...]) -> int:
         """Bytes of the smallest plan among forms that need no judgement."""
@@ -176,7 +229,7 @@ class Planner:
 
         mixed: whether layers may be of several of `known`.
         """
-        chunks = useful_chunks(self.machine.chunks, workload)
+        chunks = self.chunks(workload)
         whole = [[self._part(chosen, workload, chunk, 0) for chosen in known] for chunk in chunks]
         found = [each for parts in whole for each in _mixes(parts, limit, mixed)]
         for chunk, parts in zip(chunks, whole, strict=True):
@@ -216,7 +269,8 @@ class Planner:
                 sites=tuple(self._site(kept, graph, lowered.attention) for kept, graph in pairs),
                 rates=self.machine.rates,
             )
-            self._variants[chosen] = Variant(model, lowered, costs(model, lowered, self.runtime), clock)
+            weighed = replace(costs(model, lowered, self.runtime), encoder=self.encoder)
+            self._variants[chosen] = Variant(model, lowered, weighed, clock)
         return self._variants[chosen]
 
     def _site(self, kept: AttentionSite, graph: AttentionSite, kernels: AttentionKernels) -> Site:

@@ -22,6 +22,7 @@ _COLOURS: Final = {
     "KV pages": "#dd8452",
     "temporaries": "#55a868",
     "logits and tables": "#8172b3",
+    "encoder": "#c44e52",
     "process": "#937860",
 }
 _SHAPES: Final = {"paged_kv": "#dd8452", "x_absorbed": "#4c72b0", "mla_latent": "#55a868"}
@@ -73,6 +74,7 @@ def _parts(plan: Plan) -> dict[str, int]:
         "KV pages": b.pools,
         "temporaries": b.arena + b.workspaces,
         "logits and tables": b.outputs + b.tables,
+        **({"encoder": b.encoder} if b.encoder else {}),
         "process": b.runtime,
     }
 

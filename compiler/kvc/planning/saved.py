@@ -16,7 +16,7 @@ from kvc_passes.state_forms import KEYS
 from ..compilation import judged, legal_forms
 from ..options import format_size
 from .budget import Draft, check_workload
-from .decide import Decision, Planner
+from .decide import Chosen, Decision, Planner
 
 _FORMAT: Final = 1
 _VARIATION: Final = 2 << 20
@@ -95,6 +95,7 @@ def checked(planner: Planner, saved: SavedPlan, where: Path) -> Decision:
             f"{where} is a plan for {saved.model} with {len(plan.forms)} layers, not for {facts.name} with "
             f"{len(facts.sites)}"
         )
+    _check_encoder(planner, plan, where)
     check_workload(facts, plan.workload)
     forms: tuple[FormName, ...] = plan.forms
     if set(forms) & set(KEYS):
@@ -103,39 +104,61 @@ def checked(planner: Planner, saved: SavedPlan, where: Path) -> Decision:
         if form not in planner.machine.forms:
             raise InputError(f"{where}: there are no kernels for {form} on the target {saved.target} yet")
     chosen = legal_forms(planner.model, forms, f"{where}: {{}}")
-    variant = planner.variant(chosen)
-    if plan.ffn_chunk and not variant.lowered.segments:
+    _check_slices(planner, chosen, plan, where)
+    whole = _counted(planner, chosen, plan, where)
+    if whole.bytes.total > plan.budget and planner.encoder is not None:
+        planner = planner.squeezed(planner.room(whole, plan.budget), plan.workload)
+        whole = _counted(planner, chosen, plan, where)
+    _check_budget(whole, where)
+    return planner.finished(whole, planner.variant(chosen), chosen)
+
+
+def _check_slices(planner: Planner, chosen: Chosen, saved: Plan, where: Path) -> None:
+    lowered, name = planner.variant(chosen).lowered, planner.model.facts.name
+    if saved.ffn_chunk and not lowered.segments:
         raise InputError(
-            f"{where}: ffn_chunk is {plan.ffn_chunk}, but nothing of {facts.name} takes less in slices"
+            f"{where}: ffn_chunk is {saved.ffn_chunk}, but nothing of {name} takes less in slices"
         )
-    unit = variant.lowered.unit
-    if plan.ffn_chunk % unit:
+    if saved.ffn_chunk % lowered.unit:
         raise InputError(
-            f"{where}: ffn_chunk is {plan.ffn_chunk}; for {facts.name} it is a multiple of {unit}"
+            f"{where}: ffn_chunk is {saved.ffn_chunk}; for {name} it is a multiple of {lowered.unit}"
         )
-    draft = Draft(variant.costs, plan.budget, plan.workload, plan.chunk, plan.ffn_chunk)
+
+
+def _counted(planner: Planner, chosen: Chosen, saved: Plan, where: Path) -> Plan:
+    """The plan with its forms, chunk and pages. Raises InputError where the workload needs other pages."""
+    draft = Draft(planner.variant(chosen).costs, saved.budget, saved.workload, saved.chunk, saved.ffn_chunk)
     needed = draft.smallest()
-    if len(needed.groups) != len(plan.groups):
+    if len(needed.groups) != len(saved.groups):
         raise InputError(
-            f"{where}: the model has {len(needed.groups)} groups of layers, not {len(plan.groups)}"
+            f"{where}: the model has {len(needed.groups)} groups of layers, not {len(saved.groups)}"
         )
-    for number, (given, least) in enumerate(zip(plan.groups, needed.groups)):
+    for number, (given, least) in enumerate(zip(saved.groups, needed.groups)):
         if given.pages < least.pages:
             raise InputError(
                 f"{where}: group {number} has {given.pages} pages; the workload "
-                f"{','.join(map(str, plan.workload))} needs {least.pages}"
+                f"{','.join(map(str, saved.workload))} needs {least.pages}"
             )
-    context = max(plan.max_context, *(w.context for w in plan.workload))
-    if facts.context is not None:
-        context = min(context, facts.context)
-    whole = draft.with_pages([group.pages for group in plan.groups], context)
-    more = whole.bytes.runtime - plan.bytes.runtime
-    if whole.bytes.total > plan.budget >= whole.bytes.total - more and more <= _VARIATION:
+    context = max(saved.max_context, *(w.context for w in saved.workload))
+    if (limit := planner.model.facts.context) is not None:
+        context = min(context, limit)
+    whole = draft.with_pages([group.pages for group in saved.groups], context)
+    more = whole.bytes.runtime - saved.bytes.runtime
+    if whole.bytes.total > saved.budget >= whole.bytes.total - more and more <= _VARIATION:
         # Only the process takes more than when the plan filled its budget: it fills what is left.
-        pages = [min(a.pages, b.pages) for a, b in zip(plan.groups, draft.filled().groups)]
+        pages = [min(a.pages, b.pages) for a, b in zip(saved.groups, draft.filled().groups)]
         whole = draft.with_pages(pages, context)
-    _check_budget(whole, where)
-    return planner.finished(whole, variant, chosen)
+    return whole
+
+
+def _check_encoder(planner: Planner, saved: Plan, where: Path) -> None:
+    wanted = saved.encoder.name if saved.encoder else None
+    given = planner.encoder.facts.name if planner.encoder else None
+    if wanted != given:
+        hint = "give none" if wanted is None else f"give {wanted}.onnx as --encoder"
+        raise InputError(
+            f"{where} is a plan {f'with the encoder {wanted}' if wanted else 'without encoder'}: {hint}"
+        )
 
 
 def _check_budget(plan: Plan, where: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
 from kvc.runtime.device_memory import DeviceMemory
+from kvc.runtime.encoder import EncoderCall, Inputs, encoder_shapes
 from kvc.runtime.host_memory import HostMemory, Shapes, padded
 from kvc.runtime.pages import RECORD_BYTES
 from kvc_passes.errors import InputError, PlanningError
@@ -121,6 +122,7 @@ class Executor:
         self.facts = artifact.facts
         inputs = {
             **input_shapes(self.plan, self.facts),
+            **encoder_shapes(self.plan, self.facts),
             "logits": ("float32", (self.plan.max_batch, self.facts.logits)),
         }
         pools = _pools(self.plan, self.facts)
@@ -148,6 +150,11 @@ class Executor:
             kept = _pools(self.plan, self.facts, memory=True)
             of_memory = [pool for name, pool in zip(pools, self._memory.pools, strict=True) if name in kept]
             self._state["encode"] = state("encode", of_memory)
+        self._encoder: EncoderCall | None = None
+        if self.facts.encoder is not None:
+            assert isinstance(self._memory, HostMemory)
+            taken = [weights[name] for name in artifact.takes("encoder")]
+            self._encoder = EncoderCall(self._memory, taken, self.plan, self.facts)
         if warm:
             try:
                 self._run_largest()
@@ -215,6 +222,11 @@ class Executor:
         self._memory.run(self._decode, arguments, count)
         return self._memory.take("logits", count)
 
+    def run_encoder(self, inputs: Inputs) -> NDArray[np.float32]:
+        """The encoder's output, float32 [rows, facts.memory[0]], of a request's inputs (`checked_inputs`)."""
+        assert self._encoder is not None
+        return self._encoder(inputs)
+
     def encode(self, memory: NDArray[np.float32], pages: Sequence[int]) -> None:
         """Keep an encoder's output, float32 [rows, facts.memory[0]], in pages of the group that reads it.
 
@@ -273,6 +285,8 @@ class Executor:
         least = min(group.pages for group in plan.groups if not group.reach.memory)
         rows = plan.max_memory
         of_memory = range(-(-rows // plan.page_size))
+        if self._encoder is not None:
+            self.run_encoder(self._encoder.largest())
         if self.facts.memory:
             self.encode(np.zeros((rows, self.facts.memory[0]), np.float32), of_memory)
 

@@ -46,6 +46,10 @@ class HostMemory:
         """The first `count` rows of an input as a tensor."""
         return self._ffi.from_dlpack(self.arrays[name][:count])
 
+    def shaped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The first elements of an input of one dimension, as a tensor of another shape."""
+        return self._ffi.from_dlpack(self.arrays[name][: math.prod(shape)].reshape(shape))
+
     def place(self, name: str, count: int) -> Any:
         """The first `count` rows of what the function writes."""
         return self.give(name, count)

@@ -14,6 +14,7 @@ import numpy as np
 from kvc.artifact import Artifact
 from kvc.runtime import load
 from kvc.runtime.cuda import used_bytes
+from kvc.runtime.encoder import random_inputs
 
 _GENERATED = 8
 
@@ -30,11 +31,21 @@ def main() -> None:
             new = min(_GENERATED, context)
             length = max(1, context - new)
             prompts = [random.integers(0, facts.vocab, length).tolist() for _ in range(workload.batch)]
-            memory = None
-            if facts.memory is not None:
+            memory = inputs = None
+            if facts.encoder is not None:
+                assert plan.encoder is not None
+                longest = plan.encoder.longest
+                inputs = [random_inputs(facts.encoder, longest, random) for _ in prompts]
+            elif facts.memory is not None:
                 shape = (workload.memory, facts.memory[0])
                 memory = [random.standard_normal(shape, np.float32) for _ in prompts]
-            session.generate(prompts, memory=memory, max_new_tokens=context - length or 1, ignore_eos=True)
+            session.generate(
+                prompts,
+                memory=memory,
+                encoder_inputs=inputs,
+                max_new_tokens=context - length or 1,
+                ignore_eos=True,
+            )
         # On a GPU everything is allocated when the model is loaded, and stays.
         print(used_bytes() - before if on_gpu else peak_bytes())
 

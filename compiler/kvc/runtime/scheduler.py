@@ -12,13 +12,14 @@ import collections
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvc.runtime.encoder import Inputs, checked_inputs, described
 from kvc.runtime.sampler import SamplingParams, sample
 from kvc.runtime.sequences import Model, Sequences
 from kvc.runtime.state import Kept
@@ -41,7 +42,9 @@ class Request:
     """Called with each chosen token; True ends the request (a stop text was completed)."""
     rng: np.random.Generator
     memory: NDArray[np.float32] | None = None
-    """The encoder's output [rows, d] that it came with."""
+    """The encoder's output [rows, d] that it came with, or that was made of its inputs."""
+    inputs: Inputs | None = None
+    """The encoder's inputs, until that was made."""
     kept: Kept | None = None
     """Its pages, while it runs."""
     names: list[bytes] = field(default_factory=list)
@@ -124,13 +127,15 @@ class Scheduler:
         stopped: Callable[[int], bool] = lambda _: False,
         made: Callable[[Request], None] = lambda _: None,
         memory: NDArray[Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Request:
         """Queue a request. Raises InputError if it cannot be served.
 
         made: called with the request before any step sees it. memory: the encoder's output [rows, d].
+        inputs: instead, the encoder's inputs by name; it runs when the request gets pages.
         """
         self.check(prompt)
-        encoded = self.checked_memory(memory)
+        encoded, given = self.checked_memory(memory, inputs)
         stop_tokens = frozenset(params.stop_tokens) | (frozenset() if params.ignore_eos else eos)
         rng = np.random.default_rng(params.seed)
         with self._lock:
@@ -143,6 +148,7 @@ class Scheduler:
                 stopped,
                 rng,
                 encoded,
+                given,
             )
             made(request)
             self._requests[request.id] = request
@@ -165,15 +171,28 @@ class Scheduler:
             if not 0 <= token < vocab:
                 raise InputError(f"token id {token} does not exist: the model has 0 .. {vocab - 1}")
 
-    def checked_memory(self, memory: NDArray[Any] | None) -> NDArray[np.float32] | None:
-        """An encoder's output as the model takes it. Raises InputError if it does not."""
-        width, most = self.model.facts.memory, self.plan.max_memory
+    def checked_memory(
+        self, memory: NDArray[Any] | None, inputs: Mapping[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32] | None, Inputs | None]:
+        """An encoder's output or inputs as the model takes them. Raises InputError if it does not."""
+        facts, most = self.model.facts, self.plan.max_memory
+        width, encoder = facts.memory, facts.encoder
         if width is None:
-            if memory is not None:
+            if memory is not None or inputs is not None:
                 raise InputError("the model reads no encoder's output: give none")
-            return None
+            return None, None
+        if inputs is not None:
+            if encoder is None:
+                raise InputError(
+                    f"the artifact has no encoder: compile it with --encoder, or give the encoder's output "
+                    f"[rows, {width[0]}]"
+                )
+            if memory is not None:
+                raise InputError("the encoder's output and its inputs were given: give one of them")
+            return None, checked_inputs(inputs, self.plan, encoder)
         if memory is None:
-            raise InputError(f"the model reads an encoder's output: give one of [rows, {width[0]}]")
+            instead = f", or its inputs: {', '.join(map(described, encoder.inputs))}" if encoder else ""
+            raise InputError(f"the model reads an encoder's output: give one of [rows, {width[0]}]{instead}")
         array = np.asarray(memory)
         if array.ndim == 3 and len(array) == 1:
             array = array[0]
@@ -187,7 +206,7 @@ class Scheduler:
                 f"the encoder's output has {len(array)} rows; one request may have 1 to {most}: compile the "
                 "model for a workload with more"
             )
-        return np.ascontiguousarray(array, np.float32)
+        return np.ascontiguousarray(array, np.float32), None
 
     def cancel(self, id: int) -> bool:
         """End a request with the next step; False if it has ended or never was."""
@@ -235,9 +254,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give pages to waiting requests in order, as long as there are places and pages."""
-        with self._lock:
-            while self._waiting and len(self._running) < self.plan.max_batch:
-                request = self._waiting[0]
+        while self._waiting and len(self._running) < self.plan.max_batch:
+            request = self._waiting[0]  # other threads add behind it only
+            if request.inputs is not None:
+                request.memory, request.inputs = self.model.run_encoder(request.inputs), None
+            with self._lock:
                 request.kept = self.state.open(request.tokens, request.names, request.memory)
                 shared = self.state.join(request.kept)
                 running = [r.kept for r in self._running if r.kept is not None]
@@ -354,4 +375,5 @@ class Scheduler:
             self.state.close(request.kept)
             request.kept = None
             self._running.remove(request)
+        request.memory = request.inputs = None  # whoever made the request may hold it for long
         return Update(request, token, reason)

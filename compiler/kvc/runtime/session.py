@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 
 from numpy.typing import NDArray
 
+from kvc.runtime.encoder import batched
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import FinishReason, Request, Scheduler, Update
 from kvc.runtime.sequences import Model
@@ -18,6 +19,9 @@ from kvc_passes.errors import InputError
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or the messages of a conversation."""
+EncoderInputs = Mapping[str, Any]
+"""The encoder's inputs of one request by their names in the ONNX file, with or without a batch of 1; a text
+stands for its token ids."""
 OnToken = Callable[[int, int, str], None]
 """Called with the prompt's index, the token id and the text that became certain with it ("" if none)."""
 
@@ -159,24 +163,26 @@ class Session:
         chat: bool = False,
         on_token: OnToken | None = None,
         memory: Sequence[NDArray[Any]] | None = None,
+        encoder_inputs: EncoderInputs | Sequence[EncoderInputs] | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Completion]:
         """Answer one prompt or several together, each a text or token ids; the answers come in their order.
 
-        With `chat`, a text is what a user says to the model. `memory` has the encoder's output
-        [rows, d] of each prompt, for a model that reads one. Every prompt has the seed that is given, so its
-        answer does not depend on the others. Raises InputError, before anything runs, if a prompt cannot be
-        served.
+        With `chat`, a text is what a user says to the model. For a model that reads an encoder's output,
+        `memory` has that, [rows, d], for each prompt; or, where the encoder is in the artifact,
+        `encoder_inputs` has its inputs by their ONNX names: one mapping for each prompt, with or without a
+        batch of 1, or one mapping whose arrays have the prompts along their first axis. Every prompt has the
+        seed that is given, so its answer does not depend on the others. Raises InputError, before anything
+        runs, if a prompt cannot be served.
         """
         params = _params(sampling)
         several: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self._checked(prompt, chat) for prompt in several]
-        given = [None] * len(tokens) if memory is None else list(memory)
-        if len(given) != len(tokens):
-            raise InputError(f"{len(tokens)} prompts, and encoder outputs for {len(given)}")
-        for each in given:
-            self._scheduler.checked_memory(each)
-        lives = [self._add(prompt, params, each) for prompt, each in zip(tokens, given)]
+        given = _sources(len(tokens), memory, encoder_inputs)
+        sources = [(memory, self._encoded(inputs)) for memory, inputs in given]
+        for source in sources:
+            self._scheduler.checked_memory(*source)
+        lives = [self._add(prompt, params, *source) for prompt, source in zip(tokens, sources)]
         inboxes: list[list[Event]] = [[] for _ in lives]
         for live, inbox in zip(lives, inboxes, strict=True):
             live.sink = inbox.append
@@ -200,6 +206,7 @@ class Session:
         *,
         chat: bool = False,
         memory: NDArray[Any] | None = None,
+        encoder_inputs: EncoderInputs | None = None,
         **sampling: Unpack[Sampling],
     ) -> Iterator[str]:
         """Answer one prompt piece by piece, in whole characters; closing the iterator cancels the request.
@@ -208,8 +215,9 @@ class Session:
         """
         params = _params(sampling)
         self.text  # noqa: B018  raises where there is no tokenizer
-        self._scheduler.checked_memory(memory)
-        return self._pieces(self._checked(prompt, chat), params, memory)
+        inputs = self._encoded(encoder_inputs)
+        self._scheduler.checked_memory(memory, inputs)
+        return self._pieces(self._checked(prompt, chat), params, memory, inputs)
 
     def add_request(
         self,
@@ -218,9 +226,12 @@ class Session:
         *,
         chat: bool = False,
         memory: NDArray[Any] | None = None,
+        encoder_inputs: EncoderInputs | None = None,
     ) -> int:
         """Queue a request and return its id; `step` works on it. Raises InputError if it cannot be served."""
-        return self._add(self._checked(prompt, chat), params or SamplingParams(), memory).request.id
+        tokens = self._checked(prompt, chat)
+        inputs = self._encoded(encoder_inputs)
+        return self._add(tokens, params or SamplingParams(), memory, inputs).request.id
 
     def step(self) -> list[Event]:
         """Compute the next tokens of the requests that are queued; what became of those of add_request."""
@@ -241,6 +252,12 @@ class Session:
             return self.text.chat(messages)
         return [item for item in prompt if not isinstance(item, Mapping)]
 
+    def _encoded(self, inputs: EncoderInputs | None) -> EncoderInputs | None:
+        """Inputs with token ids for texts. Raises InputError if that needs a tokenizer that lacks."""
+        if inputs is None:
+            return None
+        return {n: self.text.encode(each) if isinstance(each, str) else each for n, each in inputs.items()}
+
     def _checked(self, prompt: Prompt, chat: bool) -> list[int]:
         if self._closed:
             raise InputError("the session is closed: load the model again")
@@ -248,7 +265,13 @@ class Session:
         self._scheduler.check(tokens)
         return tokens
 
-    def _add(self, tokens: list[int], params: SamplingParams, memory: NDArray[Any] | None = None) -> _Live:
+    def _add(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        memory: NDArray[Any] | None = None,
+        inputs: EncoderInputs | None = None,
+    ) -> _Live:
         if params.stop and not self._text:
             raise InputError(
                 "stop texts need a tokenizer, which this artifact does not have: give stop_tokens"
@@ -261,16 +284,22 @@ class Session:
             live.request = request
             self._lives[request.id] = live
 
-        self._scheduler.add(tokens, params, eos=eos, stopped=live.push, made=made, memory=memory)
+        self._scheduler.add(
+            tokens, params, eos=eos, stopped=live.push, made=made, memory=memory, inputs=inputs
+        )
         return live
 
     def _to_outbox(self, event: Event) -> None:
         self._outbox.append(event)
 
     def _pieces(
-        self, tokens: list[int], params: SamplingParams, memory: NDArray[Any] | None
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        memory: NDArray[Any] | None,
+        inputs: EncoderInputs | None,
     ) -> Iterator[str]:
-        live = self._add(tokens, params, memory)
+        live = self._add(tokens, params, memory, inputs)
         inbox: list[Event] = []
         live.sink = inbox.append
         try:
@@ -322,6 +351,24 @@ class _Live:
         """The text since the last call."""
         piece, self._piece = self._piece, ""
         return piece + (self._stream.finish() if ended and self._stream else "")
+
+
+def _sources(
+    prompts: int,
+    memory: Sequence[NDArray[Any]] | None,
+    inputs: EncoderInputs | Sequence[EncoderInputs] | None,
+) -> list[tuple[NDArray[Any] | None, EncoderInputs | None]]:
+    """The encoder's output or inputs of each prompt. Raises InputError for another number of them."""
+    outputs: list[Any] = [None] * prompts if memory is None else list(memory)
+    given: list[EncoderInputs | None] = [None] * prompts
+    if isinstance(inputs, Mapping):
+        given = list(batched(inputs, prompts))
+    elif inputs is not None:
+        given = list(inputs)
+    for count, what in ((len(outputs), "encoder outputs"), (len(given), "encoder inputs")):
+        if count != prompts:
+            raise InputError(f"{prompts} prompts, and {what} for {count}")
+    return list(zip(outputs, given))
 
 
 def _params(sampling: Sampling) -> SamplingParams:

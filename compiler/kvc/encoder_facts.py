@@ -1,0 +1,182 @@
+"""What must be proved of an encoder: that its output is what its decoder reads, and how large it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from tvm import IRModule, relax, tirx
+
+from kvc_passes.errors import InputError, UnsupportedModel
+from kvc_passes.facts import EncoderFacts, EncoderInput, ModelFacts
+from kvc_passes.graph import Graph, dims, graph_of, op_name, scalar, static
+from kvc_passes.place_arena import evaluate
+from kvc_passes.rematerialize import tensors_of
+
+from .frontend.encoders import ImportedEncoder
+from .frontend.roles import SEQUENCE
+from .model_facts import check_types, rows_read
+from .planning.budget import LONGEST, most_of
+
+_MOVES: Final = ("reshape", "broadcast_to", "expand_dims", "squeeze", "permute_dims", "astype")
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What is computed, by the one extent that a request may choose; 0 stands for none."""
+
+    output: tuple[Any, ...]
+    """[1, rows, width]"""
+    all: tuple[Any, ...]
+    """Extents that depend on it."""
+    most: int
+    """The largest that the graph is made for."""
+
+    def bounds(self, extent: int) -> dict[str, int]:
+        return {SEQUENCE: extent} if extent else {}
+
+    def rows(self, extent: int) -> int:
+        """Of the output."""
+        return evaluate(self.output[1], self.bounds(extent))
+
+    def least(self) -> int:
+        """The smallest with which nothing is empty; beyond `most` if there is none."""
+
+        def empty(extent: int) -> bool:
+            return any(evaluate(dim, self.bounds(extent)) < 1 for dim in (*self.all, self.output[1]))
+
+        return 1 + most_of(self.most, empty)
+
+    def longest(self, least: int, rows: int) -> int:
+        """The largest from `least` on with which the output has at most so many rows."""
+        before = least - 1
+        return before + most_of(self.most - before, lambda more: self.rows(before + more) <= rows)
+
+
+def prove_encoder(
+    imported: ImportedEncoder, mod: IRModule, decoder: ModelFacts
+) -> tuple[EncoderFacts, Extents]:
+    """Facts of an encoder whose graph, before it is lowered, is `mod`.
+
+    Raises:
+        InputError: the decoder reads no encoder's output, or another kind; an extent has no bound.
+        UnsupportedModel: extents, table reads or types that cannot be proved or stored.
+    """
+    path, function = imported.file.path, mod["main"]
+    graph = graph_of(function)
+    check_types(path, imported, graph)
+    output = tuple(dims(function.body.body))
+    _check_output(imported, output, decoder)
+    every = _extents(graph, path)
+    limits = [n for n in (imported.limit, _positions(graph, len(imported.inputs))) if n is not None]
+    extents = Extents(output, every, min(limits, default=LONGEST))
+    least = 0
+    if imported.open is not None:
+        name, value = imported.open
+        if static(output[1]) is not None:
+            raise InputError(
+                f"{path}: input '{value}': its extent '{name}' has no bound, since the rows of the output "
+                f"do not depend on it: fix it, as --encoder-dim {name}=N"
+            )
+        least = extents.least()
+        if least > extents.most:
+            raise UnsupportedModel(f"{path}: input '{value}': with no extent '{name}' is there an output")
+    given = zip(imported.inputs, function.params)
+    facts = EncoderFacts(
+        name=path.stem,
+        inputs=tuple(_input(name, param, name in imported.masks, graph) for name, param in given),
+        least=least,
+        parameter_bytes=imported.file.parameter_bytes(),
+        nodes=len(imported.file.graph.node),
+    )
+    return facts, extents
+
+
+def _check_output(imported: ImportedEncoder, output: Sequence[Any], decoder: ModelFacts) -> None:
+    path = imported.file.path
+    if decoder.memory is None:
+        raise InputError(f"the model '{decoder.name}' reads no encoder's output: give no encoder")
+    width, dtype = decoder.memory
+    if len(output) != 3 or static(output[0]) != 1:
+        raise UnsupportedModel(f"{path}: the output has no batch as the inputs have: {list(output)}")
+    columns = static(output[2])
+    if columns != width or imported.dtype != dtype:
+        raise InputError(
+            f"{path}: the encoder's output is {imported.dtype} [batch, rows, {columns}]; the decoder "
+            f"'{decoder.name}' reads {dtype} [batch, rows, {width}]"
+        )
+
+
+def _input(name: str, param: relax.Var, mask: bool, graph: Graph) -> EncoderInput:
+    dtype = str(param.ty.dtype.dtype)
+    ids = rows_read(graph, param) if "int" in dtype and not mask else None
+    return EncoderInput(name, dtype, tuple(static(d) for d in dims(param)[1:]), ids, mask)
+
+
+def _extents(graph: Graph, path: Path) -> tuple[Any, ...]:
+    """Extents of all values that depend on a request. Raises UnsupportedModel for one that could shrink."""
+    found: dict[str, Any] = {}
+    for var in graph.order:
+        for tensor in tensors_of(var.ty):
+            if tensor.shape is None:
+                raise UnsupportedModel(f"{path}: value '{var.name}' has no known shape")
+            found |= {str(dim): dim for dim in tensor.shape.values if static(dim) is None}
+    for text, dim in found.items():
+        if not _grows(dim):
+            raise UnsupportedModel(f"{path}: the extent {text} of a value has no bound that could be found")
+    return tuple(found.values())
+
+
+def _grows(dim: Any) -> bool:
+    """Whether an extent is never smaller for a longer input: then it is largest for the longest."""
+    number = static(dim)
+    if number is not None:
+        return number >= 0
+    if isinstance(dim, tirx.Var):
+        return str(dim.name) == SEQUENCE
+    kind = type(dim)
+    if kind is tirx.Add:  # a negative constant may stand on the right
+        return _grows(dim.a) and (_grows(dim.b) or static(dim.b) is not None)
+    if kind is tirx.Sub:
+        return _grows(dim.a) and static(dim.b) is not None
+    if kind is tirx.FloorDiv:
+        return _grows(dim.a) and (static(dim.b) or 0) > 0
+    return kind in (tirx.Mul, tirx.Max, tirx.Min) and _grows(dim.a) and _grows(dim.b)
+
+
+def _positions(graph: Graph, inputs: int) -> int | None:
+    """The longest request whose positions all have a row in the tables that are read at them.
+
+    An index that is computed in another way, as from distances, is kept within its table by the graph.
+    """
+    given = graph.reachable_from(graph.function.params[:inputs])
+    limits = []
+    for var in graph.order:
+        call = graph.definitions[var]
+        if op_name(call) != "take" or call.args[1] in given:
+            continue
+        rows, last = static(dims(call.args[0])[int(call.attrs.axis or 0)]), _last(graph, call.args[1])
+        if rows is not None and last is not None:
+            limits.append(most_of(LONGEST, partial(_within, last, rows)))
+    return min(limits, default=None)
+
+
+def _within(last: Any, rows: int, extent: int) -> bool:
+    return evaluate(last, {SEQUENCE: extent}) < rows
+
+
+def _last(graph: Graph, value: relax.Expr) -> Any:
+    """The largest of consecutive numbers, perhaps moved by a constant; None for other values."""
+    call = graph.resolve(value)
+    if op_name(call) == "arange":
+        end, step = call.args[1], static(call.args[2])
+        return end - 1 if step == 1 and _grows(end) else None
+    if op_name(call) in _MOVES:
+        return _last(graph, call.args[0])
+    if op_name(call) == "add":
+        offset, last = scalar(call.args[1], graph), _last(graph, call.args[0])
+        return None if offset is None or last is None else last + int(offset)
+    return None

@@ -1,0 +1,165 @@
+"""The encoder at run time: what a request may come with, and the call that makes rows of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc.runtime.host_memory import HostMemory, Region, Shapes, padded
+from kvc_passes.errors import InputError
+from kvc_passes.facts import EncoderFacts, EncoderInput, ModelFacts
+from kvc_passes.plans import Plan
+
+Inputs = Mapping[str, NDArray[Any]]
+"""The encoder's inputs of one request, by their names in the ONNX file, each with a batch of 1."""
+_PAGE: Final = 4096
+
+
+def encoder_shapes(plan: Plan, facts: ModelFacts) -> Shapes:
+    """Dtype and elements of what the largest call of the encoder is given."""
+    if facts.encoder is None or plan.encoder is None:
+        return {}
+    longest = plan.encoder.longest
+    return {_name(i): (i.dtype, (math.prod(_shape(i, longest)),)) for i in facts.encoder.inputs}
+
+
+def encoder_bytes(plan: Plan, facts: ModelFacts) -> int:
+    """Bytes of the encoder's inputs: its own, and those that requests came with (Bytes.encoder).
+
+    A page for every request on top: what the encoder made for it, counted with the tables, fills whole pages.
+    """
+    if facts.encoder is None:
+        return 0
+    inputs = sum(padded(*each) for each in encoder_shapes(plan, facts).values())
+    return (1 + plan.max_batch) * inputs + plan.max_batch * _PAGE
+
+
+class EncoderCall:
+    """The compiled encoder of a loaded model."""
+
+    def __init__(self, memory: HostMemory, weights: Sequence[Any], plan: Plan, facts: ModelFacts) -> None:
+        assert facts.encoder is not None
+        assert plan.encoder is not None
+        self._memory, self._weights = memory, weights
+        self._facts, self._longest = facts.encoder, plan.encoder.longest
+        self._function = memory.vm["encoder"]
+
+    def __call__(self, inputs: Inputs) -> NDArray[np.float32]:
+        """Rows [rows, width] of a request's inputs, in memory that is given back with the array."""
+        given = []
+        for each in self._facts.inputs:
+            array = inputs[each.name]
+            self._memory.arrays[_name(each)][: array.size] = array.reshape(-1)
+            given.append(self._memory.shaped(_name(each), array.shape))
+        result = self._function(*given, *self._weights)
+        rows = np.from_dlpack(result)[0]
+        kept = Region(rows.nbytes).array("float32", rows.shape)
+        kept[...] = rows  # what the function returned lies in the memory of the next call
+        return kept
+
+    def largest(self) -> Inputs:
+        """Inputs of the largest call."""
+        return {i.name: np.zeros(_shape(i, self._longest), i.dtype) for i in self._facts.inputs}
+
+
+def batched(inputs: Mapping[str, Any], count: int) -> Iterator[Mapping[str, Any]]:
+    """The inputs of each of `count` requests, which stand along the first axis; of one as they are."""
+    for name, array in inputs.items():
+        if count != 1 and (np.ndim(array) < 1 or len(array) != count):
+            shape = list(np.shape(array))
+            raise InputError(f"{count} prompts, and the encoder's input '{name}' is {shape}: one for each")
+    for i in range(count):
+        yield inputs if count == 1 else {name: array[i] for name, array in inputs.items()}
+
+
+def random_inputs(facts: EncoderFacts, extent: int, random: np.random.Generator) -> Inputs:
+    """Inputs of a request of that extent, for checks."""
+
+    def one(each: EncoderInput) -> NDArray[Any]:
+        shape = _shape(each, extent)
+        if each.mask:
+            return np.ones(shape, each.dtype)
+        if np.dtype(each.dtype).kind == "f":
+            return random.standard_normal(shape).astype(each.dtype)
+        return random.integers(0, each.ids or 2, shape).astype(each.dtype)
+
+    return {each.name: one(each) for each in facts.inputs}
+
+
+def checked_inputs(given: Mapping[str, Any], plan: Plan, facts: EncoderFacts) -> Inputs:
+    """What a request comes with, as the encoder takes it. Raises InputError if it does not."""
+    assert plan.encoder is not None
+    listed = ", ".join(map(described, facts.inputs))
+    for name in given:
+        if name not in {each.name for each in facts.inputs}:
+            raise InputError(f"the encoder has no input '{name}'; it reads {listed}")
+    arrays: dict[str, NDArray[Any]] = {}
+    chosen: dict[int, str] = {}
+    for each in facts.inputs:
+        if each.name in given:
+            array = _typed(np.asarray(given[each.name]), each)
+            _check_values(array, each)
+            open_ = [n for n, known in zip(array.shape[1:], each.shape) if known is None]
+            chosen |= dict.fromkeys(open_, each.name)
+            arrays[each.name] = array
+        elif not each.mask:
+            raise InputError(f"the encoder's input '{each.name}' is missing; it reads {listed}")
+    if len(chosen) > 1:
+        (a, first), (b, second) = list(chosen.items())[:2]
+        raise InputError(f"the encoder's inputs '{first}' and '{second}' are {a} and {b} long, not alike")
+    for extent, name in chosen.items():
+        if not facts.least <= extent <= plan.encoder.longest:
+            raise InputError(
+                f"the encoder's input '{name}' is {extent} long; one request may have {facts.least} to "
+                f"{plan.encoder.longest}: compile the model for a workload with more rows"
+            )
+    extent = next(iter(chosen), 0)
+    ones = {i.name: np.ones(_shape(i, extent), i.dtype) for i in facts.inputs if i.name not in arrays}
+    return arrays | ones
+
+
+def described(each: EncoderInput) -> str:
+    """An input as a person is told of it."""
+    extents = ", ".join("any" if extent is None else str(extent) for extent in (1, *each.shape))
+    return f"{each.name} {each.dtype} [{extents}]{' (optional)' if each.mask else ''}"
+
+
+def _typed(array: NDArray[Any], each: EncoderInput) -> NDArray[Any]:
+    """An array with its batch, in the input's type. Raises InputError for another kind or shape."""
+    wanted = (1, *each.shape)
+    whole = array[None] if array.ndim == len(each.shape) else array
+    fits = whole.ndim == len(wanted) and all(k in (None, n) for n, k in zip(whole.shape, wanted))
+    kinds = "biuf" if each.mask else {"f": "fV", "b": "b"}.get(np.dtype(each.dtype).kind, "iu")
+    if not fits or array.dtype.kind not in kinds:
+        raise InputError(
+            f"the encoder's input '{each.name}' is {array.dtype} {list(array.shape)}; it reads "
+            f"{described(each)}"
+        )
+    return whole.astype(each.dtype, copy=False)
+
+
+def _check_values(array: NDArray[Any], each: EncoderInput) -> None:
+    """Raises InputError for token ids that there are not, and for padding."""
+    if each.mask and not array.all():
+        raise InputError(
+            f"the encoder's input '{each.name}' marks padding; requests are not padded: leave that away here "
+            "and in the other inputs"
+        )
+    if each.ids is not None and array.size and not 0 <= array.min() <= array.max() < each.ids:
+        wrong = array[(array < 0) | (array >= each.ids)][0]
+        raise InputError(
+            f"the encoder's input '{each.name}' has {wrong}, which does not exist: it has 0 .. {each.ids - 1}"
+        )
+
+
+def _shape(each: EncoderInput, extent: int) -> tuple[int, ...]:
+    return (1, *(extent if known is None else known for known in each.shape))
+
+
+def _name(each: EncoderInput) -> str:
+    """Among the arrays of the largest calls' inputs."""
+    return f"encoder {each.name}"
