@@ -130,6 +130,9 @@ def attend(
     key = np.arange(k.shape[2])[None]
     if facts.slopes is not None:
         scores = scores + np.array(facts.slopes)[:, None, None] * (key - position)
+    if facts.bias is not None:
+        table = np.array(facts.bias)
+        scores = scores + table[:, np.clip(position - key, 0, table.shape[1] - 1)]
     seen = np.vectorize(functools.partial(holds, facts.mask.predicate))(position, key, head)
     scores = np.where(seen, scores, -np.inf)
     if facts.sinks is not None:

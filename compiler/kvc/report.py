@@ -103,6 +103,7 @@ def _geometry(site: AttentionSite) -> tuple[object, ...]:
         site.mask,
         site.rope,
         site.slopes,
+        site.bias,
         site.sinks is None,
         site.kv_dtype,
     )
@@ -119,7 +120,7 @@ def _site_row(group: Sequence[AttentionSite]) -> list[str]:
         site.node,
         *numbers,
         cap,
-        site.rope or ("ALiBi" if site.slopes else "none"),
+        site.rope or ("ALiBi" if site.slopes else "learned, by distance" if site.bias else "none"),
         site.stored or site.kv_dtype,
         _mask(site),
         site.mask.proof,

@@ -121,7 +121,7 @@ class SiteFinder:
                 whose = "row of the encoder's output" if rows is self.rows else "of the model's own tokens"
                 self.refuse(softmax, f"{name} does not have one row for each {whose}")
         try:
-            mask, slopes = self.prover.memory(scores) if memory else self.prover.prove(scores)
+            mask, slopes, bias = self.prover.memory(scores) if memory else self.prover.prove(scores)
             sinks = self.prover.sinks(scores)
         except Unprovable as error:
             what = "to show all of the encoder's output" if memory else "causal"
@@ -139,6 +139,7 @@ class SiteFinder:
             mask=mask,
             rope=self._rope(query.value),
             slopes=slopes,
+            bias=bias,
             sinks=sinks,
             guarded=scores.guarded,
             kv_dtype=str(key.value.ty.dtype.dtype),  # type: ignore[arg-type]

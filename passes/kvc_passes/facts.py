@@ -145,6 +145,8 @@ def _encoder(data: dict[str, Any] | None) -> EncoderFacts | None:
 
 def _site(data: dict[str, Any]) -> AttentionSite:
     lists = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
+    if data.get("bias") is not None:
+        lists["bias"] = tuple(map(tuple, data["bias"]))
     sliced = None if data["sliced"] is None else Sliced(**data["sliced"])
     remade = None if data.get("remade") is None else Remade(**data["remade"])
     rekeyed = None if data.get("rekeyed") is None else Rekeyed(**data["rekeyed"])

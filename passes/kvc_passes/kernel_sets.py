@@ -30,7 +30,7 @@ class AttentionKernels(Protocol):
     token's value is the first f elements of its key.
     `dtype` is the type of q, k, v and out; the out of a site of sites.Sliced is float32. `extras` are, in
     this order and where the site has them: slopes f32 [h] (ALiBi, multiplied with key position - query
-    position) and sinks f32 [h] (learned scores).
+    position), sinks f32 [h] (learned scores) and bias f32 [h * distances] (T5, added by the distance).
     """
 
     @property

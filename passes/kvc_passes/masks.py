@@ -87,18 +87,23 @@ def _most(elements: Elements, terms: Sequence[tuple[Any, float]]) -> float:
 def adds_nothing(elements: Elements, masks: Sequence[Mask]) -> None:
     """Raises Unprovable unless the masks add 0 to all shown scores: beside learned scores that matters."""
     for mask in (m for m in masks if m.use == "add"):
-        number = _only(_visible(elements, elements.at(mask.value, list(mask.index))))
+        number = added_by(elements, mask)
         if isinstance(number, (Affine, tirx.Expr)) or number != 0:
             raise Unprovable(
                 f"adds {_describe(number)} to the scores, but not to the learned score beside them"
             )
 
 
+def added_by(elements: Elements, mask: Mask) -> Any:
+    """What a mask adds to shown scores. Raises Unprovable where that is not one expression."""
+    return _only(_visible(elements, elements.at(mask.value, list(mask.index))))
+
+
 def bias_of(elements: Elements, masks: Sequence[Mask], key: Any) -> float:
     """The number by which the sum of the masks grows from one shown key to the next. Raises Unprovable."""
     total = 0.0
     for mask in (m for m in masks if m.use == "add"):
-        here = _only(_visible(elements, elements.at(mask.value, list(mask.index))))
+        here = added_by(elements, mask)
         after = [replaced(i, key, key + 1) for i in mask.index]
         there = _only(_visible(elements, elements.at(mask.value, after)))
         step = slope(here, there, elements.simplify)

@@ -266,7 +266,8 @@ def _packed(
 
 
 def _extras(site: AttentionSite) -> list[relax.Expr]:
-    return [relax.const(np.array(x, np.float32)) for x in (site.slopes, site.sinks) if x is not None]
+    found = (site.slopes, site.sinks, site.bias)
+    return [relax.const(np.array(x, np.float32).reshape(-1)) for x in found if x is not None]
 
 
 def _absorbed(

@@ -82,6 +82,7 @@ class PagedCalls:
             site.softcap,
             dataclasses.replace(site.mask, proof=""),
             site.slopes is not None,
+            len(site.bias[0]) if site.bias else 0,
             site.sinks is not None,
             site.guarded,
             site.sliced,

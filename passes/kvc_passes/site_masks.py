@@ -10,6 +10,7 @@ import numpy as np
 from tvm import relax, tirx
 
 from .conditions import Unprovable, both
+from .distance_bias import LearnedBias
 from .element import Elements, Index
 from .facts import Roles
 from .graph import Graph, dims, static
@@ -17,6 +18,7 @@ from .indices import bind_index, int64, replaced
 from .masks import (
     Mask,
     Place,
+    added_by,
     adds_nothing,
     bias_of,
     equivalent,
@@ -29,8 +31,10 @@ from .scores import Scores, Symbols
 from .sites import MaskFact
 from .tables import read_table
 
-Proved = tuple[MaskFact, tuple[float, ...] | None]
-"""The mask, and the slope of every head of a bias of the position."""
+Bias = tuple[tuple[float, ...], ...]
+"""For every head what is added by distance; see AttentionSite.bias."""
+Proved = tuple[MaskFact, tuple[float, ...] | None, Bias | None]
+"""The mask, the slope of every head of a bias of the position, and a learned bias of the distance."""
 
 
 class MaskProver:
@@ -64,16 +68,40 @@ class MaskProver:
             raise Unprovable(f"hides rows: it shows those for which {predicate}")
         if any(slopes):
             raise Unprovable("adds a bias of the row")
-        return MaskFact("memory", None, "all rows of the encoder's output", predicate="True"), None
+        return MaskFact("memory", None, "all rows of the encoder's output", predicate="True"), None, None
 
     def _prove(self, scores: Scores) -> Proved:
-        elements = self._elements(scores.symbols, lambda index: 1)
+        added = [m.value for m in scores.masks if m.use == "add"]
+        learned = LearnedBias.find(self.graph, added, self.tables)
+        if learned is None:
+            return self._prove_with(scores, None)
+        try:
+            return self._prove_with(scores, learned)
+        except Unprovable as error:
+            reason = error
+        try:  # a table may also be a mask
+            return self._prove_with(scores, None)
+        except Unprovable:
+            raise reason from None
+
+    def _prove_with(self, scores: Scores, learned: LearnedBias | None) -> Proved:
+        elements = self._elements(scores.symbols, lambda index: 1, learned)
         self._check_lengths(elements, scores)
+        bias = None if learned is None else self._learned(elements, learned, scores)
         predicate, slopes = self._read(elements, scores)
         fact = prove_mask(elements, predicate, scores.symbols.place)
         if self.roles.attention_mask:
-            fact = with_padding(fact, self._padding(scores, fact, slopes))
-        return fact, slopes if any(slopes) else None
+            fact = with_padding(fact, self._padding(scores, fact, slopes, learned))
+        return fact, slopes if any(slopes) else None, bias
+
+    def _learned(self, elements: Elements, learned: LearnedBias, scores: Scores) -> Bias:
+        """What is added to the scores by distance. Raises Unprovable."""
+        masks, place = [m for m in scores.masks if m.use == "add"], scores.symbols.place
+        factors = [learned.factor(added_by(elements, mask)) for mask in masks]
+        if sum(factors) != 1.0 or any(factors.count(f) and f not in (0.0, 1.0) for f in factors):
+            raise Unprovable("adds a learned bias, but not once")
+        plain = self._elements(scores.symbols, lambda index: 1)
+        return learned.by_distance(plain, place.position, place.key, place.head)
 
     def _read(self, elements: Elements, scores: Scores) -> tuple[Any, tuple[float, ...]]:
         """The predicate of all masks, and the bias of every head: for any head at once, else one by one."""
@@ -101,8 +129,8 @@ class MaskProver:
             raise Unprovable("is another one for some heads, in a way that has no expression")
         return first
 
-    def _elements(self, symbols: Symbols, padding: Any) -> Elements:
-        """Elements where the walk ends at the attention mask (`padding`) and the positions."""
+    def _elements(self, symbols: Symbols, padding: Any, learned: LearnedBias | None = None) -> Elements:
+        """Elements where the walk ends at the attention mask (`padding`), positions and a learned bias."""
         leaves: dict[relax.Var, Any] = {p: partial(read_table, t) for p, t in self.tables.items()}
         if self.roles.attention_mask:  # the runtime has no padding: every token in the mask is real
             leaves[self.params[self.roles.attention_mask]] = padding
@@ -110,6 +138,8 @@ class MaskProver:
             leaves[self.params[self.roles.memory_mask]] = lambda index: 1
         if self.roles.positions:
             leaves[self.params[self.roles.positions]] = lambda index: index[-1] + self.past
+        if learned is not None:
+            leaves[learned.var] = learned.leaf(symbols.analyzer)
         return Elements(self.graph, leaves, symbols.analyzer)
 
     def _check_lengths(self, elements: Elements, scores: Scores) -> None:
@@ -121,7 +151,9 @@ class MaskProver:
         if not elements.prove(tirx.EQ(int64(count), self.past + self.sequence - 1)):
             raise Unprovable(f"counts {count} keys before the last one, not past + sequence - 1")
 
-    def _padding(self, scores: Scores, fact: MaskFact, slopes: tuple[float, ...]) -> bool:
+    def _padding(
+        self, scores: Scores, fact: MaskFact, slopes: tuple[float, ...], learned: LearnedBias | None
+    ) -> bool:
         """Whether the attention mask is proved to do nothing but hide padding."""
         if scores.lengths is not None or any(slopes):
             return False
@@ -134,7 +166,7 @@ class MaskProver:
             return made[name]
 
         key = real([symbols.b, symbols.place.key])
-        return prove_padding(self._elements(symbols, real), scores.masks, key, fact, symbols.place)
+        return prove_padding(self._elements(symbols, real, learned), scores.masks, key, fact, symbols.place)
 
     def sinks(self, scores: Scores) -> tuple[float, ...] | None:
         """The learned score of every head. Raises Unprovable."""

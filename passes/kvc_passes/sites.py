@@ -178,6 +178,8 @@ class AttentionSite:
     """How q and k are rotated before the scores: "rotate_half", or "rotary" for other forms; None if not."""
     slopes: tuple[float, ...] | None = None
     """ALiBi: slopes[h] * (k - q) is added to the scores of head h, after the softcap; None for no bias."""
+    bias: tuple[tuple[float, ...], ...] | None = None
+    """bias[h][min(q - k, last)] is added to the scores of head h, after the softcap (T5); None for none."""
     sinks: tuple[float, ...] | None = None
     """A learned score for every head that takes part in the softmax and has no value; None for none."""
     guarded: bool = False

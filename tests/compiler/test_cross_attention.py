@@ -12,7 +12,7 @@ import kvc
 from kvc.checks import measure_peak
 from kvc.runtime.pages import Pages
 from kvc.widen import widen
-from kvc_passes.errors import BudgetError, InputError, UnsupportedModel
+from kvc_passes.errors import BudgetError, InputError
 from support import OnnxRuntime
 
 from .cli_fixtures import Result
@@ -58,6 +58,7 @@ def test_keys_and_values_of_every_layer(model_file: ModelFile, whisper: kvc.Arti
         ("tiny-bart", "encoder_output"),
         ("tiny-whisper", "x_absorbed,encoder_output"),
         pytest.param("tiny-moonshine", "encoder_output", marks=pytest.mark.slow),
+        pytest.param("tiny-t5", "x_absorbed,encoder_output", marks=pytest.mark.slow),
     ],
 )
 def test_the_encoders_output_once_for_all_layers(
@@ -163,8 +164,6 @@ def test_what_a_compile_refuses(model_file: ModelFile) -> None:
         kvc.plan(llama, budget="300MB", workload="2x64", state="x_absorbed,x_gemm")
     with pytest.raises(BudgetError, match="rows of encoders' output"):
         kvc.plan(whisper, budget="1MB", workload="2x64+40")
-    with pytest.raises(UnsupportedModel, match="its mask cannot be proved causal"):
-        kvc.plan(model_file("tiny-t5"), budget="300MB", workload="2x64+40")
 
 
 def test_the_command(model_file: ModelFile, whisper: kvc.Artifact, run: Run, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class AttentionShape:
     """Any other mask, as predicate.condition takes it; what it allows has k <= q."""
     slopes: bool = False
     """Whether slopes[h] * (k - q) is added to the scores, after the softcap (ALiBi)."""
+    distances: int = 0
+    """Of bias[h, min(q - k, distances - 1)], which is added to the scores, after the softcap; 0 for none."""
     sink_scores: bool = False
     """Whether every head has a score of its own in the softmax, which has no value."""
     guarded: bool = False
@@ -118,9 +120,10 @@ def pools(shape: AttentionShape, pages: Expr) -> dict[str, Any]:
 
 
 def extras(shape: AttentionShape) -> dict[str, Any]:
-    """Further arguments that a shape has, by name and in their order: slopes f32[H], sinks f32[H]."""
-    wanted = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
-    return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
+    """Further arguments that a shape has, by name: slopes f32[H], sinks f32[H], bias f32[H * D]."""
+    wanted = [("slopes", shape.slopes), ("sinks", shape.sink_scores), ("bias", shape.distances)]
+    sizes = {"bias": shape.heads * shape.distances}
+    return {name: argument(name, (sizes.get(name, shape.heads),)) for name, has in wanted if has}
 
 
 def prefill_attention(shape: AttentionShape, tile: int, traits: CpuTraits, keys: int = 256) -> tirx.PrimFunc:

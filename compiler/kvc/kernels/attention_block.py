@@ -79,7 +79,7 @@ class BlockKernel:
         self.maximum = e.local("maximum", total)
         self.total = e.local("total", total)
         self.heads: Any = None
-        if shape.slopes or (shape.predicate is not None and "h" in names(shape.predicate)):
+        if shape.slopes or shape.distances or (shape.predicate is not None and "h" in names(shape.predicate)):
             self.heads = e.local("row_head", total, "int32")
 
     def load_query(self, q: Any, at: Sequence[Expr], row: Expr, position: Expr) -> None:
@@ -250,6 +250,8 @@ class BlockKernel:
             self._softcap(slot, vectors)
         if "slopes" in self.extras:
             self._slope(row, slot, start * self.shape.page_size, vectors)
+        if "bias" in self.extras:
+            self._bias(row, slot, start * self.shape.page_size, vectors)
         with self.e.when(masked):
             self._mask(row, slot, start * self.shape.page_size, vectors)
         with self.e.loop("i", self.height) as i:
@@ -274,6 +276,20 @@ class BlockKernel:
                 at = vec((slot + i) * self.keys + v * lanes, lanes)
                 distance = tirx.Cast(f"float32x{lanes}", self._positions(key + v * lanes) - position)
                 e.store(self.scores, self.scores[at] + distance * slope, at)
+
+    def _bias(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
+        """Add what is learned for the row's head and how far the key is behind."""
+        e, lanes, count = self.e, self.lanes, self.shape.distances
+        last, zero = (splat(tirx.IntImm("int32", n), lanes) for n in (count - 1, 0))
+        with e.loop("i", self.height) as i:
+            first = e.bind("first", splat(self.heads[row + i] * count, lanes))
+            position = e.bind("row_at", splat(self.positions[row + i], lanes))
+            with e.loop("v", vectors) as v:
+                at = vec((slot + i) * self.keys + v * lanes, lanes)
+                distance = position - self._positions(key + v * lanes)  # below 0 for keys that are masked
+                place = e.bind("place", first + tirx.Min(tirx.Max(distance, zero), last))
+                bias = self.extras["bias"][place] * splat(f32(vector_math.LOG2E), lanes)
+                e.store(self.scores, self.scores[at] + bias, at)
 
     def _mask(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
         e, lanes = self.e, self.lanes

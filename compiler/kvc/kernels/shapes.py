@@ -22,6 +22,7 @@ def attention_shape(site: AttentionSite, page_size: int) -> AttentionShape:
         sink_keys=mask.sinks,
         predicate=mask.predicate if mask.kind == "predicate" else None,
         slopes=site.slopes is not None,
+        distances=len(site.bias[0]) if site.bias else 0,
         sink_scores=site.sinks is not None,
         guarded=site.guarded,
         kv_dtype=site.kv_dtype,

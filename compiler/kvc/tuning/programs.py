@@ -114,7 +114,7 @@ def operands(task: Task, bucket: Bucket, values: Mapping[str, int], traits: CpuT
     positions = np.concatenate(ends)
     if shape.whole:
         positions = np.full_like(positions, length - 1)
-    more = {name: -np.abs(normal(shape.heads)) * 0.1 for name in extras(shape)}
+    more = {name: -np.abs(normal(int(each.shape[0]))) * 0.1 for name, each in extras(shape).items()}
     warm = {"q": normal(1, shape.heads, tokens, shape.query_dim), "positions": positions}
     result = TensorType("float32", (1, tokens, shape.heads, shape.value_dim))
     if task.kernel == "decode":

@@ -45,6 +45,8 @@ SHAPES = {
         kv_dtype="bfloat16",
     ),
     "slopes, softcap": AttentionShape(5, 5, 32, 24, 0.2, softcap=15.0, slopes=True, kv_dtype="bfloat16"),
+    "bias of the distance": AttentionShape(6, 2, 32, 24, 0.2, distances=29),
+    "shared, bias, window": AttentionShape(3, 1, 40, 33, 0.2, window=37, distances=11, shared=True),
     "guarded": AttentionShape(4, 2, 32, 32, 0.2, guarded=True),
     "heads of odd sizes": AttentionShape(3, 3, 6, 10, 0.4),
     "one head of four and a half vectors": AttentionShape(1, 1, 36, 20, 0.2),
@@ -92,7 +94,9 @@ class Case:
         shape = self.shape
         self.slopes = rng.uniform(0, 0.5, shape.heads).astype(np.float32)
         self.sinks = rng.uniform(-3, 8, shape.heads).astype(np.float32)
-        self.extras = [a for a, has in ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores)) if has]
+        self.bias = rng.uniform(-2, 2, (shape.heads, max(1, shape.distances))).astype(np.float32)
+        given = ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores))
+        self.extras = [a for a, has in (*given, (self.bias.reshape(-1), shape.distances)) if has]
         order = list(rng.permutation(np.arange(1, PAGES)))
         self.sequences = []
         for length, new in lengths:
@@ -184,6 +188,10 @@ class Case:
             if shape.slopes:  # the slope in base 2, the product and the sum are rounded
                 s = s + float(self.slopes[h]) * behind
                 slack += 3 * 2.0**-24 * np.abs(self.slopes[h] * behind) + 2.0**-24 * np.abs(s)
+            if shape.distances:  # the bias in base 2 and the sum are rounded
+                bias = self.bias[h, np.clip(-behind, 0, shape.distances - 1)].astype(float)
+                s = s + bias
+                slack += 2 * 2.0**-24 * np.abs(bias) + 2.0**-24 * np.abs(s)
             s = np.where(seen, s, -np.inf)
             sink = np.full((len(s), 1), float(self.sinks[h]) if shape.sink_scores else -np.inf)
             top = np.maximum(s.max(axis=1, keepdims=True), sink)
