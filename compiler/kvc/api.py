@@ -33,14 +33,16 @@ from .configuration import assets_of
 from .encoder import read_encoder
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
-from .machine import CpuMachine, Machine
+from .machine import Machine
 from .pipeline import FunctionName, Runner
 from .planning.available import available
 from .planning.decide import Decision, Planner
 from .planning.saved import checked, read_plan
 from .targets import parse_target
+from .tuning.records import Choice
+from .tuning.target import targets_of
 from .tuning.tasks import TASKS, tasks_text
-from .tuning.tuned import Choice, chosen_kernels, with_records
+from .tuning.tuned import chosen_kernels, with_records
 
 Report = Callable[[str], None]
 
@@ -121,10 +123,9 @@ def compile(
         writer.functions(lowered.takes | ({"encoder": made.takes} if made else {}))
         writer.facts(decision.plan, model.facts)
         writer.assets(assets_of(source))
-        if isinstance(lowered.machine, CpuMachine):
-            writer.text(TASKS, tasks_text(decision, lowered.machine.products.traits))
+        writer.text(TASKS, tasks_text(decision, targets_of(lowered.machine)[0]))
         writer.commit()
-    if kernels is not None and isinstance(lowered.machine, CpuMachine):
+    if kernels is not None:
         kernels += chosen_kernels(decision, lowered.machine)
     return Artifact.open(destination, verify=False)
 

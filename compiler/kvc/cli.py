@@ -33,7 +33,7 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from .tuning.tuned import Choice
+    from .tuning.records import Choice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

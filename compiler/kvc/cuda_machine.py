@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +13,12 @@ from typing import Any
 
 import tvm
 from tvm import IRModule, tirx
-from tvm.ir import Call, StringImm
+from tvm.ir import Call
 from tvm.target import Target
-from tvm_ffi import structural_map, structural_walk
+from tvm_ffi import structural_map
 
 from kvc_passes.base import Pass
-from kvc_passes.errors import TargetError
+from kvc_passes.errors import PlanningError, TargetError
 from kvc_passes.fuse_rows import FuseRows
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.sites import AttentionSite, FormName
@@ -28,8 +29,10 @@ from .codegen.cuda_text import compile_text, compiling
 from .codegen.schedule_kernels import ScheduleForCuda
 from .kernels.cuda import rows
 from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
-from .kernels.cuda.host import PAGE_SIZE, CudaAttention, CudaProducts, Variants
+from .kernels.cuda.host import PAGE_SIZE, CudaAttention, CudaProducts, Variants, is_launch, launched
+from .kernels.cuda.knobs import DEFAULTS, Knobs
 from .kernels.knobs import AttentionTimes
+from .kernels.shapes import attention_shape
 from .machine import export
 from .pipeline import Phase, Runner
 from .planning.rates import Rates, nominal_gpu
@@ -58,6 +61,10 @@ class CudaMachine:
         "encoder_output",
     )
     fuse: tuple[Pass, ...] = (FuseRows(),)
+    knobs: Knobs = DEFAULTS
+    """What of the kernels was tuned."""
+    given_rates: Rates | None = None
+    """Instead of those of the first architecture."""
 
     @cached_property
     def target(self) -> Target:
@@ -66,7 +73,7 @@ class CudaMachine:
     @cached_property
     def variants(self) -> Variants:
         """The Triton kernels that functions of this compilation launch."""
-        return Variants(_number(self.archs[0]))
+        return Variants(number_of(self.archs[0]), self.knobs)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -74,10 +81,10 @@ class CudaMachine:
 
     @cached_property
     def rates(self) -> Rates:
-        return nominal_gpu(self.archs[0])
+        return self.given_rates or nominal_gpu(self.archs[0])
 
     def attention_times(self, site: AttentionSite) -> AttentionTimes:
-        return (), ()
+        return self.knobs.attention_times(number_of(self.archs[0]), attention_shape(site, self.page_size))
 
     @cached_property
     def products(self) -> CudaProducts:
@@ -94,21 +101,44 @@ class CudaMachine:
     ) -> list[str]:
         """One library an architecture, and kernels.json with what every kernel takes."""
         prepare()
-        report, files, kernels = [], [], self.variants.kernels
+        report, files = [], []
         for arch in self.archs:
-            own, code = self.variants.remade(module, _number(arch)), {}
-            launched = sorted(_launched(own) & set(kernels))
-            for number, name in enumerate(launched, 1):
-                runner.report(f"compile kernel {number} of {len(launched)} for {arch}")
-                code[name] = compile_kernel(kernels[name], _number(arch))
-                report.append(_entry(kernels[name], arch, code[name]))
-            files.append(self._library(own, arch, code, folder, runner))
+            own, code = self._compiled(module, arch, runner)
+            report += [_entry(self.variants.kernels[name], arch, each) for name, each in code.items()]
+            files.append(self.library(own, arch, code, folder, runner))
         (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
         return [*files, "kernels.json"]
 
-    def _library(
+    def _compiled(self, module: IRModule, arch: str, runner: Runner) -> tuple[IRModule, dict[str, Compiled]]:
+        """`module` for `arch`, and its kernels; those of transferred parameters may not compile."""
+        code: dict[str, Compiled] = {}
+        refused: set[str] = set()
+        while True:
+            own = self.variants.remade(module, number_of(arch), refused)
+            names = self.launched(own)
+            for number, name in enumerate(names, 1):
+                if name in code:
+                    continue
+                runner.report(f"compile kernel {number} of {len(names)} for {arch}")
+                try:
+                    code[name] = compile_kernel(self.variants.kernels[name], number_of(arch))
+                except PlanningError as error:
+                    if name in refused or self.knobs is DEFAULTS:
+                        raise
+                    refused.add(name)
+                    warnings.warn(f"{error}: it is built as by default", stacklevel=2)
+            if not set(names) & refused:
+                return own, {name: code[name] for name in names}
+
+    def launched(self, module: IRModule) -> list[str]:
+        """The kernels that the functions of a module launch, in order."""
+        functions = (f for f in module.functions.values() if isinstance(f, tirx.PrimFunc))
+        return sorted(set().union(*map(launched, functions)) & set(self.variants.kernels))
+
+    def library(
         self, module: IRModule, arch: str, code: Mapping[str, Compiled], folder: Path, runner: Runner
     ) -> str:
+        """Write model.ARCH.so with functions that were made for `arch`, and their kernels; its name."""
         modules = [cuda_module(self.variants.kernels[name], each) for name, each in code.items()]
         module = _with_shared_memory(module, code).with_attr("external_mods", modules)
 
@@ -149,7 +179,8 @@ def parse_archs(text: str) -> tuple[str, ...]:
     return archs
 
 
-def _number(arch: str) -> int:
+def number_of(arch: str) -> int:
+    """90 of "sm_90"."""
     return int(arch.removeprefix("sm_"))
 
 
@@ -159,29 +190,11 @@ def _target(arch: str) -> Target:
     return Target({"kind": "cuda", "arch": arch, "max_threads_per_block": 1024, **limits}, host=host)
 
 
-def _launched(module: IRModule) -> set[str]:
-    """Names that functions call as packed functions."""
-    names: set[str] = set()
-
-    def visit(call: Any) -> None:
-        if _is_launch(call):
-            names.add(str(call.args[0].value))
-
-    for function in module.functions.values():
-        if isinstance(function, tirx.PrimFunc):
-            structural_walk(function.body, [(Call, visit)])
-    return names
-
-
-def _is_launch(call: Any) -> bool:
-    return getattr(call.op, "name", "") == "tirx.tvm_call_packed" and isinstance(call.args[0], StringImm)
-
-
 def _with_shared_memory(module: IRModule, code: Mapping[str, Compiled]) -> IRModule:
     """`module` with the shared memory of compiled kernels in their launches."""
 
     def place(call: Any) -> Any:
-        if not _is_launch(call) or str(call.args[0].value) not in code:
+        if not is_launch(call) or str(call.args[0].value) not in code:
             return call
         name = str(call.args[0].value)
         return tirx.call_packed(name, *list(call.args)[1:-1], tirx.const(code[name].shared, "int64"))

@@ -18,7 +18,7 @@ from .options import format_size
 
 if TYPE_CHECKING:
     from .checks import Check
-    from .tuning.tuned import Choice
+    from .tuning.records import Choice
 
 
 def add_row(table: Table, *cells: str | Text) -> None:

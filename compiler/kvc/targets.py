@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm.target import Target, codegen
 
 from kvc_passes.errors import TargetError
@@ -34,3 +36,10 @@ def parse_target(text: str) -> Machine:
     attrs = {key: target.attrs[key] for key in ("mtriple", "num-cores")}
     named = {k: v if isinstance(v, int) else str(v) for k, v in attrs.items()}
     return CpuMachine(Target({"kind": "llvm", "mcpu": cpu, **named}))
+
+
+def described(description: dict[str, Any]) -> Machine:
+    """The machine that calls itself so, in this or another process."""
+    if description["kind"] == "cuda":
+        return CudaMachine(tuple(description["archs"]))
+    return CpuMachine(Target(description))

@@ -14,12 +14,13 @@ from kvc_passes.plans import Workload
 
 from ..api import budget_of, planner
 from ..artifact import Artifact
-from ..machine import CpuMachine
 from ..options import parse_workload
 from ..targets import parse_target
+from .cuda import CudaTarget
 from .database import Database
 from .runner import Fleet, Worker
 from .search import Search, Trial, Tuned
+from .target import Target, targets_of
 from .tasks import KERNELS, TASKS, Task, find_tasks
 
 _DEFAULT_CONTEXT: Final = 1024
@@ -78,7 +79,8 @@ def tune(
 
     Raises:
         InputError: a file, option, database, tracker or key that cannot be used; what was measured is kept.
-        UnsupportedModel, BudgetError, TargetError: as for `compile`.
+        UnsupportedModel, BudgetError, TargetError: as for `compile`; and for several architectures of GPUs,
+            or without a GPU to measure on.
     """
     wanted = _kernels(kernels)
     if trials < 1:
@@ -89,10 +91,16 @@ def tune(
         raise InputError(f"--timeout {timeout:g}: a candidate needs some time")
     fleet = parse_fleet(rpc, key)
     source = Path(path)
-    machine, tasks, predicted = (
-        _of_artifact(source)
-        if source.is_dir()
-        else _of_model(source, budget, workload, target, allow, state, report)
+    artifact = Artifact.open(source, verify=False) if source.is_dir() else None
+    own = _single(target) if artifact is None else _of_artifact(artifact, target)
+    if fleet is None:
+        own.check()
+    elif isinstance(own, CudaTarget) and artifact is None and budget == "auto":
+        raise InputError("what the servers' GPUs have free is not known here: give a --budget")
+    tasks, predicted = (
+        _tasks_of(artifact)
+        if artifact is not None
+        else _of_model(source, budget, workload, own, target, allow, state, report)
     )
     chosen = [task for task in tasks if task.kernel in wanted]
     if not chosen:
@@ -100,12 +108,9 @@ def tune(
     database = Database(Path(db))
     database.create()
     count = 1 if fleet is None else fleet.servers()
-    traits = machine.products.traits
-    search = Search(
-        chosen, traits, machine.key, database, trials=trials, seconds=seconds, report=on_trial, seed=seed
-    )
+    search = Search(chosen, own, database, trials=trials, seconds=seconds, report=on_trial, seed=seed)
     report("measure")
-    found = search.run([Worker(machine.description, fleet, timeout) for _ in range(count)])
+    found = search.run([Worker(own.description, fleet, timeout) for _ in range(count)])
     return Outcome(tuple(found), database.path, predicted)
 
 
@@ -130,41 +135,53 @@ def _kernels(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _cpu(target: str) -> CpuMachine:
-    machine = parse_target(target)
-    if not isinstance(machine, CpuMachine):
-        raise TargetError(f"--target {target}: kernels are tuned for CPUs, not for GPUs yet")
-    return machine
+def _single(text: str) -> Target:
+    """The target that is tuned. Raises TargetError for several architectures."""
+    found = targets_of(parse_target(text))
+    if len(found) > 1:
+        names = " or ".join(f"--target cuda:{target.key}" for target in found)
+        raise TargetError(
+            f"--target {text}: the kernels of one architecture are tuned at a time: give {names}"
+        )
+    return found[0]
+
+
+def _of_artifact(artifact: Artifact, text: str) -> Target:
+    """The target of an artifact's library; of several the one that --target says."""
+    described = artifact.plan.target
+    if described["kind"] != "cuda":
+        return _single(f"cpu:{described['mcpu']}")
+    asked = text.removeprefix("cuda:")
+    return _single(f"cuda:{asked if asked in described['archs'] else ','.join(described['archs'])}")
 
 
 def _of_model(
     source: Path,
     budget: str | int,
     workload: str | Workload | Iterable[str | Workload] | None,
+    own: Target,
     target: str,
     allow: str | Iterable[str],
     state: str | None,
     report: Callable[[str], None],
-) -> tuple[CpuMachine, Sequence[Task], float]:
-    machine = _cpu(target)
+) -> tuple[Sequence[Task], float]:
     built = planner(source, target=target, allow=allow, state=state, report=report)
     if workload is None:
         context = min(_DEFAULT_CONTEXT, built.model.facts.context or _DEFAULT_CONTEXT)
         workload = Workload(1, context, memory=1500 if built.model.facts.reads_memory else 0)
-    decision = built.decide(budget_of(budget, machine), parse_workload(workload))
+    decision = built.decide(budget_of(budget, built.machine), parse_workload(workload))
     predicted = sum(t.seconds for t in decision.plan.times)
-    return machine, find_tasks(decision, machine.products.traits), predicted
+    return find_tasks(decision, own), predicted
 
 
-def _of_artifact(source: Path) -> tuple[CpuMachine, Sequence[Task], float]:
-    artifact = Artifact.open(source, verify=False)
+def _tasks_of(artifact: Artifact) -> tuple[Sequence[Task], float]:
     file = artifact.file(TASKS)
     if file is None:
-        raise InputError(f"{source}: the artifact does not say what its kernels are; tune its ONNX file")
-    described = artifact.plan.target
-    machine = _cpu(f"cpu:{described['mcpu']}")
+        raise InputError(
+            f"{artifact.path}: the artifact does not say what its kernels are; tune its ONNX file"
+        )
     try:
         data = json.loads(file.read_text())
-        return machine, [Task.of(task) for task in data["tasks"]], float(data["predicted"])
+        return [Task.of(task) for task in data["tasks"]], float(data["predicted"])
     except (KeyError, TypeError, ValueError, OSError):
         raise InputError(f"{file}: the artifact is damaged; compile it again") from None

@@ -33,7 +33,7 @@ class Record:
     Attributes:
         task: `Task.key`.
         sizes: the (rows, keys of a sequence) that it was measured with.
-        target: the CPU's name and threads.
+        target: the CPU's name and threads, or the GPU's architecture.
         version: kvc's version, and what the templates' text hashes to.
         knobs: the fields that are not as by default.
         outcome: "better" or "worse" than the default beyond the spread, "even", or why it has no time:
@@ -72,20 +72,20 @@ class Record:
 
 
 @cache
-def version() -> str:
-    """kvc's version and a hash of the text of all CPU templates: records of others are stale."""
+def version(folder: str = ".") -> str:
+    """kvc's version and a hash of the text of all templates in a folder of kvc.kernels: "." for CPUs."""
     text = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for path in sorted((Path(kernels.__file__).parent / folder).glob("*.py")):
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{__version__}-{text.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a database has for one target.
+    """What a database has for some targets.
 
     Attributes:
-        records: those of the target, by this version of kvc.
+        records: those of the targets, by this version of kvc.
         others: records of other targets.
         stale: records of other versions of the kernels.
         broken: lines that are no record.
@@ -141,8 +141,12 @@ class Database:
                 f"{self.path}: cannot be written ({error.strerror}); what was measured before is kept"
             ) from None
 
-    def read(self, target: str) -> Contents:
-        """Everything of use for `target`. Raises InputError without a file, or if no line is a record."""
+    def read(self, *targets: str, wanted: str | None = None) -> Contents:
+        """Everything of use for `targets`. Raises InputError without a file, or if no line is a record.
+
+        wanted: the version of their kernels, by default that of CPUs.
+        """
+        wanted = version() if wanted is None else wanted
         records, counts = [], {"others": 0, "stale": 0, "broken": 0}
         lines = self._lines()
         for line in lines:
@@ -151,9 +155,9 @@ class Database:
             except (KeyError, TypeError, ValueError, AttributeError):
                 counts["broken"] += 1
                 continue
-            if record.target != target:
+            if record.target not in targets:
                 counts["others"] += 1
-            elif record.version != version():
+            elif record.version != wanted:
                 counts["stale"] += 1
             else:
                 records.append(record)

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import tvm
 from tvm import relax, runtime
-from tvm.target import Target
 
-from ..kernels.traits import CpuTraits
-from ..machine import export
-from .programs import Operands, filled, module_of, operands
+from .programs import Operands, filled
+from .target import Target
 from .tasks import Task
 
 _LEAST_SECONDS: Final = 0.004
 """One timing takes so long at least."""
-_TOLERANCE: Final = 2e-4
-"""Of the largest result: what sums of float32 in another order differ by."""
 _KEPT: Final = 4
 
 
@@ -40,7 +35,7 @@ class Bench:
     """Builds kernels for a target, and measures them where `open_session` says."""
 
     def __init__(self, target: Target, open_session: Callable[[], Any]) -> None:
-        self.target, self.traits, self.open = target, CpuTraits.of(target), open_session
+        self.target, self.open = target, open_session
         self._folder = tempfile.TemporaryDirectory(prefix="kvc-tune-")
         self._libraries: OrderedDict[tuple[Any, ...], Path] = OrderedDict()
         self._number = 0
@@ -49,7 +44,7 @@ class Bench:
         """Check a candidate's results against the default's, then time both in turn."""
         libraries = [self._built(task, {}), self._built(task, values)]
         session = self.open()
-        device = session.cpu(0)
+        device = self.target.device(session)
         try:
             runs = []
             for path in libraries:
@@ -57,8 +52,8 @@ class Bench:
                 runs.append(relax.VirtualMachine(session.load_module(path.name), device))
             found = Measured([], [])
             for number, bucket in enumerate(task.buckets):
-                pair = [operands(task, bucket, v, self.traits) for v in ({}, values)]
-                wrong = self._prepare(runs, pair, f"size{number}", device)
+                pair = [self.target.operands(task, bucket, v) for v in ({}, values)]
+                wrong = self._prepare(task, runs, pair, f"size{number}", device)
                 if wrong:
                     return Measured([], [], f"{bucket.rows} rows: {wrong}")
                 default, seconds = self._times(runs, f"size{number}", pair[0].copies, rounds, device)
@@ -77,13 +72,13 @@ class Bench:
             return self._libraries[key]
         self._number += 1
         path = Path(self._folder.name) / f"kernel{self._number}.so"
-        export(tvm.compile(module_of(task, values, self.traits), self.target), path)
+        self.target.build(task, values, path)
         self._libraries[key] = path
         while len(self._libraries) > _KEPT:
             self._libraries.popitem(last=False)[1].unlink()
         return path
 
-    def _prepare(self, runs: list[Any], pair: list[Operands], function: str, device: Any) -> str:
+    def _prepare(self, task: Task, runs: list[Any], pair: list[Operands], function: str, device: Any) -> str:
         """Give both their operands and run them once; how the results differ, empty if they do not."""
         results = []
         first = [_tensor(filled(t), t.dtype, device) for t in pair[0].cold.values()]
@@ -91,15 +86,15 @@ class Bench:
         for _ in range(pair[0].copies - 1):
             cold += [tensor.copyto(runtime.empty(tensor.shape, tensor.dtype, device)) for tensor in first]
         for run, given in zip(runs, pair):
-            warm = [runtime.tensor(a, device) for a in given.warm.values()]
+            warm = [_tensor(a, str(a.dtype), device) for a in given.warm.values()]
             run.set_input(function, *warm, *cold)
             run.invoke_stateful(function)
-            results.append(run.get_outputs(function)[-1].numpy())
+            results.append(run.get_outputs(function)[-1].numpy().astype(np.float32))
         default, candidate = results
         if not np.isfinite(candidate).all():
             return "the result has numbers that are not finite"
         apart, most = float(np.abs(default - candidate).max()), float(np.abs(default).max())
-        if apart > _TOLERANCE * most:
+        if apart > self.target.tolerance(task) * most:
             return f"the result differs by {apart:.2g} from the default's, of at most {most:.2g}"
         return ""
 

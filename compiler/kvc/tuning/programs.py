@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -52,6 +52,8 @@ class Operands:
     results: tuple[TensorType, ...]
     order: tuple[str, ...]
     streams: bool
+    beyond: int = _COLD_BYTES
+    """Bytes that no cache holds."""
 
     @property
     def copies(self) -> int:
@@ -60,7 +62,7 @@ class Operands:
             return 2
         # Not by workspaces, which parameters change: the default runs on the same copies.
         each = sum(_bytes(t) for t in [*self.cold.values(), self.results[-1]])
-        return max(1, min(_MOST_COPIES, -(-_COLD_BYTES // max(each, 1))))
+        return max(1, min(_MOST_COPIES, -(-self.beyond // max(each, 1))))
 
 
 def _bytes(tensor: TensorType) -> int:
@@ -103,17 +105,11 @@ def operands(task: Task, bucket: Bucket, values: Mapping[str, int], traits: CpuT
         return Operands({"x": normal(1, bucket.rows, depth)}, cold, (result,), ("x", *cold), streams)
     shape, knobs = task.shape(), knobs_of(task.kernel, values)
     tokens, length = bucket.rows, bucket.length
-    sequences = tokens if task.kernel == "decode" else max(1, -(-tokens // length))
-    width = -(-length // shape.page_size)
-    state = pools(shape, tirx.IntImm("int64", sequences * width))
+    sequences = sequences_of(tokens, length, task.kernel)
+    table = pages_of(sequences, length, shape.page_size, rng)
+    state = pools(shape, tirx.IntImm("int64", table.size))
     cold = {n: TensorType(str(p.dtype), tuple(int(d) for d in p.shape)) for n, p in state.items()}
-    # As the allocator gives them where it can: a run of pages to each sequence, runs in any order.
-    table = (rng.permutation(sequences)[:, None] * width + np.arange(width)).astype(np.int32)
-    own = [tokens * (i + 1) // sequences - tokens * i // sequences for i in range(sequences)]
-    ends = [np.arange(length - count, length, dtype=np.int64) for count in own]
-    positions = np.concatenate(ends)
-    if shape.whole:
-        positions = np.full_like(positions, length - 1)
+    own, positions = queries_of(tokens, sequences, length, shape)
     more = {name: -np.abs(normal(int(each.shape[0]))) * 0.1 for name, each in extras(shape).items()}
     warm = {"q": normal(1, shape.heads, tokens, shape.query_dim), "positions": positions}
     result = TensorType("float32", (1, tokens, shape.heads, shape.value_dim))
@@ -122,12 +118,30 @@ def operands(task: Task, bucket: Bucket, values: Mapping[str, int], traits: CpuT
         part = TensorType("float32", (tokens, splits, shape.heads, shape.value_dim + 2))
         order = ("q", *cold, "positions", "table", *more)
         return Operands({**warm, "table": table, **more}, cold, (part, result), order, True)
-    warm["tiles"] = _tiles(own, _tile(shape, knobs.tile, traits))
+    warm["tiles"] = tiles_of(own, _tile(shape, knobs.tile, traits))
     order = ("q", *cold, "positions", "tiles", "table", *more)
     return Operands({**warm, "table": table, **more}, cold, (result,), order, False)
 
 
-def _tiles(own: list[int], tile: int) -> Array:
+def sequences_of(tokens: int, length: int, kernel: str) -> int:
+    """Sequences of `length` keys that the query tokens of a call belong to."""
+    return tokens if "decode" in kernel else max(1, -(-tokens // length))
+
+
+def pages_of(sequences: int, length: int, page: int, rng: np.random.Generator) -> Array:
+    """A block table as the allocator gives it where it can: a run of pages each, runs in any order."""
+    width = -(-length // page)
+    return (rng.permutation(sequences)[:, None] * width + np.arange(width)).astype(np.int32)
+
+
+def queries_of(tokens: int, sequences: int, length: int, shape: AttentionShape) -> tuple[list[int], Array]:
+    """How many of the tokens each sequence has, its last ones; and the positions of all."""
+    own = [tokens * (i + 1) // sequences - tokens * i // sequences for i in range(sequences)]
+    positions = np.concatenate([np.arange(length - count, length, dtype=np.int64) for count in own])
+    return own, np.full_like(positions, length - 1) if shape.whole else positions
+
+
+def tiles_of(own: list[int], tile: int) -> Array:
     """(table row, first token, tokens) of every tile of the sequences' tokens."""
     rows, first = [], 0
     for sequence, count in enumerate(own):
@@ -149,11 +163,16 @@ def filled(tensor: TensorType) -> Array:
 
 
 def module_of(task: Task, values: Mapping[str, int], traits: CpuTraits) -> IRModule:
-    """A module with the function `size<i>` for every bucket: (warm operands, cold operands of every copy)."""
+    """The functions of a CPU's kernel."""
+    given = [operands(task, bucket, values, traits) for bucket in task.buckets]
+    return functions(kernel_of(task, values, traits), given)
+
+
+def functions(kernel: tirx.PrimFunc, sizes: Sequence[Operands]) -> IRModule:
+    """A module with a function `size<i>` for each size: (warm operands, cold operands of every copy)."""
     builder = relax.BlockBuilder()
-    kernel = builder.add_func(kernel_of(task, values, traits), "kernel")
-    for number, bucket in enumerate(task.buckets):
-        given = operands(task, bucket, values, traits)
+    called = builder.add_func(kernel, "kernel")
+    for number, given in enumerate(sizes):
         warm = {n: relax.Var(n, relax.TensorType(a.shape, str(a.dtype))) for n, a in given.warm.items()}
         cold = [
             {n: relax.Var(f"{n}_{i}", relax.TensorType(t.shape, t.dtype)) for n, t in given.cold.items()}
@@ -165,7 +184,7 @@ def module_of(task: Task, values: Mapping[str, int], traits: CpuTraits) -> IRMod
             outputs = []
             for each in cold:
                 arguments = [{**warm, **each}[name] for name in given.order]
-                found = builder.emit(relax.call_tir(kernel, arguments, types if len(types) > 1 else types[0]))
+                found = builder.emit(relax.call_tir(called, arguments, types if types[1:] else types[0]))
                 outputs.append(
                     builder.emit(relax.TupleGetItem(found, len(types) - 1)) if types[1:] else found
                 )

@@ -94,6 +94,8 @@ class Worker:
             self.close()
             return answer
         if "failed" in answer:
+            if answer["spoilt"]:
+                self.close()
             return Failure("failed", answer["failed"])
         if answer["wrong"]:
             return Failure("wrong", answer["wrong"])

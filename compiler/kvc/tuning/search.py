@@ -6,16 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
-from ..kernels.traits import CpuTraits
-from .database import Database, Record, version
+from .database import Database, Record
 from .measure import Measured, compared
 from .runner import Failure, Worker
-from .space import Values, frozen, propose, space
-from .tasks import Task
+from .space import Choices, Values, frozen, propose
+from .target import Target
+from .tasks import PREFILL, Task
 
 _ROUNDS: Final = 7
 _CONFIRMING: Final = 3
@@ -65,7 +66,7 @@ class Tuned:
 @dataclass
 class _State:
     task: Task
-    choices: dict[str, tuple[int, ...]]
+    choices: Choices
     tried: set[tuple[tuple[str, int], ...]] = field(default_factory=set)
     best: Values = field(default_factory=dict)
     share: float = 1.0
@@ -89,8 +90,7 @@ class Search:
     def __init__(
         self,
         tasks: Sequence[Task],
-        traits: CpuTraits,
-        target: str,
+        target: Target,
         database: Database,
         *,
         trials: int,
@@ -98,8 +98,8 @@ class Search:
         report: Callable[[Trial], None] = lambda trial: None,
         seed: int = 0,
     ) -> None:
-        tiles = sum(task.kernel == "prefill" for task in tasks) == 1
-        self.states = [_State(task, space(task, traits, tiles)) for task in tasks]
+        alone = sum(task.kernel in PREFILL for task in tasks) == 1
+        self.states = [_State(task, target.space(task, alone)) for task in tasks]
         self.target, self.database, self.report = target, database, report
         self.trials, self.seconds, self.begin = trials, seconds, time.monotonic()
         self.rng, self.lock = np.random.default_rng(seed), threading.Lock()
@@ -107,7 +107,7 @@ class Search:
         self.error: BaseException | None = None
         self.stopped = False
         by_key = {(state.task.key, state.task.sizes): state for state in self.states}
-        for record in database.read(target).records:
+        for record in database.read(target.key, wanted=target.version).records:
             state = by_key.get((record.task, record.sizes))
             if state is not None:
                 state.take(record)
@@ -161,7 +161,8 @@ class Search:
                 return None
             while open_ := [state for state in self.states if not state.exhausted]:
                 state = max(open_, key=self._urgency)
-                values = propose(state.task, state.choices, state.best, state.tried, self.rng)
+                possible = partial(self.target.possible, state.task)
+                values = propose(state.task, state.choices, state.best, state.tried, self.rng, possible)
                 if values is not None:
                     state.tried.add(frozen(values))
                     self.handed += 1
@@ -187,12 +188,12 @@ class Search:
             self.report(Trial(state.task, record, self.done, self.trials, state.share, total, left))
 
 
-def _record(task: Task, target: str, values: Values, found: Measured | Failure) -> Record:
+def _record(task: Task, target: Target, values: Values, found: Measured | Failure) -> Record:
     about: dict[str, Any] = {
         "task": task.key,
         "sizes": task.sizes,
-        "target": target,
-        "version": version(),
+        "target": target.key,
+        "version": target.version,
         "knobs": values,
     }
     if isinstance(found, Failure):

@@ -5,38 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from tvm import relax
-from tvm.ir import GlobalVar
-
-from kvc_passes.graph import dims, static
-from kvc_passes.pack_matmuls import MATMUL
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import Sliced
 from kvc_passes.weight_format import WeightFormat
-from kvc_passes.weights import PackedWeight
 
-from ..compilation import Lowered
 from ..kernels.attention import AttentionShape
-from ..kernels.shapes import attention_shape
-from ..kernels.traits import CpuTraits
-from ..planning.decide import Decision
 from ..planning.times import answer_of
 
-Kernel = Literal["product_few", "product_many", "prefill", "decode"]
-"""product_few: at most as many rows as a register tile has."""
+if TYPE_CHECKING:
+    from ..planning.decide import Decision
+    from .target import Target
+
+Kernel = Literal[
+    "product_few", "product_many", "prefill", "decode", "gpu_product", "gpu_prefill", "gpu_decode"
+]
+"""product_few: at most as many rows as a register tile of a CPU has."""
 KERNELS: Final[dict[str, tuple[Kernel, ...]]] = {
-    "gemm": ("product_few", "product_many"),
-    "attention": ("prefill", "decode"),
+    "gemm": ("product_few", "product_many", "gpu_product"),
+    "attention": ("prefill", "decode", "gpu_prefill", "gpu_decode"),
 }
 """What a person may ask for."""
+PREFILL: Final[tuple[Kernel, ...]] = ("prefill", "gpu_prefill")
 TASKS: Final = "tasks.json"
 """The file of an artifact that says what its kernels are."""
-_REBUILT: Final = ("x_absorbed", "mla_latent", "encoder_output")
-"""Forms whose prefill has a kernel of its own where keys are made again."""
+Found = tuple[Kernel, str, int, int, int]
+"""A call: kernel, parameters, rows, keys of a sequence, and how often."""
 
 
 @dataclass(frozen=True, order=True)
@@ -60,7 +56,7 @@ class Task:
 
     kernel: Kernel
     parameters: str
-    """JSON: of a product `columns`, `depth` and `format`; else the fields of AttentionShape."""
+    """JSON: of a product `columns`, `depth` and `format`; else the fields of AttentionShape; of GPUs more."""
     buckets: tuple[Bucket, ...]
 
     @property
@@ -78,10 +74,12 @@ class Task:
         data = json.loads(self.parameters)
         rows = "/".join(dict.fromkeys(str(b.rows) for b in self.buckets))
         if self.kernel in KERNELS["gemm"]:
-            return f"product {data['columns']}x{data['depth']} {data['format']['dtype']}, {rows} rows"
+            more = "".join(f" + {name}" for name in ("bias", "residual") if data.get(name))
+            more += " as float32" if data.get("flat") else ""
+            return f"product {data['columns']}x{data['depth']} {data['format']['dtype']}{more}, {rows} rows"
         shared = " shared" if data["shared"] else ""
         heads = f"{data['heads']}/{data['kv_heads']} heads of {data['head_dim']}{shared}"
-        return f"{self.kernel} attention, {heads}, {rows} tokens"
+        return f"{self.kernel.removeprefix('gpu_')} attention, {heads}, {rows} tokens"
 
     def weight(self) -> tuple[int, int, WeightFormat]:
         """Columns, depth and format of a product."""
@@ -96,8 +94,8 @@ class Task:
         return Task(data["kernel"], data["parameters"], tuple(Bucket(**b) for b in data["buckets"]))
 
 
-def product_parameters(columns: int, depth: int, format: WeightFormat) -> str:
-    data = {"columns": columns, "depth": depth, "format": dataclasses.asdict(format)}
+def product_parameters(columns: int, depth: int, format: WeightFormat, **more: Any) -> str:
+    data = {"columns": columns, "depth": depth, "format": dataclasses.asdict(format), **more}
     return json.dumps(data, sort_keys=True)
 
 
@@ -106,20 +104,21 @@ def product_of(parameters: str) -> tuple[int, int, WeightFormat]:
     return data["columns"], data["depth"], WeightFormat(**data["format"])
 
 
-def shape_parameters(shape: AttentionShape) -> str:
-    return json.dumps(dataclasses.asdict(shape), sort_keys=True)
+def shape_parameters(shape: AttentionShape, **more: Any) -> str:
+    return json.dumps({**dataclasses.asdict(shape), **more}, sort_keys=True)
 
 
 def shape_of(parameters: str) -> AttentionShape:
-    data = json.loads(parameters)
+    given = json.loads(parameters)
+    data = {field.name: given[field.name] for field in dataclasses.fields(AttentionShape)}
     sliced = data["sliced"]
     return AttentionShape(**{**data, "sliced": None if sliced is None else Sliced(**sliced)})
 
 
-def find_tasks(decision: Decision, traits: CpuTraits) -> tuple[Task, ...]:
-    """The distinct products and attentions of a plan for a CPU, with the calls of its workload."""
+def find_tasks(decision: Decision, target: Target) -> tuple[Task, ...]:
+    """The distinct kernels of a plan that can be tuned for a target, with the calls of its workload."""
     found: dict[tuple[Kernel, str], Counter[tuple[int, int]]] = {}
-    for kernel, parameters, rows, length, calls in [*_products(decision, traits), *_attention(decision)]:
+    for kernel, parameters, rows, length, calls in target.found(decision):
         found.setdefault((kernel, parameters), Counter())[rows, length] += calls
     return tuple(
         Task(*key, tuple(Bucket(*size, calls) for size, calls in sorted(sizes.items())))
@@ -127,72 +126,43 @@ def find_tasks(decision: Decision, traits: CpuTraits) -> tuple[Task, ...]:
     )
 
 
-def tasks_text(decision: Decision, traits: CpuTraits) -> str:
+def tasks_text(decision: Decision, target: Target) -> str:
     """What `tasks.json` of an artifact holds."""
-    tasks = [dataclasses.asdict(task) for task in find_tasks(decision, traits)]
+    tasks = [dataclasses.asdict(task) for task in find_tasks(decision, target)]
     predicted = sum(t.seconds for t in decision.plan.times)
     return json.dumps({"predicted": predicted, "tasks": tasks}, indent=1) + "\n"
 
 
-Found = tuple[Kernel, str, int, int, int]
+@dataclass(frozen=True)
+class Serving:
+    """The calls of one function that a workload makes.
+
+    Attributes:
+        bounds: its symbolic sizes: n tokens, r rows of logits, b sequences.
+    """
+
+    name: Literal["prefill", "decode"]
+    bounds: dict[str, int]
+    calls: int
 
 
-def _products(decision: Decision, traits: CpuTraits) -> Iterator[Found]:
-    plan, lowered = decision.plan, decision.variant.lowered
-    for workload in plan.workload:
-        prompt = workload.context - answer_of(workload)
-        tokens = min(plan.chunk, workload.batch * prompt)
-        chunks = -(-workload.batch * prompt // max(tokens, 1))
-        asked = max(1, min(workload.batch, round(workload.batch / max(chunks, 1))))
-        of_phase = {
-            "prefill": ({"n": tokens, "r": asked}, chunks),
-            "decode": ({"n": workload.batch, "r": workload.batch}, answer_of(workload)),
-        }
-        for phase, (bounds, calls) in of_phase.items():
-            for weight, symbol in _calls(lowered, phase):
-                rows = bounds.get(symbol, 1)
-                if rows and calls:
-                    kernel: Kernel = "product_few" if rows <= traits.tile_rows else "product_many"
-                    parameters = product_parameters(weight.columns, weight.depth, weight.format)
-                    yield kernel, parameters, rows, 0, calls
-
-
-def _calls(lowered: Lowered, phase: Any) -> Iterator[tuple[PackedWeight, str]]:
-    """Every call of a packed product: its weight, and the symbol of its rows."""
-    for block in lowered.functions[phase]["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if not isinstance(call, relax.Call) or not isinstance(call.op, GlobalVar):
-                continue
-            if not call.op.name_hint.startswith(MATMUL):
-                continue
-            tensors = [a for a in call.args if isinstance(a, relax.Var)]
-            recipes = (lowered.recipes[a.name].weight for a in tensors if a.name in lowered.recipes)
-            weight = next((w for w in recipes if isinstance(w, PackedWeight)), None)
-            if weight is not None:
-                symbols = [str(d) for d in dims(tensors[-1]) if static(d) is None]
-                yield weight, symbols[0] if symbols else ""
-
-
-def _attention(decision: Decision) -> Iterator[Found]:
-    plan, variant = decision.plan, decision.variant
-    for site in variant.model.facts.sites:
-        if site.row is not None:  # whose kernels have no parameters
-            continue
-        parameters = shape_parameters(attention_shape(site, plan.page_size))
-        for workload in plan.workload:
-            keys, tokens, chunks = _sizes(plan, workload)
-            memory = workload.memory if site.mask.reach.memory else 0
-            if site.kept not in _REBUILT and tokens:
-                middle = max(tokens // max(1, -(-tokens // keys)), (keys + plan.chunk) // 2)
-                yield "prefill", parameters, tokens, memory or min(middle, keys), chunks
-            answer = answer_of(workload)
-            if answer:
-                yield "decode", parameters, workload.batch, memory or keys + answer // 2, answer
-
-
-def _sizes(plan: Plan, workload: Workload) -> tuple[int, int, int]:
-    """Tokens of a prompt, tokens of a prefill call, and calls."""
+def phases(plan: Plan, workload: Workload) -> tuple[Serving, Serving]:
+    """How prefill and decode are called."""
     prompt = workload.context - answer_of(workload)
     tokens = min(plan.chunk, workload.batch * prompt)
-    return prompt, tokens, -(-workload.batch * prompt // max(tokens, 1))
+    chunks = -(-workload.batch * prompt // max(tokens, 1))
+    asked = max(1, min(workload.batch, round(workload.batch / max(chunks, 1))))
+    prefill = Serving("prefill", {"n": tokens, "r": asked, "b": workload.batch}, chunks)
+    return prefill, Serving("decode", dict.fromkeys("nrb", workload.batch), answer_of(workload))
+
+
+def keys_of(plan: Plan, workload: Workload, phase: Serving, shape: AttentionShape) -> int:
+    """Keys of a sequence in the middle of what a phase computes."""
+    prompt = workload.context - answer_of(workload)
+    if shape.whole:
+        return workload.memory
+    if phase.name == "decode":
+        return prompt + answer_of(workload) // 2
+    tokens = phase.bounds["n"]
+    middle = max(tokens // max(1, -(-tokens // prompt)), (prompt + plan.chunk) // 2)
+    return min(middle, prompt)

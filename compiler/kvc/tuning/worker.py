@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from kvc_passes.errors import Error
+
 from ..runtime.library import load_runtime, without_torch
 
 _WAIT: Final = 60
@@ -27,10 +29,11 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     load_runtime(int(options["target"].get("num-cores", 1)))
     with without_torch():
-        from tvm.target import Target
-
+        from ..targets import described
         from .measure import Bench
-    bench = Bench(Target(options["target"]), _sessions(options))
+        from .target import targets_of
+    (target,) = targets_of(described(options["target"]))
+    bench = Bench(target, _sessions(options))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_answer(bench, json.loads(line), "rpc" in options)), file=answers, flush=True)
@@ -52,23 +55,27 @@ def _sessions(options: dict[str, Any]) -> Callable[[], Any]:
 
 
 def _answer(bench: Any, request: dict[str, Any], remote: bool) -> dict[str, Any]:
-    """What was measured, or {"failed": why}; where a server was lost, another is asked."""
+    """What was measured, or {"failed": why, "spoilt": whether this process can measure no more}.
+
+    Where a server was lost, another is asked.
+    """
     from tvm.error import RPCError
 
     from .tasks import Task
 
-    task, problem = Task.of(request["task"]), ""
+    task, problem, spoilt = Task.of(request["task"]), "", False
     for _ in range(_TRIES if remote else 1):
         try:
             found = bench.measure(task, request["values"], request["rounds"])
             return {"seconds": found.seconds, "default": found.default, "wrong": found.wrong}
         except Exception as error:  # whatever a candidate does is its own failure
             problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+            spoilt = bench.target.lasting and not remote and not isinstance(error, Error)
             if not isinstance(error, RPCError | OSError | RuntimeError):
                 break
         finally:
             gc.collect()  # virtual machines are parts of cycles, and keep a server busy while they last
-    return {"failed": problem[:300]}
+    return {"failed": problem[:300], "spoilt": spoilt}
 
 
 if __name__ == "__main__":

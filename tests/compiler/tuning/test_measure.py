@@ -18,6 +18,7 @@ from kvc.targets import parse_target
 from kvc.tuning import measure, programs, worker
 from kvc.tuning.measure import Bench, Measured, compared
 from kvc.tuning.space import Values
+from kvc.tuning.target import targets_of
 from kvc.tuning.tasks import Bucket, Task
 from kvc_passes.sites import Sliced
 from kvc_passes.weight_format import WeightFormat
@@ -31,7 +32,7 @@ MACHINE = parse_target("cpu")
 def bench() -> Bench:
     """A bench on which a timing takes no longer than it has to."""
     session = rpc.LocalSession()
-    return Bench(MACHINE.target, lambda: session)
+    return Bench(targets_of(MACHINE)[0], lambda: session)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_the_default_is_given_numbers_that_show_differences(bench: Bench) -> Non
     """The results are neither 0 nor all alike, or no candidate could be wrong."""
     for task in TASKS.values():
         (bucket,) = task.buckets
-        given = programs.operands(task, bucket, {}, bench.traits)
+        given = bench.target.operands(task, bucket, {})
         for array in (*given.warm.values(), *(programs.filled(t) for t in given.cold.values())):
             if array.dtype == np.float32:
                 assert np.isfinite(array).all()
@@ -147,7 +148,7 @@ def test_the_default_is_given_numbers_that_show_differences(bench: Bench) -> Non
 def test_operands_are_the_same_whatever_the_parameters_are(bench: Bench) -> None:
     for task in TASKS.values():
         (bucket,) = task.buckets
-        one, other = (programs.operands(task, bucket, v, bench.traits) for v in ({}, OTHERS[task.kernel]))
+        one, other = (bench.target.operands(task, bucket, v) for v in ({}, OTHERS[task.kernel]))
         assert one.order == other.order
         assert one.cold == other.cold
         for name in one.warm:
@@ -157,7 +158,7 @@ def test_operands_are_the_same_whatever_the_parameters_are(bench: Bench) -> None
 
 def test_tiles_cover_every_token_once(bench: Bench) -> None:
     task = replace(TASKS["prefill"], buckets=(Bucket(90, 40, 1.0),))
-    tiles = programs.operands(task, task.buckets[0], {"tile": 7}, bench.traits).warm["tiles"]
+    tiles = bench.target.operands(task, task.buckets[0], {"tile": 7}).warm["tiles"]
     assert [int(n) for row in tiles for n in range(row[1], row[1] + row[2])] == list(range(90))
     assert max(tiles[:, 2]) == 7
 

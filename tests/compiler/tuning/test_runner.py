@@ -21,7 +21,7 @@ from kvc.tuning.runner import Failure, Fleet, Worker
 from kvc.tuning.search import Search
 from kvc_passes.errors import InputError
 
-from .tuning_cases import TARGET, TASKS, TRAITS
+from .tuning_cases import CPU, TARGET, TASKS
 
 SCRIPT = Path(__file__).with_name("faulty_worker.py")
 TASK = TASKS["decode"]
@@ -132,7 +132,7 @@ def test_a_search_survives_its_processes(worker: Faulty, tmp_path: Path) -> None
     """Of the values of `keys`, one crashes and one is wrong; both are recorded, the rest is measured."""
     database = Database(tmp_path)
     database.create()
-    search = Search([TASK], TRAITS, TARGET, database, trials=5)
+    search = Search([TASK], CPU, database, trials=5)
     search.states[0].choices = {"keys": (128, 3, 1, 32, 4, 64), "splits": (0,)}
     search.run([worker])
     found = {r.knobs["keys"]: r.outcome for r in database.read(TARGET).records}

@@ -13,11 +13,11 @@ import pytest
 from kvc.tuning.database import Database
 from kvc.tuning.runner import Failure
 from kvc.tuning.search import Search, Trial, Tuned
-from kvc.tuning.space import Values, frozen, space
+from kvc.tuning.space import Values, frozen
 from kvc.tuning.tasks import Bucket, Task
 from kvc_passes.errors import InputError
 
-from .tuning_cases import TARGET, TASKS, TRAITS, FakeWorker, product, record
+from .tuning_cases import CPU, TARGET, TASKS, FakeWorker, product, record
 
 FEW, MANY = TASKS["product_few"], TASKS["product_many"]
 
@@ -30,7 +30,7 @@ def database(tmp_path: Path) -> Database:
 
 
 def search(database: Database, tasks: list[Task], trials: int, **options: Any) -> Search:
-    return Search(tasks, TRAITS, TARGET, database, trials=trials, **options)
+    return Search(tasks, CPU, database, trials=trials, **options)
 
 
 def even(task: Task, values: Values, n: int) -> float:
@@ -335,7 +335,7 @@ def test_workers_do_not_measure_the_same_candidate(database: Database) -> None:
 
 
 def test_tiles_are_free_where_one_attention_alone_has_tiles() -> None:
-    assert len(space(TASKS["prefill"], TRAITS, True)["tile"]) > 1
+    assert len(CPU.space(TASKS["prefill"], True)["tile"]) > 1
 
 
 def test_the_same_seed_gives_the_same_candidates(tmp_path: Path) -> None:

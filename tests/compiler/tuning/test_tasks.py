@@ -12,6 +12,7 @@ import pytest
 import kvc
 from kvc.artifact import Artifact
 from kvc.planning.decide import Decision
+from kvc.tuning.target import targets_of
 from kvc.tuning.tasks import TASKS, Bucket, Task, find_tasks, product_of, shape_of
 from kvc_passes.plans import Workload
 
@@ -25,7 +26,7 @@ LAYERS, HIDDEN, INNER, KV = 2, 128, 256, 2 * 32
 def decided(model: Path, *workloads: Workload, state: str | None = "paged_kv") -> tuple[Decision, list[Task]]:
     built = kvc.planner(model, state=state)
     decision = built.decide(1_000_000_000, workloads)
-    return decision, list(find_tasks(decision, built.machine.products.traits))
+    return decision, list(find_tasks(decision, targets_of(built.machine)[0]))
 
 
 def products(tasks: list[Task]) -> dict[tuple[str, int, int], dict[int, float]]:

@@ -22,6 +22,7 @@ from kvc.targets import parse_target
 from kvc.tuning.command import parse_time
 from kvc.tuning.database import NAME, Database, Record
 from kvc.tuning.space import Values
+from kvc.tuning.target import targets_of
 from kvc.tuning.tasks import Task, find_tasks
 from kvc_passes.errors import InputError
 from kvc_passes.plans import Workload
@@ -75,7 +76,19 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ),
         (("MODEL", "--db", "DB", "--key", "k"), "--rpc HOST:PORT and --key NAME belong"),
         (("MODEL", "--db", "DB", "--rpc", "localhost", "--key", "k"), "write it as HOST:PORT"),
-        (("MODEL", "--db", "DB", "--target", "cuda:sm_90"), "kernels are tuned for CPUs, not for GPUs yet"),
+        (
+            ("MODEL", "--db", "DB", "--target", "cuda:sm_90"),
+            "kernels are measured on a GPU, and this machine has none of use",
+        ),
+        (("MODEL", "--db", "DB", "--target", "cuda:sm_90"), "give --rpc HOST:PORT and --key NAME of servers"),
+        (
+            ("MODEL", "--db", "DB", "--target", "cuda:sm_80,sm_90"),
+            "the kernels of one architecture are tuned at a time: give --target cuda:sm_80 or ",
+        ),
+        (
+            ("MODEL", "--db", "DB", "--target", "cuda:sm_90", "--rpc", "h:9190", "--key", "k"),
+            "what the servers' GPUs have free is not known here: give a --budget",
+        ),
         (("MODEL", "--db", "DB", "--target", "tpu"), "unknown target 'tpu'"),
         (("MODEL", "--db", "DB", "--budget", "much"), "'much' is not a size"),
         (("MODEL", "--db", "DB", "--budget", "1MB"), "cannot hold the workload"),
@@ -142,7 +155,7 @@ def test_no_database_to_compile_with(run: Run, llama: Path, tmp_path: Path) -> N
     message = run("compile", llama, *BUDGET, "--tune-db", tmp_path / "no", "-o", tmp_path / "m.kvc").refusal()
     assert f"{tmp_path / 'no'}: there is no database of kvc tune" in message
     message = run("plan", llama, *BUDGET, "--tune-db", tmp_path, "--target", "cuda:sm_90").refusal()
-    assert "kernels are tuned for CPUs" in message
+    assert "there is no database of kvc tune" in message
 
 
 def test_a_run_says_what_it_found(run: Run, llama: Path, tmp_path: Path, fake: FakeWorker) -> None:
@@ -257,7 +270,7 @@ def test_a_folder_that_is_no_artifact(run: Run, tmp_path: Path) -> None:
 def forced(model: Path, folder: Path, workload: Workload) -> list[Task]:
     """A database that says of every kernel of a plan that OTHERS are better."""
     built = kvc.planner(model, state="paged_kv")
-    tasks = find_tasks(built.decide(1_000_000_000, (workload,)), built.machine.products.traits)
+    tasks = find_tasks(built.decide(1_000_000_000, (workload,)), targets_of(built.machine)[0])
     database = Database(folder)
     database.create()
     database.append(*(record(task, target=KEY, knobs=OTHERS[task.kernel]) for task in tasks))

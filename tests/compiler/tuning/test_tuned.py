@@ -10,19 +10,23 @@ from pathlib import Path
 import pytest
 
 import kvc
+from kvc.kernels.cpu import CpuProducts
 from kvc.kernels.knobs import PRODUCT, DecodeKnobs, FewRows, ManyRows, PrefillKnobs, ProductKnobs
 from kvc.planning.rates import nominal
 from kvc.targets import parse_target
 from kvc.tuning.database import Database
+from kvc.tuning.records import Choice, Records
+from kvc.tuning.target import targets_of
 from kvc.tuning.tasks import Bucket, Task, find_tasks
-from kvc.tuning.tuned import Choice, Records, TunedRates, chosen_kernels, with_records
-from kvc_passes.errors import InputError, TargetError
+from kvc.tuning.tuned import TunedRates, chosen_kernels, with_records
+from kvc_passes.errors import InputError
 from kvc_passes.plans import Workload
 from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 from .tuning_cases import CODED, CODES, OTHERS, SHAPE, TASKS, TRAITS, attention, product, record
 
 ModelFile = Callable[..., Path]
+PRODUCTS = CpuProducts(TRAITS)
 FEW, MANY = TASKS["product_few"], TASKS["product_many"]
 
 
@@ -45,7 +49,7 @@ def test_without_records_all_is_as_by_default() -> None:
     assert records.product(64, 48, FLOAT32) == PRODUCT
     assert records.prefill(SHAPE) == PrefillKnobs()
     assert records.decode(SHAPE) == DecodeKnobs()
-    assert records.product_times(16) == {}
+    assert records.product_times(PRODUCTS) == {}
 
 
 def test_parameters_reach_the_kernels_that_they_were_measured_for() -> None:
@@ -122,7 +126,7 @@ def test_parameters_that_there_are_no_more() -> None:
 
 
 def rates_of(*tasks: tuple[Task, dict[str, object]]) -> tuple[TunedRates, dict[tuple[int, int], object]]:
-    times = Records([record(task, **changes) for task, changes in tasks]).product_times(TRAITS.lanes)
+    times = Records([record(task, **changes) for task, changes in tasks]).product_times(PRODUCTS)
     general = vars(nominal(TRAITS))
     return TunedRates(**general, kernels=times), times
 
@@ -159,9 +163,8 @@ def test_plans_find_the_products_that_were_measured(model_file: ModelFile, famil
     """Bits and weights are counted alike by plans and records."""
     built = kvc.planner(model_file(family), state="paged_kv")
     decision = built.decide(1_000_000_000, (Workload(4, 64),))
-    traits = built.machine.products.traits
-    tasks = [t for t in find_tasks(decision, traits) if t.kernel.startswith("product")]
-    times = Records([record(task, outcome="even") for task in tasks]).product_times(traits.lanes)
+    tasks = [t for t in find_tasks(decision, targets_of(built.machine)[0]) if t.kernel.startswith("product")]
+    times = Records([record(task, outcome="even") for task in tasks]).product_times(built.machine.products)
     clock = decision.variant.clock
     steps = {
         (s.bits, s.weights)
@@ -196,9 +199,7 @@ def test_records_of_no_use_are_warned_of(tmp_path: Path, contents: str) -> None:
     assert tuned.products.knobs.product(64, 48, FLOAT32) == PRODUCT
 
 
-def test_records_are_for_cpus(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="kernels are tuned for CPUs"):
-        with_records(parse_target("cuda:sm_90"), tmp_path)
+def test_a_database_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no database"):
         with_records(parse_target("cpu"), tmp_path / "missing")
 

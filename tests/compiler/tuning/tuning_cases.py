@@ -8,6 +8,7 @@ from typing import Any
 
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.traits import CpuTraits
+from kvc.tuning.cpu import CpuTarget
 from kvc.tuning.database import Record, version
 from kvc.tuning.measure import Measured
 from kvc.tuning.runner import Failure
@@ -17,6 +18,7 @@ from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 TARGET = "a CPU, 2 threads"
 TRAITS = CpuTraits(16, 32, 2)
+CPU = CpuTarget(TRAITS, TARGET)
 CODES = WeightFormat("uint4", 32, "float16")
 SHAPE = AttentionShape(4, 2, 32, 32, 0.2)
 

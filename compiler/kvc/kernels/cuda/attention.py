@@ -15,6 +15,7 @@ from kvc.kernels.attention import AttentionShape
 
 from . import predicates
 from .device import DeviceKernel
+from .knobs import DECODE, PREFILL, DecodeKnobs, PrefillKnobs, chosen
 
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "uint8": "u8"}
 SCALES = ("kscale", "vscale")
@@ -46,7 +47,9 @@ APPEND_TOKENS = 16
 """Tokens of a program of the append kernel."""
 
 
-def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 80) -> DeviceKernel:
+def prefill_kernel(
+    shape: AttentionShape, tile: int, x_dtype: str, arch: int = 80, knobs: PrefillKnobs = PREFILL
+) -> DeviceKernel:
     """Attention of many tokens a sequence, whose own keys must be in the pages.
 
     Arguments: q [1, H, n, D], pools, positions i64[n], tiles i32[t, 3] (table row, first token,
@@ -54,8 +57,7 @@ def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 8
     one of choose_tile is done at once. The blocks are of a size that is good for sm_<arch> and works on later
     architectures of its kind.
     """
-    wide = max(power(shape.head_dim), power(shape.value_dim))
-    most, keys, warps, stages = _prefill_blocks(wide, in_float32(shape, x_dtype), arch)
+    most, keys, warps, stages = chosen(knobs, prefill_blocks(shape, x_dtype, arch))
     rows = min(max(power(tile * shape.group), 16), most)
     constants = {
         "H": shape.heads,
@@ -73,15 +75,16 @@ def prefill_kernel(shape: AttentionShape, tile: int, x_dtype: str, arch: int = 8
     return attention_kernel("attention.prefill", types, constants, shape, warps, stages)
 
 
-def decode_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
+def decode_kernel(
+    shape: AttentionShape, splits: int, x_dtype: str, knobs: DecodeKnobs = DECODE
+) -> DeviceKernel:
     """Attention of one token a sequence, every sequence's keys in `splits` shares.
 
     Arguments: q [1, H, b, D], pools, positions i64[b], table i32[b, width], extras,
     part f32[b, splits, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
     Grid (b, Hkv, splits). The number of shares is not compiled in.
     """
-    wide = max(power(shape.head_dim), power(shape.value_dim))
-    keys, warps, stages = _decode_blocks(wide, in_float32(shape, x_dtype))
+    keys, warps, stages = chosen(knobs, decode_blocks(shape, x_dtype))
     constants = {
         "H": shape.heads,
         **_sizes(shape),
@@ -207,12 +210,13 @@ def out_dtype(shape: AttentionShape, x_dtype: str) -> str:
     return x_dtype if shape.sliced is None else "float32"
 
 
-def _prefill_blocks(wide: int, float32: bool, arch: int) -> tuple[int, int, int, int]:
+def prefill_blocks(shape: AttentionShape, x_dtype: str, arch: int) -> tuple[int, int, int, int]:
     """Most rows and keys of a block, warps and stages, such that nothing spills.
 
     sm_90 and sm_100 keep operands in shared memory, of which they have much; others keep them in registers.
     """
     ample = 90 <= arch < 120
+    wide, float32 = _wide(shape), in_float32(shape, x_dtype)
     if float32:  # three products of tf32 each, of operands in two parts
         if wide > 128:
             return (16, 16, 8, 2)
@@ -224,11 +228,16 @@ def _prefill_blocks(wide: int, float32: bool, arch: int) -> tuple[int, int, int,
     return (64, 64, 8, 2) if ample else (64, 32, 8, 2)
 
 
-def _decode_blocks(wide: int, float32: bool) -> tuple[int, int, int]:
+def decode_blocks(shape: AttentionShape, x_dtype: str) -> tuple[int, int, int]:
     """Keys of a block, warps and stages of decode."""
-    if float32:
+    wide = _wide(shape)
+    if in_float32(shape, x_dtype):
         return (32, 8, 2) if wide <= 128 else (16, 4, 2)
     return (64, 4, 3) if wide <= 128 else (32, 4, 3)
+
+
+def _wide(shape: AttentionShape) -> int:
+    return max(power(shape.head_dim), power(shape.value_dim))
 
 
 def power(size: int) -> int:

@@ -87,6 +87,11 @@ def compile_kernel(kernel: DeviceKernel, arch: int) -> Compiled:
     raise PlanningError(f"kernel {kernel.name} for sm_{arch} {problems[0]}")
 
 
+def shared_bytes(arch: int) -> int:
+    """Shared memory that a block can have."""
+    return _SHARED_KIB.get(arch, 99) * 1024
+
+
 def _compiled(kernel: DeviceKernel, arch: int, stages: int) -> tuple[Compiled, str]:
     """The code with so many blocks under way, and what about it is too much, if anything."""
     triton = _triton()
@@ -115,7 +120,7 @@ def _compiled(kernel: DeviceKernel, arch: int, stages: int) -> tuple[Compiled, s
         code.asm["cubin"], code.asm["ptx"], metadata.shared, registers, local, metadata.num_warps
     )
     _check_launch(kernel, arch, compiled, metadata)
-    limit = _SHARED_KIB.get(arch, 99) * 1024
+    limit = shared_bytes(arch)
     excess = {
         f"spills {local} bytes of registers": local != 0,
         f"takes {registers} registers": registers > 255,

@@ -8,13 +8,15 @@ How much shared memory a kernel takes is known when it is compiled: until then S
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from tvm import IRModule, tirx
+from tvm.ir import Call, StringImm
 from tvm.tirx import PrimFunc
+from tvm_ffi import structural_walk
 
 from kvc_passes.errors import PlanningError
 from kvc_passes.kernel_sets import TensorType
@@ -27,6 +29,7 @@ from ..emit import Emitter, Expr, argument, i64, size_var
 from ..shapes import attention_shape
 from . import attention, products, remade, rows, shared
 from .device import DeviceKernel
+from .knobs import DEFAULTS, Knobs, Product, ProductKnobs
 from .remade import Making
 
 PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
@@ -41,6 +44,9 @@ FULL = 132 * 2
 VARIANT = "kvc.variant"
 """The attribute of a function that names how it is made."""
 
+Make = Callable[[int, Knobs], PrimFunc]
+"""Makes a function for an architecture, with tuned parameters."""
+
 
 @dataclass
 class Variants:
@@ -48,27 +54,40 @@ class Variants:
 
     Attributes:
         arch: the architecture that functions are made for at first; they run on later ones, too.
+        knobs: what of the kernels was tuned.
         kernels: the kernels of all functions that were made, by name.
         makers: makes a function for another architecture, by the value of its attribute VARIANT.
+        keys: what is made, by the same: the kind of function and all that it depends on.
     """
 
     arch: int
+    knobs: Knobs = DEFAULTS
     kernels: dict[str, DeviceKernel] = field(default_factory=dict)
-    makers: dict[str, Callable[[int], PrimFunc]] = field(default_factory=dict)
+    makers: dict[str, Make] = field(default_factory=dict)
+    keys: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def function(self, key: tuple[Any, ...], make: Callable[[int], PrimFunc]) -> PrimFunc:
+    def function(self, key: tuple[Any, ...], make: Make) -> PrimFunc:
         """`make` for the first architecture; equal keys make equal functions."""
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        self.makers[name] = make
-        return make(self.arch).with_attr(VARIANT, name)
+        self.makers[name], self.keys[name] = make, key
+        return make(self.arch, self.knobs).with_attr(VARIANT, name)
 
-    def remade(self, module: IRModule, arch: int) -> IRModule:
-        """`module` with its functions made for `arch`."""
+    def key_of(self, function: Any) -> tuple[Any, ...] | None:
+        """The key of a function that was made here."""
+        name = function.attrs.get(VARIANT) if isinstance(function, PrimFunc) else None
+        return None if name is None else self.keys[str(name)]
+
+    def remade(self, module: IRModule, arch: int, refused: Collection[str] = ()) -> IRModule:
+        """`module` with its functions made for `arch`, untuned where they would launch `refused` kernels."""
         functions = dict(module.functions_items())
         for variable, function in functions.items():
             name = function.attrs.get(VARIANT) if isinstance(function, PrimFunc) else None
             if name is not None:
-                made = self.makers[str(name)](arch).with_attr(VARIANT, name)
+                make = self.makers[str(name)]
+                made = make(arch, self.knobs)
+                if launched(made) & set(refused):
+                    made = make(arch, DEFAULTS)
+                made = made.with_attr(VARIANT, name)
                 functions[variable] = made.with_attr("global_symbol", function.attrs["global_symbol"])
         return IRModule(functions)
 
@@ -87,6 +106,22 @@ class Variants:
         e.add(tirx.Evaluate(call))
 
 
+def launched(function: PrimFunc) -> set[str]:
+    """Names of what a function calls as packed functions."""
+    names: set[str] = set()
+
+    def visit(call: Any) -> None:
+        if is_launch(call):
+            names.add(str(call.args[0].value))
+
+    structural_walk(function.body, [(Call, visit)])
+    return names
+
+
+def is_launch(call: Any) -> bool:
+    return getattr(call.op, "name", "") == "tirx.tvm_call_packed" and isinstance(call.args[0], StringImm)
+
+
 @dataclass(frozen=True)
 class CudaAttention:
     """Implements kvc_passes.kernel_sets.AttentionKernels.
@@ -96,6 +131,7 @@ class CudaAttention:
         tile: query tokens of one prefill task.
         context: most tokens of a sequence.
         page_size: tokens a page.
+        usual_tile: what `tile` is where nothing is tuned; 0 for the same.
     """
 
     variants: Variants = field(repr=False, compare=False)
@@ -103,14 +139,17 @@ class CudaAttention:
     context: int
     page_size: int = PAGE_SIZE
     keys_transposed: bool = False
+    usual_tile: int = 0
 
     @classmethod
     def for_sites(
         cls, sites: tuple[AttentionSite, ...], context: int | None, variants: Variants
     ) -> CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
-        tile = min(_tile(site) for site in sites)
-        return cls(variants, tile, context or _LONG)
+        usual = min(_tile(site) for site in sites)
+        shapes = [attention_shape(site, PAGE_SIZE) for site in sites]
+        tile = min(variants.knobs.prefill(variants.arch, s, usual).tile or usual for s in shapes)
+        return cls(variants, tile, context or _LONG, usual_tile=usual)
 
     def rebuilds(self, key: int, value: int, dtype: str) -> bool:
         return remade.rebuilds(key, value, dtype)
@@ -158,6 +197,7 @@ class CudaAttention:
         decodes: bool,
         dtype: str,
         arch: int,
+        knobs: Knobs,
     ) -> PrimFunc:
         """Attention of `shape` over the pools of a site, of which keys and values are made."""
         e, splits = Emitter(), self.splits(site)
@@ -209,6 +249,11 @@ class CudaAttention:
         raise PlanningError("there is no kernel that makes keys of values on a GPU")
 
     def splits(self, site: AttentionSite) -> int:
+        """Shares of a sequence's keys."""
+        shape, usual = attention_shape(site, self.page_size), self.usual_splits(site)
+        return self.variants.knobs.decode(self.variants.arch, shape, usual).splits or usual
+
+    def usual_splits(self, site: AttentionSite) -> int:
         """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
         rows = _LONG if site.mask.reach.memory else self.context  # of an encoder's output: any number
         seen = min(rows, site.mask.window or _LONG, site.mask.chunk or _LONG)
@@ -217,14 +262,14 @@ class CudaAttention:
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = self._kept(site)
         key = ("append", shape, self.tile, self.context, dtype)
-        return self.variants.function(key, lambda arch: self._append(site, dtype, arch))
+        return self.variants.function(key, lambda arch, knobs: self._append(site, dtype))
 
     def _kept(self, site: AttentionSite) -> AttentionShape:
         """The shape of what pages hold."""
         shape = attention_shape(site, self.page_size)
         return shape if site.remade is None else remade.kept_shape(shape, site.remade)
 
-    def _append(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+    def _append(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = self._kept(site)
         e, n, pages = Emitter(), size_var("n"), size_var("pages")
         k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
@@ -250,15 +295,16 @@ class CudaAttention:
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        key = ("prefill", shape, self.tile, self.context, dtype)
-        return self.variants.function(key, lambda arch: self._prefill(site, dtype, arch))
+        key = ("prefill", shape, self.usual_tile or self.tile, self.context, dtype)
+        return self.variants.function(key, lambda arch, knobs: self._prefill(site, dtype, arch, knobs))
 
-    def _prefill(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+    def _prefill(self, site: AttentionSite, dtype: str, arch: int, knobs: Knobs) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
         if shape.shared:
             kernel, programs = shared.prefill_kernel(shape, dtype, arch)
         else:
-            kernel, programs = attention.prefill_kernel(shape, self.tile, dtype, arch), shape.kv_heads
+            tuned = knobs.prefill(arch, shape, self.usual_tile or self.tile)
+            kernel, programs = attention.prefill_kernel(shape, self.tile, dtype, arch, tuned), shape.kv_heads
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         inputs = {
@@ -276,15 +322,16 @@ class CudaAttention:
 
     def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        key = ("decode", shape, self.tile, self.context, dtype)
-        return self.variants.function(key, lambda arch: self._decode(site, dtype, arch))
+        key = ("decode", shape, self.usual_splits(site), self.context, dtype)
+        return self.variants.function(key, lambda arch, knobs: self._decode(site, dtype, arch, knobs))
 
-    def _decode(self, site: AttentionSite, dtype: str, arch: int) -> PrimFunc:
+    def _decode(self, site: AttentionSite, dtype: str, arch: int, knobs: Knobs) -> PrimFunc:
         shape, splits = attention_shape(site, self.page_size), self.splits(site)
         if shape.shared:
             kernel, programs = shared.decode_kernel(shape, dtype)
         else:
-            kernel, programs = attention.decode_kernel(shape, splits, dtype), shape.kv_heads
+            tuned = knobs.decode(arch, shape, self.usual_splits(site))
+            kernel, programs = attention.decode_kernel(shape, splits, dtype, tuned), shape.kv_heads
         e = Emitter()
         pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
         inputs = {
@@ -338,6 +385,12 @@ class CudaProducts:
         arguments = (columns, depth, format, bias, residual, flat, dtype)
         return self.variants.function(("matmul", *arguments), partial(self._matmul, *arguments))
 
+    def variant(self, product: Product) -> PrimFunc:
+        """The function that launches one variant of a product for any number of rows."""
+        p, own = product, self.variants
+        arguments = (p.columns, p.depth, p.format, p.bias, p.residual, p.flat, p.dtype)
+        return self._matmul(*arguments, own.arch, own.knobs, only=p.most)
+
     def _matmul(
         self,
         columns: int,
@@ -348,7 +401,10 @@ class CudaProducts:
         flat: bool,
         dtype: str,
         arch: int,
+        knobs: Knobs,
+        only: int | None = None,
     ) -> PrimFunc:
+        """The function; `only`: with the variant for at most so many rows alone, for any number of them."""
         e, m = Emitter(), size_var("m")
         out_dtype = "float32" if flat else dtype
         x = argument("x", (1, m, depth), dtype)
@@ -359,11 +415,19 @@ class CudaProducts:
         y = argument("y", (m, columns) if flat else (1, m, columns), out_dtype)
         inputs = {"x": x, **weight, **added}
         values = {**inputs, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
+
+        def tuned(most: int) -> ProductKnobs:
+            return knobs.product(arch, Product(columns, depth, format, bias, residual, flat, dtype, most))
+
         least = 0
         for most, kernel, tall, wide in products.product_kernels(
-            columns, depth, format, dtype, out_dtype, bias, arch, residual
+            columns, depth, format, dtype, out_dtype, bias, arch, residual, tuned
         ):
             grid = (_parts(m, tall) * -(-columns // wide),)
+            if only is not None:
+                if only == (most or 0):
+                    self.variants.launch(e, kernel, values, grid)
+                continue
             fits = m > least if most is None else tirx.And(m > least, m <= most)
             with e.when(fits):
                 self.variants.launch(e, kernel, values, grid)
@@ -397,6 +461,7 @@ class CudaProducts:
         absorbed: bool,
         dtype: str,
         arch: int,
+        knobs: Knobs,
     ) -> PrimFunc:
         e, m = Emitter(), size_var("m")
 

@@ -6,11 +6,13 @@ Weights are stored as kvc.kernels.cuda.rows says. Pointers are multiples of 16 b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from kvc_passes.weight_format import WeightFormat
 
 from .device import DeviceKernel
+from .knobs import PRODUCT, ProductKnobs, chosen
 
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "uint4": "u8"}
 
@@ -27,6 +29,7 @@ def product_kernels(
     bias: bool,
     arch: int = 80,
     residual: bool = False,
+    knobs: Callable[[int], ProductKnobs] = lambda most: PRODUCT,
 ) -> tuple[Variant, ...]:
     """y = x w^T + bias + residual, for few rows, more, and any number of them.
 
@@ -34,16 +37,16 @@ def product_kernels(
     x_dtype if `bias`, residual [m, columns] of x_dtype if `residual`, y [m, columns] of out_dtype, m,
     columns, depth.
     Grid (ceil(m / rows) * ceil(columns / columns of a program)), with both from the variant.
+    knobs: what is tuned of the variant for at most so many rows of x, 0 for any number.
     Raises ValueError for blocks of codes that are neither a power of two of at least 16 nor all of depth.
     """
     block = _block(depth, format)
     if block and (block < 16 or block & (block - 1)):
         raise ValueError(f"codes in blocks of {block} of {depth} inputs")
-    float32 = "float32" in (x_dtype, "" if format.coded else format.dtype) or (
-        not format.coded and format.dtype != x_dtype
-    )
+    float32 = in_float32(format, x_dtype)
     variants: list[Variant] = []
-    for most, rows, wide, deep, warps, stages in _blocks(columns, depth, format, float32, arch):
+    for most, *row in blocks(columns, depth, format, x_dtype, arch):
+        rows, wide, deep, warps, stages = chosen(knobs(most or 0), tuple(row))
         constants = (
             *_absent(format, bias=bias),
             *([] if residual else [("residual", None)]),
@@ -84,9 +87,9 @@ def head_product_kernels(
     columns, depth; absorbed: x [heads, m, depth], y [heads, m, columns]. x and y are of `dtype`.
     Grid (ceil(m / rows) * ceil(columns / columns of a program), heads).
     """
-    float32 = "float32" in (dtype, format.dtype) or format.dtype != dtype
+    float32 = in_float32(format, dtype)
     variants: list[Variant] = []
-    for most, rows, wide, deep, warps, stages in _blocks(heads * columns, depth, format, float32, arch):
+    for most, rows, wide, deep, warps, stages in blocks(heads * columns, depth, format, dtype, arch):
         constants = (
             *_sizes(rows, wide, deep, depth, format),
             ("FLOAT32", float32),
@@ -140,14 +143,20 @@ def embedding_kernel(depth: int, format: WeightFormat, dtype: str) -> tuple[Devi
     return DeviceKernel("products.embedding", types, constants, aligned, warps=4), wide
 
 
-def _blocks(
-    columns: int, depth: int, format: WeightFormat, float32: bool, arch: int
+def in_float32(format: WeightFormat, x_dtype: str) -> bool:
+    """Whether both sides are multiplied in float32."""
+    return x_dtype == "float32" or (not format.coded and format.dtype != x_dtype)
+
+
+def blocks(
+    columns: int, depth: int, format: WeightFormat, x_dtype: str, arch: int
 ) -> list[tuple[int | None, int, int, int, int, int]]:
     """Most rows, rows, columns and depth of a program's blocks, warps and stages, by the number of rows.
 
     Few rows wait for memory: programs are narrow, so that there are some for every processor of a large GPU,
     and have much of the weight under way.
     """
+    float32 = in_float32(format, x_dtype)
     narrow = next((wide for wide in (64, 32) if columns >= 256 * wide), 16)
     middle = 64 if columns >= 128 * 64 else 32
     # A step has to take whole groups of 64 inputs of four bits.
