@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tvm import IRModule, relax
@@ -23,6 +23,8 @@ _WORTH: Final = 64
 """What is alive has to fall by one part in so many, or a chain stays whole."""
 _WAITING: Final = 16
 """A value that waits is computed again where it is more than one part in so many of what is alive."""
+_FINEST: Final = 2
+"""Numbers of slices that are tried first: the finest, and one that may divide better."""
 _TRIES: Final = 5000
 """Chains that are looked at, in all."""
 
@@ -86,10 +88,15 @@ class _Search:
             owner = loads.owners[-max(high)[1]]
             better = self._better(owner, loads)
             if better is None:
-                blocked.add(owner)
+                blocked.update(self._alike(owner, loads))
                 continue
             self.chosen, loads = self._repeated(*better)
         return self.chosen
+
+    def _alike(self, owner: int, loads: Loads) -> list[int]:
+        """Operations of the same kernel with as much alive: what does not help in one layer does in none."""
+        names, most = self.chains.of.names, loads.most([owner])
+        return [op for op in set(loads.owners) if names[op] == names[owner] and loads.most([op]) == most]
 
     def _repeated(self, chosen: list[Chain], loads: Loads) -> tuple[list[Chain], Loads]:
         """The chain that was found last, also where its kernels stand again: layers repeat."""
@@ -111,23 +118,37 @@ class _Search:
         current = before.most([owner])
         seen: set[Chain] = set()
         for members, again in self._candidates(owner, current):
+            if again and best is not None and best.local <= self.limit:
+                break  # nothing has to be computed again
             for axis, size in enumerate(self.chains.of.shape(members[-1])):
-                for slices in self._counts(size):
-                    chain = self.chains.without_whole(Chain(members, axis, slices, again))
-                    if chain is None or chain in seen or not (again or owner in chain.members):
-                        continue
-                    seen.add(chain)
-                    found = self._tried(chain, owner, before)
-                    if found is None:
-                        continue
-                    if found.local < current - current // _WORTH and (
-                        best is None or found.score < best.score
-                    ):
+                for found in self._in_slices(Chain(members, axis, 1, again), size, owner, before, seen):
+                    if best is None or found.score < best.score:
                         best = found
-                    if found.local <= self.limit:
-                        break
         self.chains.assume(self.chosen if best is None else best.chosen)
         return None if best is None else (best.chosen, best.loads)
+
+    def _in_slices(
+        self, chain: Chain, size: int, owner: int, before: Loads, seen: set[Chain]
+    ) -> Iterator[_Try]:
+        """Numbers of slices with which less is alive, from few on, as far as the limit asks for."""
+        counts, current = self._counts(size), before.most([owner])
+
+        def tried(slices: int) -> _Try | None:
+            split = self.chains.without_whole(replace(chain, slices=slices))
+            if split is None or split in seen or not (split.again or owner in split.members):
+                return None
+            seen.add(split)
+            found = self._tried(split, owner, before)
+            return found if found is not None and found.local < current - current // _WORTH else None
+
+        # What does not help in many slices does not in few, and most chains do not.
+        finest = [found for found in map(tried, counts[-_FINEST:]) if found is not None]
+        for found in map(tried, counts[:-_FINEST] if finest else ()):
+            if found is not None:
+                yield found
+                if found.local <= self.limit:
+                    return
+        yield from finest
 
     def _candidates(self, owner: int, current: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Members of chains, and which of them they compute again."""

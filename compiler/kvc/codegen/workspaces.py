@@ -18,7 +18,6 @@ from kvc_passes.errors import PlanningError
 from kvc_passes.place_arena import element_bytes, evaluate
 
 from ..kernels.emit import Emitter, argument, i64
-from .schedule_kernels import own_buffers
 
 PAGE: Final = 4096
 HEADER: Final = 128
@@ -38,7 +37,7 @@ def thread_buffers(modules: Iterable[IRModule], bounds: Mapping[str, int] | None
     most: Sizes = ()
     for module in modules:
         kernels = {v: f for v, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
-        generated = {v: f for v, f in kernels.items() if own_buffers(f)}
+        generated = {v: f for v, f in kernels.items() if _block_buffers(f)}
         # Of what TVM generated, a buffer gets small where it is used; templates say how large theirs are.
         compacted = dict(_with_compact_buffers(IRModule(generated)).functions_items())
         for function in (kernels | compacted).values():
@@ -85,16 +84,16 @@ def _with_compact_buffers(module: IRModule) -> IRModule:
 
 def _needed(function: tirx.PrimFunc, bounds: Mapping[str, int]) -> Sizes:
     """A kernel's buffers. TVM allocates all of them where the function, or a thread's part of it, begins."""
-    found: list[Any] = []
-
-    def of_statement(own: Any) -> None:
-        found.append(own.buffer)
-
-    def of_block(block: Any) -> None:
-        found.extend(block.alloc_buffers)
-
-    structural_walk(function.body, [(tirx.AllocBuffer, of_statement), (s_tir.SBlock, of_block)])
+    found = _block_buffers(function)
+    structural_walk(function.body, [(tirx.AllocBuffer, lambda own: found.append(own.buffer))])
     return tuple(sorted((_size(buffer, bounds) for buffer in found), reverse=True))
+
+
+def _block_buffers(function: tirx.PrimFunc) -> list[Any]:
+    """Buffers of blocks, as schedules have them: in memory or, of a tile, in registers."""
+    found: list[Any] = []
+    structural_walk(function.body, [(s_tir.SBlock, lambda block: found.extend(block.alloc_buffers))])
+    return found
 
 
 def _larger(one: Sizes, other: Sizes) -> Sizes:

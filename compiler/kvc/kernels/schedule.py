@@ -8,9 +8,10 @@ from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
-from tvm.ir import Call
-from tvm_ffi import structural_walk
+from tvm.ir import Call, TensorLoad, TensorRegion
+from tvm_ffi import structural_map, structural_walk
 
+from .contraction import schedule_contraction
 from .traits import CpuTraits
 
 _LOG = logging.getLogger(__name__)
@@ -29,11 +30,73 @@ def schedule_elementwise(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool)
     if func.attrs is not None and func.attrs.get("tirx.is_scheduled", False):
         return func
     try:
-        result = _Scheduler(func, traits, parallel).run()
+        apart = _with_input_apart(func)
+        result = _Scheduler(apart, traits, parallel).run()
+        if apart is not func:
+            result = result.specialize({result.params[0]: result.params[-1]})
     except Exception as error:  # TVM raises many kinds; an unscheduled function is slow, not wrong
         _LOG.debug("left unscheduled: %s", error)
         return func
     return result.with_attr("tirx.is_scheduled", True)
+
+
+def _with_input_apart(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """A function whose output holds an input when it starts, with that as another first parameter.
+
+    What reads and writes one buffer in one block cannot be scheduled. It may be that one buffer again in any
+    schedule, since an element is read only for the element at the same place.
+    """
+    if not func.params or not tirx.is_buffer_var(func.params[-1]):
+        return func
+    output = func.params[-1]
+    found: list[Any] = []
+
+    def look(block: Any) -> None:
+        if (
+            block.init is None
+            and isinstance(block.body, tirx.BufferStore)
+            and block.body.buffer.same_as(output)
+        ):
+            found.extend(r for r in block.reads if r.source.same_as(output))
+
+    structural_walk(func.body, [(s_tir.SBlock, look)])
+    if not found:
+        return func
+    before = tirx.decl_buffer(output.shape, str(output.dtype), "before")
+
+    def load(old: Any) -> Any:
+        return tirx.BufferLoad(before, old.indices) if old.source.same_as(output) else old
+
+    def block(old: Any) -> Any:
+        reads = [TensorRegion(before, r.region, r.ty) if r.source.same_as(output) else r for r in old.reads]
+        return s_tir.SBlock(
+            old.iter_vars,
+            reads,
+            old.writes,
+            old.name_hint,
+            structural_map(old.body, [(TensorLoad, load)]),
+            old.init,
+            old.alloc_buffers,
+            old.match_buffers,
+            old.annotations,
+        )
+
+    def statement(old: Any) -> Any:
+        if isinstance(old, tirx.For):
+            return tirx.For(old.loop_var, old.min, old.extent, old.kind, statement(old.body))
+        if isinstance(old, tirx.SeqStmt):
+            return tirx.SeqStmt([statement(part) for part in old.seq])
+        inner = old.block
+        if not isinstance(inner.body, tirx.BufferStore):
+            new = s_tir.SBlock(
+                [], [], [], inner.name_hint, statement(inner.body), alloc_buffers=inner.alloc_buffers
+            )
+            return s_tir.SBlockRealize(old.iter_values, old.predicate, new)
+        return s_tir.SBlockRealize(
+            old.iter_values, old.predicate, block(inner) if inner.init is None else inner
+        )
+
+    return tirx.PrimFunc([before, *func.params], statement(func.body), func.ret_type, attrs=func.attrs)
 
 
 def _calls(node: Any) -> set[str]:
@@ -60,6 +123,18 @@ class _Scheduler:
 
     def run(self) -> tirx.PrimFunc:
         self._inline()
+        if not schedule_contraction(self.s, self.traits, self.parallel):
+            self._rows_and_lanes()
+        func = self.s.mod[self.symbol]
+        if self.branches:
+            # Ranges of a concatenation become constant before the vectoriser looks at them.
+            func = tirx.transform.UnrollLoop()(tvm.IRModule({self.symbol: func}))[self.symbol]
+        if self.name is not None:
+            return func.with_attr("global_symbol", self.name)
+        return func.without_attr("global_symbol")
+
+    def _rows_and_lanes(self) -> None:
+        """Everything in one loop over rows of the output, vectors along their elements."""
         self._split_reductions()
         blocks = self._blocks()
         roots = [b for b in blocks if not self.s.get_consumers(b)]
@@ -72,13 +147,6 @@ class _Scheduler:
         self._threads()  # before reductions are decomposed, which the check of parallel loops does not accept
         for block in self._blocks():
             self._vectorize(block)
-        func = self.s.mod[self.symbol]
-        if self.branches:
-            # Ranges of a concatenation become constant before the vectoriser looks at them.
-            func = tirx.transform.UnrollLoop()(tvm.IRModule({self.symbol: func}))[self.symbol]
-        if self.name is not None:
-            return func.with_attr("global_symbol", self.name)
-        return func.without_attr("global_symbol")
 
     def _try(self, step: Any) -> Any:
         try:

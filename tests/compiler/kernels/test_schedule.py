@@ -6,9 +6,11 @@ from kernel_machines import Machine
 from tvm import relax, tirx
 from tvm.relax import op
 
+from kvc.codegen.schedule_kernels import own_buffers
 from kvc.kernels.emit import compiled
 from kvc.kernels.schedule import schedule_elementwise
 from kvc.kernels.vector_math import replace_math
+from kvc_passes.loop_nests import overwritten
 
 N = 7
 
@@ -153,3 +155,90 @@ def test_what_is_scheduled_stays_as_it_was(machine: Machine) -> None:
             before = func.script()
             schedule_elementwise(func, machine.traits, True)
             assert func.script() == before
+
+
+def product(rows: int, depth: int, columns: int, heads: int | None) -> tirx.PrimFunc:
+    """max(x w + c, 0), for every head where there are some: legalised and fused, not scheduled."""
+    leading = [1] if heads is None else [1, heads]
+    weight = [depth, columns] if heads is None else [1, heads, depth, columns]
+    args = [tensor("x", *leading, rows, depth), tensor("w", *weight), tensor("c", columns)]
+    builder = relax.BlockBuilder()
+    with builder.function("main", args):
+        with builder.dataflow():
+            total = builder.emit(op.add(builder.emit(op.matmul(args[0], args[1])), args[2]))
+            result = builder.emit_output(op.nn.relu(total))
+        builder.emit_func_output(result)
+    return fused(builder.get())
+
+
+def fused(module: tvm.IRModule) -> tirx.PrimFunc:
+    """The one kernel of a module."""
+    passes = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+    module = tvm.transform.Sequential(passes)(module)
+    (func,) = [f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
+    return func
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "heads"),
+    [(24, 20, 96, None), (7, 5, 32, None), (1, 9, 48, None), (12, 16, 16, 3)],
+)
+def test_products_are_tiles_that_add_in_order(
+    machine: Machine, rows: int, depth: int, columns: int, heads: int | None
+) -> None:
+    func = product(rows, depth, columns, heads)
+    scheduled = schedule_elementwise(func, machine.traits, True)
+    script = scheduled.script()
+    assert scheduled.attrs["tirx.is_scheduled"]
+    assert 'scope="local"' in script  # sums are in registers, and nothing of its own in memory
+    assert "T.vectorized" in script
+    assert not own_buffers(scheduled)
+    inputs = arguments(func)
+    got = machine.call(compiled(scheduled, machine.target), *inputs)[-1]
+    x, w, c = (a.astype(np.float64) for a in inputs[:3])
+    # Positive terms, so the error of the sum is at most that of its roundings.
+    np.testing.assert_allclose(got, np.maximum(x @ w + c, 0), rtol=(depth + 2) * 2.0**-24)
+
+
+def test_a_slice_of_the_rows_has_the_same_numbers(machine: Machine) -> None:
+    whole, part = (
+        compiled(schedule_elementwise(product(rows, 37, 64, None), machine.traits, True), machine.target)
+        for rows in (30, 11)
+    )
+    rng = np.random.default_rng(0)
+    x, w, c = (rng.standard_normal(s).astype(np.float32) for s in ((1, 30, 37), (37, 64), (64,)))
+    every = machine.call(whole, x, w, c, np.empty((1, 30, 64), np.float32))[-1]
+    some = machine.call(part, x[:, 5:16].copy(), w, c, np.empty((1, 11, 64), np.float32))[-1]
+    np.testing.assert_array_equal(some, every[:, 5:16])
+
+
+def test_columns_that_are_no_vectors_are_left_to_rows_and_lanes(machine: Machine) -> None:
+    func = product(6, 32, 33, None)
+    inputs = arguments(func)
+    scheduled = schedule_elementwise(func, machine.traits, False)
+    got = machine.call(compiled(scheduled, machine.target), *inputs)[-1]
+    x, w, c = (a.astype(np.float64) for a in inputs[:3])
+    np.testing.assert_allclose(got, np.maximum(x @ w + c, 0), rtol=34 * 2.0**-24)
+
+
+def test_a_product_over_what_it_adds_is_tiles_too(machine: Machine) -> None:
+    args = [tensor("x", 1, 24, 20), tensor("w", 20, 96), tensor("r", 1, 24, 96)]
+    builder = relax.BlockBuilder()
+    with builder.function("main", args):
+        with builder.dataflow():
+            result = builder.emit_output(op.add(builder.emit(op.matmul(args[0], args[1])), args[2]))
+        builder.emit_func_output(result)
+    func = fused(builder.get())
+    over = overwritten(func, 2)
+    scheduled = schedule_elementwise(over, machine.traits, False)
+    assert len(scheduled.params) == 3
+    assert 'scope="local"' in scheduled.script()
+    x, w, r = arguments(over)
+    got = machine.call(compiled(scheduled, machine.target), x, w, r)[-1]
+    expected = x.astype(np.float64) @ w.astype(np.float64) + r
+    np.testing.assert_allclose(got, expected, rtol=22 * 2.0**-24)
