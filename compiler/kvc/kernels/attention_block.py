@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 
 from . import vector_math
-from .emit import Emitter, Expr, chunks, f32, fold, i64, splat, vec
+from .block_softmax import NEVER, BlockSoftmax
+from .emit import Emitter, Expr, chunks, f32, i64, splat, vec
 from .masks import Mask
 from .predicate import names
 from .shared_keys import SharedKeys
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 512 * 1024
 """Keys that are values, too, stay in the second-level cache between the two."""
-_NEVER = -1e30
-"""Score of a masked key, and the maximum before the first key: finite, so that differences are too."""
 
 
 class BlockKernel:
@@ -81,6 +80,7 @@ class BlockKernel:
         self.heads: Any = None
         if shape.slopes or shape.distances or (shape.predicate is not None and "h" in names(shape.predicate)):
             self.heads = e.local("row_head", total, "int32")
+        self.softmax = BlockSoftmax(self)
 
     def load_query(self, q: Any, at: Sequence[Expr], row: Expr, position: Expr) -> None:
         """Row `row` is q[at], scaled; without a softcap the scale includes the change to base 2."""
@@ -94,7 +94,7 @@ class BlockKernel:
         self.e.store(self.positions, tirx.Cast("int32", position), row)
         if self.heads is not None:
             self.e.store(self.heads, tirx.Cast("int32", head), row)
-        highest, total = f32(_NEVER), f32(0)
+        highest, total = f32(NEVER), f32(0)
         if "sinks" in self.extras:
             highest, total = self.extras["sinks"][head] * f32(vector_math.LOG2E), f32(1)
             if self.share is not None:
@@ -127,7 +127,7 @@ class BlockKernel:
                 with e.when(seen > 0):
                     whole = e.bind("seen_pages", tirx.floordiv(seen + (size - 1), i64(size)))
                     self._score(head, row, i64(0), start, whole, i64(0))
-                    self._softmax(row, i64(0), start, self._vectors(whole), masked)
+                    self.softmax.weights(row, i64(0), start, self._vectors(whole), masked)
                     self._values(head, row, i64(0), start, whole, seen, i64(0))
 
     def prepare(self, start: Expr, count: Expr) -> None:
@@ -147,7 +147,7 @@ class BlockKernel:
                     self._score(head, row, row, start + p, i64(1), p * size)
             with e.loop("rt", heads * tiles) as rt:
                 row = e.bind("top", rt * self.height)
-                self._softmax(row, row, start, self._vectors(count), masked)
+                self.softmax.weights(row, row, start, self._vectors(count), masked)
             with e.loop("p", count) as p:
                 self._look_ahead(start + p, page + pages - 1)
                 with e.loop("h", heads) as head, e.loop("rt", tiles) as rt:
@@ -243,94 +243,6 @@ class BlockKernel:
         pool = self.pools["k_scale"]
         loaded = (pool[page, head, vec(i64(offset), self.lanes)] for page, offset in vectors)
         return [self.e.bind("ks", self.form.scale(raw)) for raw in loaded]
-
-    def _softmax(self, row: Expr, slot: Expr, start: Expr, vectors: Expr, masked: Expr) -> None:
-        """Turn a tile's scores into weights of the running softmax, and rescale what was summed before."""
-        if self.shape.softcap:
-            self._softcap(slot, vectors)
-        if "slopes" in self.extras:
-            self._slope(row, slot, start * self.shape.page_size, vectors)
-        if "bias" in self.extras:
-            self._bias(row, slot, start * self.shape.page_size, vectors)
-        with self.e.when(masked):
-            self._mask(row, slot, start * self.shape.page_size, vectors)
-        with self.e.loop("i", self.height) as i:
-            self._weights(row + i, (slot + i) * self.keys, vectors)
-
-    def _softcap(self, slot: Expr, vectors: Expr) -> None:
-        e, cap = self.e, float(self.shape.softcap or 1.0)
-        with e.loop("i", self.height) as i, e.loop("v", vectors) as v:
-            at = vec((slot + i) * self.keys + v * self.lanes, self.lanes)
-            value = self.scores[at] * splat(f32(1 / cap), self.lanes)
-            value = vector_math.tanh(e.bind, value) * splat(f32(cap * vector_math.LOG2E), self.lanes)
-            e.store(self.scores, value, at)
-
-    def _slope(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
-        """Add the slope of the row's head, times how far the key is behind."""
-        e, lanes = self.e, self.lanes
-        with e.loop("i", self.height) as i:
-            slope = self.extras["slopes"][tirx.Cast("int64", self.heads[row + i])]
-            slope = e.bind("slope", splat(slope * f32(vector_math.LOG2E), lanes))
-            position = e.bind("row_at", splat(self.positions[row + i], lanes))
-            with e.loop("v", vectors) as v:
-                at = vec((slot + i) * self.keys + v * lanes, lanes)
-                distance = tirx.Cast(f"float32x{lanes}", self._positions(key + v * lanes) - position)
-                e.store(self.scores, self.scores[at] + distance * slope, at)
-
-    def _bias(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
-        """Add what is learned for the row's head and how far the key is behind."""
-        e, lanes, count = self.e, self.lanes, self.shape.distances
-        last, zero = (splat(tirx.IntImm("int32", n), lanes) for n in (count - 1, 0))
-        with e.loop("i", self.height) as i:
-            first = e.bind("first", splat(self.heads[row + i] * count, lanes))
-            position = e.bind("row_at", splat(self.positions[row + i], lanes))
-            with e.loop("v", vectors) as v:
-                at = vec((slot + i) * self.keys + v * lanes, lanes)
-                distance = position - self._positions(key + v * lanes)  # below 0 for keys that are masked
-                place = e.bind("place", first + tirx.Min(tirx.Max(distance, zero), last))
-                bias = self.extras["bias"][place] * splat(f32(vector_math.LOG2E), lanes)
-                e.store(self.scores, self.scores[at] + bias, at)
-
-    def _mask(self, row: Expr, slot: Expr, key: Expr, vectors: Expr) -> None:
-        e, lanes = self.e, self.lanes
-        never = splat(f32(_NEVER), lanes)
-        with e.loop("i", self.height) as i:
-            position = e.bind("row_at", splat(self.positions[row + i], lanes))
-            head = None if self.heads is None else e.bind("head_at", splat(self.heads[row + i], lanes))
-            with e.loop("v", vectors) as v:
-                at = vec((slot + i) * self.keys + v * lanes, lanes)
-                keys = e.bind("key", self._positions(key + v * lanes))
-                value = self.scores[at]
-                for seen in self.mask.seen(keys, position, head):
-                    value = tirx.Select(seen, value, never)
-                e.store(self.scores, value, at)
-
-    def _positions(self, key: Expr) -> Expr:
-        """Positions of a vector of keys, of which `key` is the first as the mask counts them."""
-        return vec(tirx.Cast("int32", self.mask.position(key)), self.lanes)
-
-    def _weights(self, row: Expr, base: Expr, vectors: Expr) -> None:
-        e, lanes, dim = self.e, self.lanes, self.shape.value_dim
-        top = e.local("vtop", lanes)
-        every = vec(i64(0), lanes)
-        e.store(top, splat(f32(_NEVER), lanes), every)
-        with e.loop("v", vectors) as v:
-            e.store(top, tirx.Max(top[every], self.scores[vec(base + v * lanes, lanes)]), every)
-        before = e.bind("before", self.maximum[row])
-        highest = e.bind("highest", tirx.Max(before, fold(top[every], tirx.Max)))
-        e.store(self.maximum, highest, row)
-        factor = e.bind("factor", vector_math.exp2_nonpositive(e.bind, before - highest))
-        for start, width in chunks(dim, lanes):
-            at = vec(row * dim + start, width)
-            e.store(self.output, self.output[at] * splat(factor, width), at)
-        shift = e.bind("shift", splat(highest, lanes))
-        e.store(top, splat(f32(0), lanes), every)
-        with e.loop("v", vectors) as v:
-            at = vec(base + v * lanes, lanes)
-            weight = e.bind("weight", vector_math.exp2_nonpositive(e.bind, self.scores[at] - shift))
-            e.store(self.scores, weight, at)
-            e.store(top, top[every] + weight, every)
-        e.store(self.total, self.total[row] * factor + fold(top[every], lambda a, b: a + b), row)
 
     def _values(
         self, head: Expr, row: Expr, slot: Expr, start: Expr, count: Expr, keys: Expr, base: Expr

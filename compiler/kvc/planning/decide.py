@@ -6,50 +6,24 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Final
 
 from kvc_passes.errors import BudgetError
-from kvc_passes.facts import StateForm
 from kvc_passes.kernel_sets import AttentionKernels
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import AttentionSite, FormName
 from kvc_passes.state_forms import EXACT, KEYS, LAST, UNJUDGED
 
-from ..compilation import Lowered, Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
+from ..compilation import Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
 from ..encoder import Encoder
 from ..machine import Machine
 from ..pipeline import Runner
-from .budget import Costs, Draft, capacities, check_workload, planned, refused, useful_chunks
-from .knapsack import Item, Option, smallest, solve
+from .budget import Draft, capacities, check_workload, planned, refused, useful_chunks
+from .mixes import Chosen, Estimate, Parts, Variant, least_seconds, mixes
 from .times import Clock, Site
 from .work import work_of
 
-Chosen = tuple[StateForm, ...]
-"""The form of every layer."""
 _ATTEMPTS: Final = 4
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The model with its state in chosen forms, lowered."""
-
-    model: Model
-    lowered: Lowered
-    costs: Costs
-    clock: Clock
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A choice, before it is lowered: exact where all layers are alike, else from parts of others."""
-
-    chosen: Chosen
-    chunk: int
-    ffn: int
-    """Tokens of a slice of feed-forward parts, 0 for the whole chunk."""
-    bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -84,7 +58,7 @@ class Planner:
         self.model, self.machine, self.runtime, self.runner = model, machine, runtime, runner
         self.forced, self.encoder = forced, encoder
         self._variants: dict[Chosen, Variant] = {}
-        self._parts: dict[tuple[Chosen, tuple[Workload, ...], int, int], _Parts] = {}
+        self._parts: dict[tuple[Chosen, tuple[Workload, ...], int, int], Parts] = {}
         self._paged: Chosen = tuple(forms[0] for forms in model.facts.forms)
 
     def decide(self, budget: int, workload: tuple[Workload, ...]) -> Decision:
@@ -231,14 +205,14 @@ class Planner:
         """
         chunks = self.chunks(workload)
         whole = [[self._part(chosen, workload, chunk, 0) for chosen in known] for chunk in chunks]
-        found = [each for parts in whole for each in _mixes(parts, limit, mixed)]
+        found = [each for parts in whole for each in mixes(parts, limit, mixed)]
         for chunk, parts in zip(chunks, whole, strict=True):
             best = min((e.seconds for e in found), default=math.inf)
-            if limit is not None and best <= _least_seconds(parts):
+            if limit is not None and best <= least_seconds(parts):
                 continue  # slices are never faster than the whole
             for ffn in self._slices(chunk, workload, known):
                 some = [self._part(chosen, workload, chunk, ffn) for chosen in known]
-                found += _mixes(some, limit, mixed)
+                found += mixes(some, limit, mixed)
         if limit is None:
             return min(found, key=lambda e: e.bytes)
         # Of equal times the first is taken: whole, the larger chunk, K and V.
@@ -250,10 +224,10 @@ class Planner:
         tried = (self.variant(chosen).costs.slices(chunk, batch) for chosen in known)
         return sorted({ffn for slices in tried for ffn in slices}, reverse=True)
 
-    def _part(self, chosen: Chosen, workload: tuple[Workload, ...], chunk: int, ffn: int) -> _Parts:
+    def _part(self, chosen: Chosen, workload: tuple[Workload, ...], chunk: int, ffn: int) -> Parts:
         key = (chosen, workload, chunk, ffn)
         if key not in self._parts:
-            self._parts[key] = _Parts(self.variant(chosen), *key)
+            self._parts[key] = Parts(self.variant(chosen), *key)
         return self._parts[key]
 
     def variant(self, chosen: Chosen) -> Variant:
@@ -285,90 +259,3 @@ class Planner:
 def _gap(best: Estimate, first: Estimate | None) -> float:
     """How much longer `best` takes than the first choice, by the same estimates; that has the least time."""
     return max(0.0, best.seconds / first.seconds - 1) if first is not None and first.seconds else 0.0
-
-
-class _Parts:
-    """What each layer of a variant takes with one chunk, and what everything else does."""
-
-    def __init__(
-        self, variant: Variant, chosen: Chosen, workload: tuple[Workload, ...], chunk: int, ffn: int
-    ) -> None:
-        self.chosen, self.chunk, self.ffn = chosen, chunk, ffn
-        draft = Draft(variant.costs, 0, workload, chunk, ffn).smallest()
-        self.arena, self.weights = draft.bytes.arena, draft.bytes.weights
-        self.others = draft.bytes.total - draft.bytes.arena - draft.bytes.weights - draft.bytes.pools
-        pages = {index: group.pages for group in draft.groups for index in group.sites}
-        size, sites = draft.page_size, variant.model.facts.sites
-        self.pools = [site.token_bytes() * size * pages[site.index] for site in sites]
-        # Each pool begins on a boundary of its own: what that takes is shared by all.
-        self.others += draft.bytes.pools - sum(self.pools)
-        clock = variant.clock
-        self.seconds = [sum(sum(clock.attention(site, w, chunk)) for w in workload) for site in clock.sites]
-        self.rest = sum(sum(clock.rest(w, chunk, ffn)) for w in workload)
-        self.memory = [site.mask.reach.memory for site in sites]
-
-
-def _mixes(parts: Sequence[_Parts], limit: int | None, mixed: bool) -> Iterator[Estimate]:
-    """The best of each of several variants, and of their mixes where layers may differ."""
-    for count in range(1, len(parts) + 1 if mixed else 2):
-        for some in combinations(parts, count):
-            estimate = _best(some, limit)
-            if estimate is not None:
-                yield estimate
-
-
-def _least_seconds(parts: Sequence[_Parts]) -> float:
-    """What no mix of these is faster than, whatever fits."""
-    first = parts[0]
-    rest: float = first.rest + sum(min(0.0, p.rest - first.rest) for p in parts[1:])
-    for seconds in zip(*(p.seconds for p in parts)):
-        rest += min(seconds)
-    return rest
-
-
-def _best(parts: Sequence[_Parts], limit: int | None) -> Estimate | None:
-    """The fastest mix of layers of several variants, with temporaries and tables of the largest.
-
-    What a variant's other kernels and weights take more than the first's is laid on its layers, equally.
-    """
-    first, count = parts[0], len(parts[0].chosen)
-    fixed = first.weights + max(p.others for p in parts) + max(p.arena for p in parts)
-    options: list[tuple[Option, ...]] = []
-    for site in range(count):
-        mine = []
-        for p in parts:
-            changed = max(1, sum(a.name != b.name for a, b in zip(p.chosen, first.chosen)))
-            differs = p.chosen[site].name != first.chosen[site].name
-            share = (1 / changed if differs else 0.0) if p is not first else 0.0
-            weights = round((p.weights - first.weights) * share)
-            mine.append(Option(p.pools[site] + weights, p.seconds[site] + (p.rest - first.rest) * share))
-        options.append(tuple(mine))
-    groups = _alike(options, first.memory)
-    items = [Item(key, len(sites)) for key, sites in groups]
-    choice = smallest(items) if limit is None else solve(items, limit - fixed)
-    if choice is None:
-        return None
-    chosen = list(first.chosen)
-    for (_, members), counts in zip(groups, choice.counts, strict=True):
-        which = [p for p, many in zip(parts, counts) for _ in range(many)]
-        for together, p in zip(members, which, strict=True):
-            for site in together:
-                chosen[site] = p.chosen[site]
-    return Estimate(tuple(chosen), first.chunk, first.ffn, fixed + choice.bytes, first.rest + choice.seconds)
-
-
-def _alike(
-    options: Sequence[tuple[Option, ...]], memory: Sequence[bool]
-) -> list[tuple[tuple[Option, ...], list[list[int]]]]:
-    """Layers with the same options; those that read an encoder's output have one form together."""
-    found: dict[tuple[Option, ...], list[list[int]]] = {}
-    for site, key in enumerate(options):
-        if not memory[site]:
-            found.setdefault(key, []).append([site])
-    reading = [site for site, reads in enumerate(memory) if reads]
-    groups = list(found.items())
-    if reading:
-        columns = zip(*(options[site] for site in reading))
-        summed = tuple(Option(sum(o.bytes for o in c), sum(o.seconds for o in c)) for c in columns)
-        groups.append((summed, [reading]))
-    return groups

@@ -19,7 +19,8 @@ from kvc_passes.state_forms import LAST, UNJUDGED
 from ..options import format_size
 from ..permissions import parse_permissions
 from .budget import LONGEST, MOST_REQUESTS, Costs, Draft, fits, most_of
-from .decide import Chosen, Decision, Estimate, Planner
+from .decide import Decision, Planner
+from .mixes import Chosen, Estimate
 
 _POINTS: Final = 24
 _TRIED: Final = ("kv-int8", "kv-fp8", "kv-int4", "window=4096,sinks=4")

@@ -16,7 +16,8 @@ from kvc_passes.state_forms import KEYS
 from ..compilation import judged, legal_forms
 from ..options import format_size
 from .budget import Draft, check_workload
-from .decide import Chosen, Decision, Planner
+from .decide import Decision, Planner
+from .mixes import Chosen
 
 _FORMAT: Final = 1
 _VARIATION: Final = 2 << 20

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvc.artifact import Artifact
+from kvc.runtime.answers import Completion, Event, Stats, Timings
 from kvc.runtime.executor import Executor
 from kvc.runtime.sampler import SamplingParams
-from kvc.runtime.session import Completion, Event, Session, Stats, Timings
+from kvc.runtime.session import Session
 from kvc.runtime.text import Text
 
 __all__ = ["Completion", "Event", "SamplingParams", "Session", "Stats", "Timings", "load"]

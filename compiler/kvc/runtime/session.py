@@ -3,94 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from numpy.typing import NDArray
 
-from kvc.runtime.encoder import batched
+from kvc.runtime.answers import (
+    Completion,
+    EncoderInputs,
+    Event,
+    OnToken,
+    Prompt,
+    Sampling,
+    Stats,
+    completion_of,
+    params_of,
+    sources_of,
+)
 from kvc.runtime.sampler import SamplingParams
-from kvc.runtime.scheduler import FinishReason, Request, Scheduler, Update
+from kvc.runtime.scheduler import Request, Scheduler, Update
 from kvc.runtime.sequences import Model
-from kvc.runtime.text import Message, Stream, Text, end_tokens
+from kvc.runtime.text import Stream, Text, end_tokens
 from kvc_passes.errors import InputError
-
-Prompt = str | Sequence[int] | Sequence[Message]
-"""A text, token ids, or the messages of a conversation."""
-EncoderInputs = Mapping[str, Any]
-"""The encoder's inputs of one request by their names in the ONNX file, with or without a batch of 1; a text
-stands for its token ids."""
-OnToken = Callable[[int, int, str], None]
-"""Called with the prompt's index, the token id and the text that became certain with it ("" if none)."""
-
-
-class Sampling(TypedDict, total=False):
-    """The fields of SamplingParams, as keyword arguments."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-    max_new_tokens: int
-    stop_tokens: tuple[int, ...]
-    stop: str | Sequence[str]
-    ignore_eos: bool
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one request."""
-
-    queued: float
-    """From arrival until it got pages."""
-    first_token: float
-    """From arrival until its first token was chosen."""
-    total: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. `tokens` ends with the stop token, if there was one; `text` does not hold it."""
-
-    prompt_tokens: list[int]
-    tokens: list[int]
-    text: str
-    """"" if the artifact has no tokenizer."""
-    finish_reason: FinishReason
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one step did to a request."""
-
-    id: int
-    token: int | None
-    text: str
-    """Text that became certain."""
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Totals since the model was loaded, and what holds pages now. Rates are tokens a second of its calls."""
-
-    prefill_tokens: int
-    prefill_rate: float
-    decode_tokens: int
-    decode_rate: float
-    preemptions: int
-    shared_tokens: int
-    """Tokens of prompts that were not computed since requests before them had the same beginning."""
-    pages_used: tuple[int, ...]
-    """Of every group of layers (Plan.groups)."""
-    pages_total: tuple[int, ...]
-    utilization: tuple[float, ...]
-    """Of every group: tokens that are still seen, over those that fit the pages in use."""
-    running: int
-    waiting: int
 
 
 class Session:
@@ -175,10 +110,10 @@ class Session:
         seed that is given, so its answer does not depend on the others. Raises InputError, before anything
         runs, if a prompt cannot be served.
         """
-        params = _params(sampling)
+        params = params_of(sampling)
         several: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self._checked(prompt, chat) for prompt in several]
-        given = _sources(len(tokens), memory, encoder_inputs)
+        given = sources_of(len(tokens), memory, encoder_inputs)
         sources = [(memory, self._encoded(inputs)) for memory, inputs in given]
         for source in sources:
             self._scheduler.checked_memory(*source)
@@ -198,7 +133,7 @@ class Session:
                     inbox.clear()
         finally:
             self._abandon(lives)
-        return [_completion(live.request, text) for live, text in zip(lives, texts, strict=True)]
+        return [completion_of(live.request, text) for live, text in zip(lives, texts, strict=True)]
 
     def stream(
         self,
@@ -213,7 +148,7 @@ class Session:
 
         Raises InputError, before anything runs, if the prompt cannot be served or there is no tokenizer.
         """
-        params = _params(sampling)
+        params = params_of(sampling)
         self.text  # noqa: B018  raises where there is no tokenizer
         inputs = self._encoded(encoder_inputs)
         self._scheduler.checked_memory(memory, inputs)
@@ -351,44 +286,3 @@ class _Live:
         """The text since the last call."""
         piece, self._piece = self._piece, ""
         return piece + (self._stream.finish() if ended and self._stream else "")
-
-
-def _sources(
-    prompts: int,
-    memory: Sequence[NDArray[Any]] | None,
-    inputs: EncoderInputs | Sequence[EncoderInputs] | None,
-) -> list[tuple[NDArray[Any] | None, EncoderInputs | None]]:
-    """The encoder's output or inputs of each prompt. Raises InputError for another number of them."""
-    outputs: list[Any] = [None] * prompts if memory is None else list(memory)
-    given: list[EncoderInputs | None] = [None] * prompts
-    if isinstance(inputs, Mapping):
-        given = list(batched(inputs, prompts))
-    elif inputs is not None:
-        given = list(inputs)
-    for count, what in ((len(outputs), "encoder outputs"), (len(given), "encoder inputs")):
-        if count != prompts:
-            raise InputError(f"{prompts} prompts, and {what} for {count}")
-    return list(zip(outputs, given))
-
-
-def _params(sampling: Sampling) -> SamplingParams:
-    stop = sampling.get("stop", ())
-    fields: dict[str, Any] = dict(sampling)
-    fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    return SamplingParams(**fields)
-
-
-def _completion(request: Request, text: str) -> Completion:
-    assert request.finish_reason is not None
-    finished = request.finished or request.arrived
-    return Completion(
-        request.tokens[: request.prompt_length],
-        request.generated,
-        text,
-        request.finish_reason,
-        Timings(
-            queued=(request.started or finished) - request.arrived,
-            first_token=(request.first_token or finished) - request.arrived,
-            total=finished - request.arrived,
-        ),
-    )

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import kvc
-from kvc.planning.decide import Chosen, Planner, Variant
+from kvc.planning.decide import Planner
 from kvc.planning.explain import curve, explain, longest, most_requests, timeline
+from kvc.planning.mixes import Chosen, Variant
 from kvc.planning.saved import SavedPlan, checked, read_plan, save_plan
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.plans import Plan, Workload
