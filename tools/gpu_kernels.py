@@ -10,7 +10,7 @@ from tools.gpu_cases import ATTENTION, FORMS, PAGE, PRODUCTS, AttentionCase, Pro
 from tvm import IRModule, relax, tirx
 
 from kvc.cuda_machine import CudaMachine
-from kvc.kernels.cuda.host import CudaAttention
+from kvc.kernels.cuda.host_attention import CudaAttention
 from kvc.pipeline import Runner
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, MaskFact, Remade, Sliced

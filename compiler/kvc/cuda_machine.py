@@ -29,8 +29,10 @@ from .codegen.cuda_text import compile_text, compiling
 from .codegen.schedule_kernels import ScheduleForCuda
 from .kernels.cuda import rows
 from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
-from .kernels.cuda.host import PAGE_SIZE, CudaAttention, CudaProducts, Variants, is_launch, launched
+from .kernels.cuda.host_attention import PAGE_SIZE, CudaAttention
+from .kernels.cuda.host_products import CudaProducts
 from .kernels.cuda.knobs import DEFAULTS, Knobs
+from .kernels.cuda.launches import Variants, is_launch, launched
 from .kernels.knobs import AttentionTimes
 from .kernels.shapes import attention_shape
 from .machine import export

@@ -11,7 +11,8 @@ from packing import packed
 from tvm import IRModule, relax, tirx
 from tvm.relax import op
 
-from kvc.kernels.cuda.host import CudaProducts, Variants
+from kvc.kernels.cuda.host_products import CudaProducts
+from kvc.kernels.cuda.launches import Variants
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.weights import WeightPart
 from support import Compiled, floats, module_of, ops, param, params_of, run_markers, symbol

@@ -20,7 +20,7 @@ import kvc
 from kvc.cuda_machine import CudaMachine
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import knobs as cuda
-from kvc.kernels.cuda.host import launched
+from kvc.kernels.cuda.launches import launched
 from kvc.kernels.shapes import attention_shape
 from kvc.planning.rates import nominal_gpu
 from kvc.runtime.cuda import Device

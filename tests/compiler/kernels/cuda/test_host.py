@@ -10,7 +10,9 @@ from tvm import IRModule, tirx
 from tvm.ir import Call
 from tvm_ffi import structural_walk
 
-from kvc.kernels.cuda.host import SHARED, VARIANT, CudaAttention, CudaProducts, Variants
+from kvc.kernels.cuda.host_attention import CudaAttention
+from kvc.kernels.cuda.host_products import CudaProducts
+from kvc.kernels.cuda.launches import SHARED, VARIANT, Variants
 from kvc_passes.sites import Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
 from support import site

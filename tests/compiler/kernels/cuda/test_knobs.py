@@ -10,8 +10,10 @@ from tvm import IRModule
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import attention, products
 from kvc.kernels.cuda.device import DeviceKernel
-from kvc.kernels.cuda.host import CudaAttention, CudaProducts, Variants, launched
+from kvc.kernels.cuda.host_attention import CudaAttention
+from kvc.kernels.cuda.host_products import CudaProducts
 from kvc.kernels.cuda.knobs import DEFAULTS, DecodeKnobs, Defaults, PrefillKnobs, Product, ProductKnobs
+from kvc.kernels.cuda.launches import Variants, launched
 from kvc.kernels.shapes import attention_shape
 from kvc_passes.weight_format import WeightFormat
 from support import site

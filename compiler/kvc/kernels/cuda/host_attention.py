@@ -1,125 +1,32 @@
-"""CUDA's kernels as the passes ask for them: functions of the host that launch what Triton compiles.
-
-A launch is `call_packed(name, *arguments, null, null, threads, grid x, y, z, shared)`, the form in which
-TVM's CUDA modules are called; the two pointers are Triton's scratch memory, which kvc's kernels do not use.
-How much shared memory a kernel takes is known when it is compiled: until then SHARED stands there.
-"""
+"""CUDA's attention as the passes ask for it."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tvm import IRModule, tirx
-from tvm.ir import Call, StringImm
 from tvm.tirx import PrimFunc
-from tvm_ffi import structural_walk
 
 from kvc_passes.errors import PlanningError
-from kvc_passes.kernel_sets import TensorType
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, Remade
 from kvc_passes.weight_format import WeightFormat
 
 from ..attention import AttentionShape
-from ..emit import Emitter, Expr, argument, i64, size_var
+from ..emit import Emitter, Expr, argument, size_var
 from ..shapes import attention_shape
-from . import attention, products, remade, rows, shared
-from .device import DeviceKernel
-from .knobs import DEFAULTS, Knobs, Product, ProductKnobs
+from . import attention, remade, shared
+from .knobs import Knobs
+from .launches import Variants, parts
 from .remade import Making
 
 PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
-SHARED = -1
-"""Stands for the bytes of shared memory of a launch until its kernel is compiled."""
 _LONG = 1 << 20
 _WORTH = 128
 """Keys for which a block of threads is worth starting."""
 FULL = 132 * 2
 """Blocks that fill a large GPU: two for each of an H100's processors."""
-
-VARIANT = "kvc.variant"
-"""The attribute of a function that names how it is made."""
-
-Make = Callable[[int, Knobs], PrimFunc]
-"""Makes a function for an architecture, with tuned parameters."""
-
-
-@dataclass
-class Variants:
-    """What the functions of a compilation launch, and how each is made for an architecture such as 90.
-
-    Attributes:
-        arch: the architecture that functions are made for at first; they run on later ones, too.
-        knobs: what of the kernels was tuned.
-        kernels: the kernels of all functions that were made, by name.
-        makers: makes a function for another architecture, by the value of its attribute VARIANT.
-        keys: what is made, by the same: the kind of function and all that it depends on.
-    """
-
-    arch: int
-    knobs: Knobs = DEFAULTS
-    kernels: dict[str, DeviceKernel] = field(default_factory=dict)
-    makers: dict[str, Make] = field(default_factory=dict)
-    keys: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-
-    def function(self, key: tuple[Any, ...], make: Make) -> PrimFunc:
-        """`make` for the first architecture; equal keys make equal functions."""
-        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        self.makers[name], self.keys[name] = make, key
-        return make(self.arch, self.knobs).with_attr(VARIANT, name)
-
-    def key_of(self, function: Any) -> tuple[Any, ...] | None:
-        """The key of a function that was made here."""
-        name = function.attrs.get(VARIANT) if isinstance(function, PrimFunc) else None
-        return None if name is None else self.keys[str(name)]
-
-    def remade(self, module: IRModule, arch: int, refused: Collection[str] = ()) -> IRModule:
-        """`module` with its functions made for `arch`, untuned where they would launch `refused` kernels."""
-        functions = dict(module.functions_items())
-        for variable, function in functions.items():
-            name = function.attrs.get(VARIANT) if isinstance(function, PrimFunc) else None
-            if name is not None:
-                make = self.makers[str(name)]
-                made = make(arch, self.knobs)
-                if launched(made) & set(refused):
-                    made = make(arch, DEFAULTS)
-                made = made.with_attr(VARIANT, name)
-                functions[variable] = made.with_attr("global_symbol", function.attrs["global_symbol"])
-        return IRModule(functions)
-
-    def launch(self, e: Emitter, kernel: DeviceKernel, values: Mapping[str, Any], grid: Any) -> None:
-        """Emit the launch of a kernel with the values that its parameters name: buffers and int64 numbers."""
-        self.kernels[kernel.name] = kernel
-        arguments = [
-            values[name].data if kind.startswith("*") else tirx.Cast("int32", values[name])
-            for name, kind in kernel.types
-        ]
-        null = tirx.reinterpret("handle", tirx.const(0, "uint64"))
-        blocks = [i64(g) if isinstance(g, int) else g for g in (*grid, 1, 1, 1)[:3]]
-        call = tirx.call_packed(
-            kernel.name, *arguments, null, null, i64(32 * kernel.warps), *blocks, i64(SHARED)
-        )
-        e.add(tirx.Evaluate(call))
-
-
-def launched(function: PrimFunc) -> set[str]:
-    """Names of what a function calls as packed functions."""
-    names: set[str] = set()
-
-    def visit(call: Any) -> None:
-        if is_launch(call):
-            names.add(str(call.args[0].value))
-
-    structural_walk(function.body, [(Call, visit)])
-    return names
-
-
-def is_launch(call: Any) -> bool:
-    return getattr(call.op, "name", "") == "tirx.tvm_call_packed" and isinstance(call.args[0], StringImm)
 
 
 @dataclass(frozen=True)
@@ -280,7 +187,7 @@ class CudaAttention:
         slots = argument("slots", (n,), "int32")
         state = self._pools(site, pages)
         values = {"k": k, "v": v, "slots": slots, **state, "n": n}
-        self.variants.launch(e, kernel, values, (_parts(n, attention.APPEND_TOKENS), shape.kv_heads))
+        self.variants.launch(e, kernel, values, (parts(n, attention.APPEND_TOKENS), shape.kv_heads))
         return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
 
     def _append_shared(
@@ -288,7 +195,7 @@ class CudaAttention:
     ) -> PrimFunc:
         n, slots = x.shape[2], argument("slots", (x.shape[2],), "int32")
         state = self._pools(site, size_var("pages"))
-        grid = (_parts(n, shared.APPEND_TOKENS), -(-shape.head_dim // shared.APPEND_ELEMENTS))
+        grid = (parts(n, shared.APPEND_TOKENS), -(-shape.head_dim // shared.APPEND_ELEMENTS))
         values = {"x": x, "slots": slots, **state, "n": n}
         self.variants.launch(e, shared.append_kernel(shape, dtype), values, grid)
         return e.function([x, slots, *state.values()], [x, slots], list(state.values()))
@@ -355,149 +262,6 @@ class CudaAttention:
         return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
 
 
-@dataclass(frozen=True)
-class CudaProducts:
-    """Implements kvc_passes.kernel_sets.MatmulKernels.
-
-    Attributes:
-        variants: what the functions launch, and how they are made.
-    """
-
-    variants: Variants = field(repr=False, compare=False)
-    panel: int = 16
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
-    adds: bool = True
-
-    def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
-        return rows.packed_tensors(columns, depth, format)
-
-    def matmul(
-        self,
-        columns: int,
-        depth: int,
-        format: WeightFormat,
-        *,
-        bias: bool,
-        flat: bool,
-        dtype: str,
-        residual: bool = False,
-    ) -> PrimFunc:
-        arguments = (columns, depth, format, bias, residual, flat, dtype)
-        return self.variants.function(("matmul", *arguments), partial(self._matmul, *arguments))
-
-    def variant(self, product: Product) -> PrimFunc:
-        """The function that launches one variant of a product for any number of rows."""
-        p, own = product, self.variants
-        arguments = (p.columns, p.depth, p.format, p.bias, p.residual, p.flat, p.dtype)
-        return self._matmul(*arguments, own.arch, own.knobs, only=p.most)
-
-    def _matmul(
-        self,
-        columns: int,
-        depth: int,
-        format: WeightFormat,
-        bias: bool,
-        residual: bool,
-        flat: bool,
-        dtype: str,
-        arch: int,
-        knobs: Knobs,
-        only: int | None = None,
-    ) -> PrimFunc:
-        """The function; `only`: with the variant for at most so many rows alone, for any number of them."""
-        e, m = Emitter(), size_var("m")
-        out_dtype = "float32" if flat else dtype
-        x = argument("x", (1, m, depth), dtype)
-        weight = self._weight(columns, depth, format)
-        added = {"bias": argument("bias", (columns,), dtype)} if bias else {}
-        if residual:
-            added["residual"] = argument("residual", (1, m, columns), dtype)
-        y = argument("y", (m, columns) if flat else (1, m, columns), out_dtype)
-        inputs = {"x": x, **weight, **added}
-        values = {**inputs, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
-
-        def tuned(most: int) -> ProductKnobs:
-            return knobs.product(arch, Product(columns, depth, format, bias, residual, flat, dtype, most))
-
-        least = 0
-        for most, kernel, tall, wide in products.product_kernels(
-            columns, depth, format, dtype, out_dtype, bias, arch, residual, tuned
-        ):
-            grid = (_parts(m, tall) * -(-columns // wide),)
-            if only is not None:
-                if only == (most or 0):
-                    self.variants.launch(e, kernel, values, grid)
-                continue
-            fits = m > least if most is None else tirx.And(m > least, m <= most)
-            with e.when(fits):
-                self.variants.launch(e, kernel, values, grid)
-            least = most or least
-        return e.function([*inputs.values(), y], list(inputs.values()), [y])
-
-    def head_packed(self, heads: int, columns: int, depth: int, format: WeightFormat) -> TensorType:
-        return TensorType(format.dtype, (heads * columns, depth))
-
-    def head_product(
-        self,
-        heads: int,
-        group: int,
-        columns: int,
-        depth: int,
-        format: WeightFormat,
-        *,
-        absorbed: bool,
-        dtype: str,
-    ) -> PrimFunc:
-        arguments = (heads, group, columns, depth, format, absorbed, dtype)
-        return self.variants.function(("head_product", *arguments), partial(self._head_product, *arguments))
-
-    def _head_product(
-        self,
-        heads: int,
-        group: int,
-        columns: int,
-        depth: int,
-        format: WeightFormat,
-        absorbed: bool,
-        dtype: str,
-        arch: int,
-        knobs: Knobs,
-    ) -> PrimFunc:
-        e, m = Emitter(), size_var("m")
-
-        def operand(name: str, size: int) -> Any:
-            return argument(name, (1, heads, m, size) if absorbed else (1, m, heads, size), dtype)
-
-        tensor = self.head_packed(heads // group, columns, depth, format)
-        x, y, w = operand("x", depth), operand("y", columns), argument("w", tensor.shape, tensor.dtype)
-        values = {"x": x, "w": w, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
-        least = 0
-        for most, kernel, tall, wide in products.head_product_kernels(
-            heads, group, columns, depth, format, dtype, absorbed, arch
-        ):
-            fits = m > least if most is None else tirx.And(m > least, m <= most)
-            with e.when(fits):
-                self.variants.launch(e, kernel, values, (_parts(m, tall) * -(-columns // wide), heads))
-            least = most or least
-        return e.function([x, w, y], [x, w], [y])
-
-    def embedding(self, columns: int, depth: int, format: WeightFormat, dtype: str) -> PrimFunc:
-        e, n = Emitter(), size_var("n")
-        weight = self._weight(columns, depth, format)
-        ids = argument("ids", (1, n), "int64")
-        y = argument("y", (1, n, depth), dtype)
-        kernel, wide = products.embedding_kernel(depth, format, dtype)
-        inputs = {**weight, "ids": ids}
-        values = {**inputs, "y": y, "n": n, "depth": i64(depth)}
-        self.variants.launch(e, kernel, values, (n, -(-depth // wide)))
-        return e.function([*inputs.values(), y], list(inputs.values()), [y])
-
-    def _weight(self, columns: int, depth: int, format: WeightFormat) -> dict[str, Any]:
-        names = ("w", "scales", "zeros")
-        tensors = self.packed(columns, depth, format)
-        return {name: argument(name, t.shape, t.dtype) for name, t in zip(names, tensors)}
-
-
 def _tile(site: AttentionSite) -> int:
     """Query tokens of a tile that a program does at once."""
     if site.sliced is not None:
@@ -524,7 +288,3 @@ def _made_of(shape: AttentionShape, making: Making, dtype: str) -> dict[str, Any
     return weights | {
         f"b{name}": argument(f"b_{name}", (columns[name],), dtype) for name, there in has if there
     }
-
-
-def _parts(count: Expr, size: int) -> Expr:
-    return tirx.floordiv(count + (size - 1), i64(size))
