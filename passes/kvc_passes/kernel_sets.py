@@ -74,7 +74,7 @@ class AttentionKernels(Protocol):
         decodes: bool,
         dtype: str,
     ) -> PrimFunc:
-        """Attention of a site of facts.Remade: as `prefill` or, if it decodes, `decode`, but for W_K, W_V and
+        """Attention of a site of sites.Remade: as `prefill` or, if it decodes, `decode`, but for W_K, W_V and
         biases [g*e], [g*f] behind the extras, W_K and W_V as MatmulKernels.head_packed.
         """
 

@@ -115,7 +115,7 @@ class Latent:
     weight as its kernels take it.
 
     Also of `kvc.remade_attention(q, row [1,1,n,w], W_K, W_V, *biases, site)`: keys x W_K + b_K, which are
-    then turned, and values x W_V + b_V, row being x and angles as facts.Remade says; biases [heads * width].
+    then turned, and values x W_V + b_V, row being x and angles as sites.Remade says; biases [heads * width].
     """
 
     site: int

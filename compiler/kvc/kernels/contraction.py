@@ -15,6 +15,8 @@ from .traits import CpuTraits
 
 _SPARE = 4
 """Vector registers that are no sums: a vector of each operand and what addresses take."""
+WORTH_THREADS = 16384
+"""Points of a loop nest from which it is worth waking other threads for."""
 _DEPTH = 4
 """Sums of fewer terms are not worth a tile."""
 
@@ -55,7 +57,7 @@ def schedule_contraction(s: s_tir.Schedule, traits: CpuTraits, threads: bool) ->
         tiles, tile = [across, down], [rows, inner]
     s.reorder(*outer, *tiles, *tile)
     last = tiles[-1]
-    if threads:
+    if threads and math.prod(int(v.dom.extent) for v in s.get(total).iter_vars) >= WORTH_THREADS:
         last = _spread(s, [*outer, *tiles], traits.threads)
     s.compute_at(total, last, preserve_unit_loops=True)
     _sum_of_tile(s, total, traits.lanes)

@@ -11,12 +11,10 @@ from tvm import s_tir, tirx
 from tvm.ir import Call, TensorLoad, TensorRegion
 from tvm_ffi import structural_map, structural_walk
 
-from .contraction import schedule_contraction
+from .contraction import WORTH_THREADS, schedule_contraction
 from .traits import CpuTraits
 
 _LOG = logging.getLogger(__name__)
-_WORTH_THREADS = 16384
-"""Elements from which a loop is worth waking other threads for."""
 _UNROLL = 8
 _COSTLY = frozenset(["exp", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "sin", "cos", "log", "pow", "power"])
 
@@ -31,13 +29,21 @@ def schedule_elementwise(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool)
         return func
     try:
         apart = _with_input_apart(func)
-        result = _Scheduler(apart, traits, parallel).run()
+        result = _scheduled(apart, traits, parallel)
         if apart is not func:
             result = result.specialize({result.params[0]: result.params[-1]})
     except Exception as error:  # TVM raises many kinds; an unscheduled function is slow, not wrong
         _LOG.debug("left unscheduled: %s", error)
         return func
     return result.with_attr("tirx.is_scheduled", True)
+
+
+def _scheduled(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> tirx.PrimFunc:
+    try:
+        return _Scheduler(func, traits, parallel).run(tiles=True)
+    except Exception as error:  # a form of product that the tiles do not fit after all
+        _LOG.debug("without tiles: %s", error)
+        return _Scheduler(func, traits, parallel).run(tiles=False)
 
 
 def _with_input_apart(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -121,9 +127,10 @@ class _Scheduler:
         self.s = s_tir.Schedule(module)
         self.branches = "if_then_else" in _calls(func.body)
 
-    def run(self) -> tirx.PrimFunc:
+    def run(self, *, tiles: bool) -> tirx.PrimFunc:
+        """The scheduled function; `tiles`: a product in register tiles."""
         self._inline()
-        if not schedule_contraction(self.s, self.traits, self.parallel):
+        if not (tiles and schedule_contraction(self.s, self.traits, self.parallel)):
             self._rows_and_lanes()
         func = self.s.mod[self.symbol]
         if self.branches:
@@ -238,7 +245,7 @@ class _Scheduler:
             if not loops:
                 continue
             sizes = [_static(self.s.get(loop).extent) for loop in loops]
-            large = None in sizes or math.prod(size or 1 for size in sizes) >= _WORTH_THREADS
+            large = None in sizes or math.prod(size or 1 for size in sizes) >= WORTH_THREADS
             outer = self.s.get(loops[0])
             if outer.loop_var in seen or outer.kind != tirx.ForKind.SERIAL:
                 continue

@@ -1,4 +1,4 @@
-"""Scores of kept keys that are turned when they are read; facts.Sliced says how they stand."""
+"""Scores of kept keys that are turned when they are read; sites.Sliced says how they stand."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import tvm
 from tvm import relax
-from tvm.ir import GlobalVar
 
-from kvc_passes.graph import dims, static
+from kvc_passes.graph import dims, graph_of, static
 from kvc_passes.pack_matmuls import MATMUL
+from kvc_passes.row_slices import is_kernel_call
 from kvc_passes.weights import PackedWeight
 
 from ..kernels.attention import choose_tile
@@ -23,7 +23,17 @@ from . import programs
 from .database import version
 from .programs import Operands
 from .space import Choices
-from .tasks import Bucket, Found, Kernel, Task, keys_of, phases, product_parameters, shape_parameters
+from .tasks import (
+    Bucket,
+    Found,
+    Kernel,
+    Task,
+    calls_of,
+    keys_of,
+    phases,
+    product_parameters,
+    shape_parameters,
+)
 
 if TYPE_CHECKING:  # which processes that measure do not need
     from ..compilation import Lowered
@@ -63,12 +73,14 @@ class CpuTarget:
     def _products(self, decision: Decision) -> Iterator[Found]:
         for workload in decision.plan.workload:
             for phase in phases(decision.plan, workload):
-                for weight, symbol in _calls(decision.variant.lowered, phase.name):
-                    rows = phase.bounds.get(symbol, 1)
-                    if rows and phase.calls:
+                if not phase.calls:
+                    continue
+                for number, weight, symbol in _calls(decision.variant.lowered, phase.name):
+                    parameters = product_parameters(weight.columns, weight.depth, weight.format)
+                    for rows, calls in calls_of(decision, phase, number, phase.bounds.get(symbol, 1)):
                         kernel: Kernel = "product_few" if rows <= self.traits.tile_rows else "product_many"
-                        parameters = product_parameters(weight.columns, weight.depth, weight.format)
-                        yield kernel, parameters, rows, 0, phase.calls
+                        if rows:
+                            yield kernel, parameters, rows, 0, calls
 
     def space(self, task: Task, alone: bool) -> Choices:
         traits = self.traits
@@ -111,21 +123,19 @@ class CpuTarget:
         return _TOLERANCE
 
 
-def _calls(lowered: Lowered, phase: Any) -> Iterator[tuple[PackedWeight, str]]:
-    """Every call of a packed product: its weight, and the symbol of its rows."""
-    for block in lowered.functions[phase]["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if not isinstance(call, relax.Call) or not isinstance(call.op, GlobalVar):
-                continue
-            if not call.op.name_hint.startswith(MATMUL):
-                continue
-            tensors = [a for a in call.args if isinstance(a, relax.Var)]
-            recipes = (lowered.recipes[a.name].weight for a in tensors if a.name in lowered.recipes)
-            weight = next((w for w in recipes if isinstance(w, PackedWeight)), None)
-            if weight is not None:
-                symbols = [str(d) for d in dims(tensors[-1]) if static(d) is None]
-                yield weight, symbols[0] if symbols else ""
+def _calls(lowered: Lowered, phase: Any) -> Iterator[tuple[int, PackedWeight, str]]:
+    """Every call of a packed product: its binding's number, its weight, and the symbol of its rows."""
+    graph = graph_of(lowered.functions[phase]["main"])
+    for number, var in enumerate(graph.order):
+        call = graph.definitions[var]
+        if not is_kernel_call(call) or not call.op.name_hint.startswith(MATMUL):
+            continue
+        tensors = [a for a in call.args if isinstance(a, relax.Var)]
+        recipes = (lowered.recipes[a.name].weight for a in tensors if a.name in lowered.recipes)
+        weight = next((w for w in recipes if isinstance(w, PackedWeight)), None)
+        if weight is not None:
+            symbols = [str(d) for d in dims(tensors[-1]) if static(d) is None]
+            yield number, weight, symbols[0] if symbols else ""
 
 
 def _attention(decision: Decision) -> Iterator[Found]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tvm import relax
-from tvm.ir import GlobalVar
 
 from kvc_passes.errors import TargetError
-from kvc_passes.graph import dims, static
+from kvc_passes.graph import dims, graph_of, static
 from kvc_passes.plans import Plan, Workload
+from kvc_passes.row_slices import is_kernel_call
 from kvc_passes.sites import FLOAT_BYTES
 
 from ..codegen.cuda_modules import prepare
@@ -30,7 +30,17 @@ from . import cuda_programs, programs
 from .database import version
 from .programs import Operands
 from .space import Choices, knobs_of
-from .tasks import Bucket, Found, Serving, Task, keys_of, phases, product_parameters, shape_parameters
+from .tasks import (
+    Bucket,
+    Found,
+    Serving,
+    Task,
+    calls_of,
+    keys_of,
+    phases,
+    product_parameters,
+    shape_parameters,
+)
 
 if TYPE_CHECKING:  # which processes that measure do not need
     from ..compilation import Lowered
@@ -83,10 +93,10 @@ class CudaTarget:
         """Products and attention as the plan's functions call them; other kernels have no parameters."""
         for workload in decision.plan.workload:
             for phase in phases(decision.plan, workload):
-                for key, symbol in _calls(decision.variant.lowered, phase.name):
-                    rows = phase.bounds.get(symbol, 1)
-                    if rows and phase.calls:
-                        yield from _found(decision.plan, workload, phase, key, rows)
+                for number, key, symbol in _calls(decision.variant.lowered, phase.name):
+                    for rows, calls in calls_of(decision, phase, number, phase.bounds.get(symbol, 1)):
+                        if rows and calls:
+                            yield from _found(decision.plan, workload, phase, key, rows, calls)
 
     def space(self, task: Task, alone: bool) -> Choices:
         usual, data = _facts(task, self.number).usual, json.loads(task.parameters)
@@ -137,6 +147,8 @@ class CudaTarget:
                 if "rows" in values and min(rows, own["rows"]) == min(rows, usual["rows"]):
                     return False  # as by default
                 rows = min(rows, own["rows"])
+                if rows < facts.group:
+                    return False  # a token's heads stay together
             sums = max(rows, 16) * (facts.value + own["keys"])
             step = own["keys"] * (facts.key + facts.value) * facts.kept_bits // 8
         fits = step * (own["stages"] - 1) <= shared_bytes(self.number)
@@ -215,24 +227,23 @@ def _facts(task: Task, arch: int) -> _Facts:
     return _Facts(usual, x_bits, 8 if shape.stored else x_bits, shape.group, key, value)
 
 
-def _calls(lowered: Lowered, phase: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Every call of a function that launches Triton's kernels: its key, and the symbol of its rows."""
+def _calls(lowered: Lowered, phase: Any) -> Iterator[tuple[int, tuple[Any, ...], str]]:
+    """Every call of a function that launches Triton's kernels: its binding's number, its key, and the symbol
+    of its rows."""
     assert isinstance(lowered.machine, CudaMachine)
     module = lowered.functions[phase]
-    for block in module["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if not isinstance(call, relax.Call) or not isinstance(call.op, GlobalVar):
-                continue
-            key = lowered.machine.variants.key_of(module[call.op])
-            if key is not None:
-                result = [a for a in call.args if isinstance(a, relax.Var)][-1]
-                symbols = [str(d) for d in dims(result) if static(d) is None]
-                yield key, symbols[0] if symbols else ""
+    graph = graph_of(module["main"])
+    for number, var in enumerate(graph.order):
+        call = graph.definitions[var]
+        key = lowered.machine.variants.key_of(module[call.op]) if is_kernel_call(call) else None
+        if key is not None:
+            result = [a for a in call.args if isinstance(a, relax.Var)][-1]
+            symbols = [str(d) for d in dims(result) if static(d) is None]
+            yield number, key, symbols[0] if symbols else ""
 
 
 def _found(
-    plan: Plan, workload: Workload, phase: Serving, key: tuple[Any, ...], rows: int
+    plan: Plan, workload: Workload, phase: Serving, key: tuple[Any, ...], rows: int, calls: int
 ) -> Iterator[Found]:
     """A call of a kernel that has parameters."""
     kind, *given = key
@@ -241,14 +252,14 @@ def _found(
         table = products.blocks(columns, depth, format, dtype, 0)
         most = next(most or 0 for most, *_ in table if most is None or rows <= most)
         more = {"bias": bias, "residual": residual, "flat": flat, "dtype": dtype, "most": most}
-        yield "gpu_product", product_parameters(columns, depth, format, **more), rows, 0, phase.calls
+        yield "gpu_product", product_parameters(columns, depth, format, **more), rows, 0, calls
     if kind not in ("prefill", "decode"):
         return
-    shape, usual, _, dtype = given
+    shape, usual, _, dtype = given  # of all tiles and contexts
     if shape.shared or dtype != shape.kv_dtype:  # without parameters; a mixture that is not measured
         return
     length = keys_of(plan, workload, phase, shape)
     if kind == "prefill":
-        yield "gpu_prefill", shape_parameters(shape, tile=usual), rows, length, phase.calls
+        yield "gpu_prefill", shape_parameters(shape, tile=usual), rows, length, calls
     else:
-        yield "gpu_decode", shape_parameters(shape, splits=usual), rows, length, phase.calls
+        yield "gpu_decode", shape_parameters(shape, splits=usual), rows, length, calls

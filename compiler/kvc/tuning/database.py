@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from kvc_passes import sites, weight_format
 from kvc_passes.errors import InputError
 
 from .. import __version__, kernels
@@ -73,9 +74,13 @@ class Record:
 
 @cache
 def version(folder: str = ".") -> str:
-    """kvc's version and a hash of the text of all templates in a folder of kvc.kernels: "." for CPUs."""
-    text = hashlib.sha256()
-    for path in sorted((Path(kernels.__file__).parent / folder).glob("*.py")):
+    """kvc's version and a hash of the text of what records depend on.
+
+    folder: of templates in kvc.kernels, beside its own: "." for CPUs. What names parameters counts, too.
+    """
+    text, own = hashlib.sha256(), Path(kernels.__file__).parent
+    nouns = [Path(module.__file__ or "") for module in (sites, weight_format)]
+    for path in sorted({*own.glob("*.py"), *(own / folder).glob("*.py"), *nouns}):
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{__version__}-{text.hexdigest()[:16]}"
 

@@ -42,9 +42,9 @@ class Records:
     def __init__(self, records: Iterable[Record]) -> None:
         self.best: dict[Kernel, dict[str, Record]] = {}
         for record in records:
-            if not record.default:
-                continue
             kernel, _, parameters = record.task.partition(" ")
+            if not record.default or not _readable(kernel, parameters):
+                continue
             known = self.best.setdefault(kernel, {})  # type: ignore[arg-type]
             if _rank(record) < _rank(known.get(parameters)):
                 known[parameters] = record
@@ -97,6 +97,15 @@ class Records:
 
 
 _SIZES = {"float32": 4, "uint8": 1}
+
+
+def _readable(kernel: str, parameters: str) -> bool:
+    """Whether a record says what it is of, in words of this version."""
+    try:
+        (product_of if kernel in KERNELS["gemm"] else shape_of)(parameters)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def times_of(record: Record) -> list[tuple[int, int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -154,6 +155,19 @@ def phases(plan: Plan, workload: Workload) -> tuple[Serving, Serving]:
     asked = max(1, min(workload.batch, round(workload.batch / max(chunks, 1))))
     prefill = Serving("prefill", {"n": tokens, "r": asked, "b": workload.batch}, chunks)
     return prefill, Serving("decode", dict.fromkeys("nrb", workload.batch), answer_of(workload))
+
+
+def calls_of(decision: Decision, phase: Serving, number: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Rows and calls of the kernel of binding `number`, which a phase calls for `rows` or slices of them."""
+    plan, segments = decision.plan, decision.variant.lowered.segments
+    inside = phase.name == "prefill" and any(s.first <= number <= s.last for s in segments)
+    if not inside or not 0 < plan.ffn_chunk < rows:
+        yield rows, phase.calls
+        return
+    whole, rest = divmod(rows, plan.ffn_chunk)
+    yield plan.ffn_chunk, whole * phase.calls
+    if rest:
+        yield rest, phase.calls
 
 
 def keys_of(plan: Plan, workload: Workload, phase: Serving, shape: AttentionShape) -> int:

@@ -237,7 +237,7 @@ def test_what_has_no_parameters_is_no_task() -> None:
     plan: Any = SimpleNamespace(chunk=64)
 
     def found(key: tuple[Any, ...]) -> list[str]:
-        return [kernel for kernel, *_ in _found(plan, workload, phase, key, 4)]
+        return [kernel for kernel, *_ in _found(plan, workload, phase, key, 4, 9)]
 
     one = replace(SHAPE, kv_heads=1, shared=True)
     assert found(("decode", SHAPE, 33, 1024, "float16")) == ["gpu_decode"]
@@ -325,7 +325,7 @@ def test_the_version_is_that_of_the_cuda_templates(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     database.version.cache_clear()
     assert found[0][0] != found[1][0] == found[2][0]
-    assert found[0][1] == found[1][1] != found[2][1]
+    assert len({of_gpu for _, of_gpu in found}) == 3  # which depend on what shapes are, too
 
 
 def measured(task: Task, target: str = "sm_90", **changes: Any) -> Record:
@@ -442,3 +442,10 @@ def test_the_architecture_of_an_artifact_with_several(option: str, answer: str |
             TargetError, match="architecture are tuned at a time: give --target cuda:sm_80 or"
         ):
             _of_artifact(several, option)
+
+
+def test_a_block_of_prefill_has_all_heads_of_a_group() -> None:
+    shape = replace(TASKS["prefill"].shape(), heads=48, kv_heads=1)
+    task = replace(TASKS["prefill"], parameters=shape_parameters(shape, tile=1))
+    assert not TARGET.possible(task, {"rows": 32, "keys": 16})
+    assert TARGET.possible(task, {"keys": 16})

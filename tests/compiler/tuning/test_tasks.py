@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_the_products_of_a_llama(
             if calls:
                 wanted.setdefault((kernel, columns, depth), Counter())[rows] += calls
     assert products(tasks) == wanted
+
+
+def test_products_of_feed_forward_parts_are_called_for_slices(model_file: ModelFile) -> None:
+    """Of the tiny model gate and up, in one product, are in slices; the other products are not."""
+    decision = decided(model_file("llama"), Workload(8, 200))[0]
+    chunk, target = decision.plan.chunk, targets_of(decision.variant.lowered.machine)[0]
+    rows = chunk // 2 - 20  # two slices and 40 rows
+    sliced = replace(decision, plan=replace(decision.plan, ffn_chunk=rows))
+    whole, parts = (products(list(find_tasks(d, target))) for d in (decision, sliced))
+    key = ("product_many", 2 * INNER, HIDDEN)
+    calls = whole[key].pop(chunk)
+    assert (parts[key].pop(rows), parts[key].pop(40)) == (2 * calls, calls)
+    assert parts == whole
 
 
 def test_the_attention_of_a_llama(model_file: ModelFile) -> None:
@@ -148,8 +162,6 @@ def test_what_is_no_task(data: dict[str, object]) -> None:
 
 
 def test_names_tell_a_persons_tasks_apart() -> None:
-    from dataclasses import replace
-
     from kvc_passes.weight_format import WeightFormat
 
     some = [

@@ -36,6 +36,13 @@ def test_a_kernel_that_was_measured() -> None:
     assert records.of(MANY) == Choice("measured", {})
 
 
+def test_what_no_longer_names_a_kernel_is_passed_over() -> None:
+    shape = json.loads(attention("prefill").parameters)
+    del shape["distances"]
+    damaged = [f"prefill {json.dumps(shape)}", "product_few x", 'gpu_product {"columns": 1}', "prefill"]
+    assert Records([replace(record(FEW), task=task) for task in damaged]).best == {}
+
+
 def test_the_best_wins_whatever_the_order() -> None:
     some = [record(share=share, knobs={"ahead": n}) for n, share in enumerate((0.9, 0.7, 0.8))]
     some.append(record(outcome="worse", share=0.1))

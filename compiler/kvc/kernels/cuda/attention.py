@@ -58,7 +58,7 @@ def prefill_kernel(
     architectures of its kind.
     """
     most, keys, warps, stages = chosen(knobs, prefill_blocks(shape, x_dtype, arch))
-    rows = min(max(power(tile * shape.group), 16), most)
+    rows = max(min(max(power(tile * shape.group), 16), most), power(shape.group))  # a token's heads at least
     constants = {
         "H": shape.heads,
         **_sizes(shape),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -202,7 +202,7 @@ class CudaAttention:
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        key = ("prefill", shape, self.usual_tile or self.tile, self.context, dtype)
+        key = ("prefill", shape, self.usual_tile or self.tile, self.tile, dtype)
         return self.variants.function(key, lambda arch, knobs: self._prefill(site, dtype, arch, knobs))
 
     def _prefill(self, site: AttentionSite, dtype: str, arch: int, knobs: Knobs) -> PrimFunc:
@@ -258,7 +258,8 @@ class CudaAttention:
     def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
         """The pools as arguments, by the names that kernels have for them."""
         names = {"x": "xpool", "k": "kpool", "v": "vpool", "k_scale": "kscale", "v_scale": "vscale"}
-        state = site.state(self.page_size, self.keys_transposed)
+        # Those of another site are as this one's would be.
+        state = replace(site, owner=None).state(self.page_size, self.keys_transposed)
         return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
 
 

@@ -48,6 +48,27 @@ def test_a_launch_has_the_kernels_parameters_and_no_shared_memory_yet() -> None:
     assert int(call.args[-1].value) == SHARED
 
 
+def test_a_function_is_made_again_with_its_own_tile() -> None:
+    """Of several lowerings of a model, whose tiles differ, each has the function that it asked for."""
+    variants = Variants(80)
+    tall, short = (CudaAttention(variants, tile, CONTEXT, usual_tile=32) for tile in (64, 32))
+    module = IRModule({"tall": tall.prefill(WIDE, "float16").with_attr("global_symbol", "tall")})
+    short.prefill(WIDE, "float16")
+    (name,) = names(variants.remade(module, 90)["tall"])
+    assert dict(variants.kernels[name].constants)["TILE"] == 64
+
+
+def test_a_layer_reads_what_another_one_keeps() -> None:
+    whole = site(
+        heads=4, kv_heads=1, head_dim=64, value_dim=64, kv_dtype="float16", kept="encoder_output", sliced=None
+    )
+    kernels = CudaAttention.for_sites((whole,), CONTEXT, Variants(80))
+    sites = (whole, replace(whole, owner=0))
+    shapes = [[p.shape for p in kernels.decode(each, "float16").params] for each in sites]
+    assert len(shapes[0]) == len(shapes[1])
+    assert list(shapes[0][1])[1:] == list(shapes[1][1])[1:]
+
+
 def test_decode_splits_what_is_worth_it() -> None:
     kernels = CudaAttention.for_sites((WIDE,), CONTEXT, Variants(80))
     assert len(launches(kernels.decode(WIDE, "float16"))) == 2  # shares, then their merge

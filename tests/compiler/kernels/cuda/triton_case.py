@@ -35,6 +35,7 @@ SHAPES = {
     "window": AttentionShape(4, 4, 72, 48, 0.12, window=37),
     "wide window": AttentionShape(2, 1, 64, 64, 0.12, window=1040, page_size=128),
     "wide chunks": AttentionShape(2, 1, 64, 64, 0.12, chunk=1024, page_size=64),
+    "more heads than rows": AttentionShape(40, 1, 64, 64, 0.1, page_size=64),
     "wide group, sinks": AttentionShape(16, 1, 128, 128, 0.09, sink_scores=True, page_size=64),
     "chunks": AttentionShape(4, 2, 48, 48, 0.2, chunk=50, page_size=32),
     "sink keys": AttentionShape(4, 2, 64, 72, 0.2, window=37, sink_keys=19, slopes=True),
