@@ -128,7 +128,7 @@ class _Part(Terms):
         width: int,
     ) -> None:
         super().__init__(provenance, key, begin, width, lambda var: var == source)
-        self.value, self.begin, self.width = value, begin, width
+        self.value, self.begin = value, begin
         self.scales: list[_Scale] = []
         """Of the terms of elements that are turned, once they were read."""
 
@@ -148,11 +148,11 @@ class _Part(Terms):
         self._check(other, shift)
         if own.negative or other.negative != negative:
             raise Unprovable("is turned with other signs")
-        found = [*self._angles(own), *self._angles(other)]
-        if len(found) != 2 or not self._angles(own):
+        cosines, sines = self._angles(own), self._angles(other)
+        if len(cosines) != 1 or len(sines) != 1:
             raise Unprovable("is no sum of two products with what depends on positions")
         self.scales = [self._scale(own, 0), self._scale(other, shift)]
-        return found[0], found[1]
+        return cosines[0], sines[0]
 
     def _check(self, term: Term, shift: int) -> None:
         if not self._is(term, shift):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from tvm import relax, tirx
 from tvm.ir import GenericConst
 from tvm.sym import Analyzer
@@ -46,6 +47,7 @@ class Terms:
         self.provenance, self.graph, self._ends = provenance, provenance.graph, ends
         analyzer, tokens = Analyzer(), provenance.tokens
         bind_extent(analyzer, tokens, 1)
+        self.width = width
         self.h, self.t = bind_index(analyzer, "h", dims(operand)[1]), bind_index(analyzer, "t", tokens)
         self.d = bind_index(analyzer, "d", width)
         self._seen: list[tuple[relax.Var, Index, tirx.Var]] = []
@@ -111,13 +113,23 @@ class Terms:
     def _text(self, value: relax.Expr, index: Index) -> str:
         if isinstance(value, GenericConst):
             known = scalar(value)
-            return repr(value.value.numpy().tolist()) if known is None else repr(known)
+            return self._table_text(value.value.numpy(), index) if known is None else repr(known)
         var, at = self.leaf(value, index)
         call = self.graph.resolve(var)
         if op_name(call) in ("cos", "sin", "multiply"):
             return f"{op_name(call)}({', '.join(self._text(a, aligned(a, at)) for a in call.args)})"
         places = [str(self._named(i)) for i in at]
         return f"{var.name}[{', '.join(places)}]"
+
+    def _table_text(self, table: np.ndarray, index: Index) -> str:
+        """Of the part of a constant that d = 0, 1, .. reads, where d stands in one place alone."""
+        places = [self._named(i) for i in index]
+        for axis, place in enumerate(places):
+            first = self.elements.simplify(replaced(place, _ELEMENT, 0))
+            if isinstance(first, int) and self.elements.prove(tirx.EQ(place, _ELEMENT + first)):
+                table = table.take(range(first, first + self.width), axis)
+                places[axis] = _ELEMENT
+        return f"{table.tolist()}[{', '.join(map(str, places))}]"
 
     def _named(self, index: Any) -> Any:
         """An index with names for the symbols that are the same for all operands."""

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from rotary_graphs import turned
-from test_rotations import by_halves, halves, interleaved, the_other_way, with_other_cosines
+from test_rotations import (
+    by_halves,
+    halves,
+    interleaved,
+    the_other_way,
+    with_other_cosines,
+    with_scaled_cosines,
+)
 from tvm import relax
 from tvm.relax import op
 from value_graphs import DIM, KV_HEADS, attention, by_weight, norm
@@ -114,10 +121,19 @@ def half_scaled(emit: Draft, x: relax.Var) -> relax.Expr:
     return op.concat([emit(op.multiply(first, relax.const(np.float32(2)))), rest], axis=-1)
 
 
+def both_on_one(emit: Draft, x: relax.Var, cosine: relax.Var, sine: relax.Var) -> relax.Var:
+    """a cos sin - b, b cos sin + a: no rotation, though it has a cosine and a sine."""
+    (a, b), (c, _), (s, _) = (halves(emit, v) for v in (x, cosine, sine))
+    low, high = (emit(op.multiply(emit(op.multiply(y, c)), s)) for y in (a, b))
+    return emit(op.concat([emit(op.subtract(low, b)), emit(op.add(high, a))], axis=-1))
+
+
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
         ((by_weight, backwards), {}, "is turned with other signs"),
+        ((by_weight, both_on_one), {}, "is no sum of two products with what depends on positions"),
+        ((by_weight, with_scaled_cosines), {}, "by other cosines or sines in its second half"),
         ((by_weight, the_other_way), {}, "by other cosines or sines in its second half"),
         ((by_weight, with_other_cosines), {}, "by other cosines or sines in its second half"),
         ((by_weight, interleaved), {}, OTHERS),

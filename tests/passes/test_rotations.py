@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from rotary_graphs import DIM, HALF, Turn, attention, turned
 from tvm import relax
@@ -62,6 +63,25 @@ def with_other_cosines(emit: Draft, x: relax.Var, cosine: relax.Var, sine: relax
     return turned(emit, x, emit(op.concat([a, emit(op.add(b, b))], axis=-1)), sine)
 
 
+def scaled(emit: Draft, cosine: relax.Var, factors: np.ndarray) -> relax.Var:
+    return emit(op.multiply(cosine, relax.const(factors.astype(np.float32))))
+
+
+def with_scaled_cosines(emit: Draft, x: relax.Var, cosine: relax.Var, sine: relax.Var) -> relax.Var:
+    """The second half by other numbers than the first."""
+    width = int(x.ty.shape.values[3].value)
+    return turned(emit, x, scaled(emit, cosine, np.arange(1, width + 1)), sine)
+
+
+def with_cosines_scaled_alike(emit: Draft, x: relax.Var, cosine: relax.Var, sine: relax.Var) -> relax.Var:
+    half = int(x.ty.shape.values[3].value) // 2
+    return turned(emit, x, scaled(emit, cosine, np.tile(np.arange(1, half + 1), 2)), sine)
+
+
+def test_cosines_that_are_scaled_alike_in_both_halves() -> None:
+    assert read(with_cosines_scaled_alike).half == HALF
+
+
 def interleaved(emit: Draft, x: relax.Var, cosine: relax.Var, sine: relax.Var) -> relax.Var:
     width = int(x.ty.shape.values[3].value)
     a, b = (emit(op.strided_slice(x, [3], [i], [width], [2], assume_inbound=True)) for i in (0, 1))
@@ -75,7 +95,15 @@ def squared(emit: Draft, x: relax.Var, cosine: relax.Var, sine: relax.Var) -> re
 
 
 @pytest.mark.parametrize(
-    "turn", [the_other_way, with_other_cosines, interleaved, squared, lambda emit, x, c, s: emit(op.tanh(x))]
+    "turn",
+    [
+        the_other_way,
+        with_other_cosines,
+        with_scaled_cosines,
+        interleaved,
+        squared,
+        lambda emit, x, c, s: emit(op.tanh(x)),
+    ],
 )
 def test_what_is_no_rotation_by_halves(turn: Turn) -> None:
     with pytest.raises(Unprovable):
