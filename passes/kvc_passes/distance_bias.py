@@ -15,7 +15,7 @@ from .affine import Affine
 from .conditions import Unprovable, is_condition
 from .element import Elements, Index
 from .element_rules import RULES
-from .graph import Graph, dims, op_name, static
+from .graph import Graph, aligned, dims, op_name, static
 from .indices import int64, replaced
 
 _EXACT: Final = 4096
@@ -26,6 +26,12 @@ _MOST: Final = 2.0**10
 """Larger numbers in a table are none of a bias."""
 _ROUNDING: Final = 2.0**-20
 """By which a float may be off, relatively: a few operations in float32."""
+_WHOLE: Final = 1 << 24
+"""Up to here float32 has every integer."""
+_TYPES: Final = ("bool", "int32", "int64", "float32", "float64")
+"""Of values that are followed: narrower ones wrap, or round more."""
+_WIDER: Final = [(narrow, wide) for narrow in ("float16", "bfloat16") for wide in ("float32", "float64")]
+"""Casts that leave every number as it is."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,22 @@ class Span:
         """With what float32 may make of it."""
         slack = _ROUNDING * np.maximum(np.abs(self.low), np.abs(self.high)) + 1e-30
         return Span(self.low - slack, self.high + slack)
+
+    def kept_in(self, dtype: str) -> Span:
+        """As integers of a type: any of them where one may not fit."""
+        info = np.iinfo(dtype)
+        fits = (self.low >= info.min) & (self.high <= info.max)
+        return Span(np.where(fits, self.low, info.min), np.where(fits, self.high, info.max))
+
+    def cast(self, source: str, target: str) -> Span:
+        """As numbers of the type `target`; both are of `_TYPES`."""
+        if target == "bool":
+            surely, maybe = (self.low > 0) | (self.high < 0), (self.low != 0) | (self.high != 0)
+            return Span(surely.astype(float), maybe.astype(float))
+        if "int" in target:
+            return Span(np.trunc(self.low), np.trunc(self.high)).kept_in(target)
+        exact = max(np.abs(self.low).max(), np.abs(self.high).max()) <= _WHOLE and "float" not in source
+        return self if exact or source == target else self.rounded()
 
 
 _DISTANCE: Final = Span(
@@ -144,7 +166,8 @@ class Distances(Elements):
         """A Span. Raises Unprovable for what depends on more than the distance."""
         reason = Unprovable("depends on more than the distance between query and key")
         try:
-            return self._evaluated(self.exact.at(value, index))
+            found = self._evaluated(self.exact.at(value, index))
+            return found.kept_in(_dtype(value)) if "int" in _dtype(value) else found
         except Unprovable as error:
             call = self.graph.definitions.get(value) if isinstance(value, relax.Var) else None
             if call is None:
@@ -155,18 +178,18 @@ class Distances(Elements):
             raise (reason if self._expressed(value, index) else error) from None
 
     def _of_call(self, value: relax.Var, call: relax.Call, index: Index) -> Any:
-        name, floats = op_name(call), "float" in str(value.ty.dtype.dtype)
+        name, dtype = op_name(call), _dtype(value)
+        floats = "float" in dtype
         if name in _MOVES:
             return RULES[name](self, call, index)
         if name in ("full", "full_like"):
             return self.at(call.args[1], [])
         if name == "astype":
-            inner = self.at(call.args[0], index)
-            return inner if floats else Span(np.trunc(inner.low), np.trunc(inner.high))
+            return self.at(call.args[0], index).cast(_dtype(call.args[0]), dtype)
         if name not in _OPERATIONS or (name == "divide" and not floats):
             raise _NoRule(f"uses the operation {name}, which has no rule for distances")
-        result = _OPERATIONS[name](*(self.at(o, _aligned(o, index)) for o in call.args))
-        return result.rounded() if floats else result
+        result = _OPERATIONS[name](*(self.at(o, aligned(o, index)) for o in call.args))
+        return result.rounded() if floats else result if dtype == "bool" else result.kept_in(dtype)
 
     def simplify(self, value: Any) -> Any:
         return self.exact.simplify(value)
@@ -224,7 +247,7 @@ class LearnedBias:
             if call is None or op_name(call) != "take" or int(call.attrs.axis or 0) != 0:
                 continue
             data = graph.resolve(call.args[0])
-            while op_name(data) == "astype":
+            while op_name(data) == "astype" and (_dtype(data.args[0]), _dtype(data)) in _WIDER:
                 data = graph.resolve(data.args[0])
             table = tables.get(data) if isinstance(data, relax.Var) else None
             if isinstance(data, tvm.ir.GenericConst):
@@ -268,6 +291,9 @@ class LearnedBias:
         rest = first[rank:]
         if len(rest) != 1 or not isinstance(rest[0], tirx.Var) or not rest[0].same_as(head):
             raise Unprovable("adds a learned bias that is not one of each head")
+        made_of = [v for v in elements.graph.ancestors([call.args[1]]) if isinstance(v.ty, relax.TensorType)]
+        for dtype in sorted({_dtype(v) for v in made_of}.difference(_TYPES)):
+            raise Unprovable(f"adds a learned bias by a bucket that is computed in {dtype}")
         span = Distances(elements, position, key).at(call.args[1], first[:rank])
         if not span.exact:
             raise Unprovable(
@@ -281,6 +307,5 @@ class LearnedBias:
         return tuple(tuple(map(float, column[buckets[: last + 1]])) for column in self.table.T)
 
 
-def _aligned(value: relax.Expr, index: Index) -> list[Any]:
-    shape = dims(value)
-    return [0 if static(d) == 1 else i for d, i in zip(shape, list(index)[len(index) - len(shape) :])]
+def _dtype(value: relax.Expr) -> str:
+    return str(value.ty.dtype.dtype)

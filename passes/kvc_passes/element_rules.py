@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tvm import relax, tirx
 
 from .affine import Affine
 from .arithmetic_rules import ARITHMETIC
 from .conditions import Unprovable, as_condition, both, choose, either, is_condition, lift, negate
-from .graph import dims, op_name, operands, static
+from .graph import aligned, dims, op_name, operands, static
 from .indices import bind_index, divided, int64
 from .regroup import regroup
 
@@ -20,15 +21,9 @@ if TYPE_CHECKING:
 Index = Sequence[Any]
 
 
-def _align(value: relax.Expr, index: Index) -> list[Any]:
-    """The index into an operand that was broadcast to the rank of `index`."""
-    shape = dims(value)
-    return [0 if static(d) == 1 else i for d, i in zip(shape, list(index)[len(index) - len(shape) :])]
-
-
 def _elementwise(function: Callable[..., Any]) -> Callable[[Elements, relax.Call, Index], Any]:
     def rule(elements: Elements, call: relax.Call, index: Index) -> Any:
-        values = [elements.at(operand, _align(operand, index)) for operand in operands(call)]
+        values = [elements.at(operand, aligned(operand, index)) for operand in operands(call)]
         return lift(lambda *v: elements.simplify(function(*v)), *values)
 
     return rule
@@ -48,7 +43,7 @@ def _divide(elements: Elements, call: relax.Call, index: Index) -> Any:
 
 
 def _where(elements: Elements, call: relax.Call, index: Index) -> Any:
-    condition, then, other = (elements.at(o, _align(o, index)) for o in operands(call))
+    condition, then, other = (elements.at(o, aligned(o, index)) for o in operands(call))
     return choose(condition, then, other)
 
 
@@ -90,9 +85,18 @@ def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
             if one == 1 and isinstance(one, int):
                 raise Unprovable("rounds a value that depends on the position")
             return v
-        return choose(v, one, type(one)(0)) if is_condition(v) else v
+        if is_condition(v):
+            return choose(v, one, type(one)(0))
+        if "int" in target and target != "int64" and not _fits(elements, v, target):
+            raise Unprovable(f"makes a number {target} that may not fit")
+        return v
 
     return lift(convert, value)
+
+
+def _fits(elements: Elements, value: Any, dtype: str) -> bool:
+    info = np.iinfo(dtype)
+    return elements.prove(tirx.And(value >= int64(int(info.min)), value <= int64(int(info.max))))
 
 
 def _arange(elements: Elements, call: relax.Call, index: Index) -> Any:
@@ -129,7 +133,7 @@ def _squeeze(elements: Elements, call: relax.Call, index: Index) -> Any:
 
 
 def _broadcast_to(elements: Elements, call: relax.Call, index: Index) -> Any:
-    return elements.at(call.args[0], _align(call.args[0], index))
+    return elements.at(call.args[0], aligned(call.args[0], index))
 
 
 def _reshape(elements: Elements, call: relax.Call, index: Index) -> Any:

@@ -138,6 +138,13 @@ def dims(value: relax.Expr) -> list[tvm.ir.PrimExpr]:
     return [] if shape is None else list(shape.values)
 
 
+def aligned(operand: relax.Expr, index: Sequence[Any]) -> list[Any]:
+    """The index into an operand that was broadcast to the rank of `index`."""
+    shape = dims(operand)
+    rest = list(index)[len(index) - len(shape) :]
+    return [0 if static(d) == 1 else i for d, i in zip(shape, rest)]
+
+
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two lists of dimensions are written alike."""
     return len(a) == len(b) and all(structural_equal(x, y) for x, y in zip(a, b))

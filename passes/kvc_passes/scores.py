@@ -12,7 +12,7 @@ from tvm.sym import Analyzer
 
 from .conditions import Unprovable
 from .element import Elements
-from .graph import Graph, dims, op_name, operands, same_shape, scalar, static
+from .graph import Graph, aligned, dims, op_name, operands, same_shape, scalar, static
 from .indices import bind_extent, bind_index, int64
 from .markers import SDPA, Sdpa, attributes, tensors
 from .masks import HIDDEN, Mask, Place
@@ -138,7 +138,7 @@ class ScoreReader:
     def _marked_mask(self, mask: relax.Expr, s: Symbols) -> Mask:
         whole = [s.b, s.place.head, s.place.query, s.place.key]
         use: Any = "keep" if str(mask.ty.dtype.dtype) == "bool" else "add"
-        return Mask(mask, use, tuple(_aligned(mask, whole)))
+        return Mask(mask, use, tuple(aligned(mask, whole)))
 
     def _spelled_out(self, var: relax.Var, call: relax.Call) -> Scores:
         shape = dims(var)
@@ -194,7 +194,7 @@ class ScoreReader:
                 at.sinks = sinks, (*at.index[:-1], 0)
             elif (found := self._mask(call, name)) is not None:
                 at.value, mask, use = found
-                at.masks.append(Mask(mask, use, tuple(_aligned(mask, at.index))))
+                at.masks.append(Mask(mask, use, tuple(aligned(mask, at.index))))
             else:
                 return at
 
@@ -333,9 +333,3 @@ class ScoreReader:
         test = self.graph.resolve(condition)
         guards = op_name(test) == "isnan" and self.graph.alias(test.args[0]) == var
         return guards and scalar(zero, self.graph) == 0 and self.graph.alias(kept) == var
-
-
-def _aligned(value: relax.Expr, index: list[Any]) -> list[Any]:
-    """The index into a value that is broadcast to the rank of `index`."""
-    shape = dims(value)
-    return [0 if static(d) == 1 else i for d, i in zip(shape, index[len(index) - len(shape) :])]

@@ -13,7 +13,7 @@ from .conditions import Unprovable, both
 from .distance_bias import LearnedBias
 from .element import Elements, Index
 from .facts import Roles
-from .graph import Graph, dims, static
+from .graph import Graph, aligned, dims
 from .indices import bind_index, int64, replaced
 from .masks import (
     Mask,
@@ -174,11 +174,10 @@ class MaskProver:
             return None
         value, index = scores.sinks
         elements, place = self._elements(scores.symbols, lambda index: 1), scores.symbols.place
-        aligned = tuple(0 if static(d) == 1 else i for i, d in zip(index, dims(value)))
         adds_nothing(elements, scores.masks)
         found = []
         for head in range(place.heads):
-            at = _at_head(Mask(value, "add", aligned), place, head)
+            at = _at_head(Mask(value, "add", tuple(aligned(value, index))), place, head)
             score = elements.at(value, list(at.index))
             if not isinstance(score, float):
                 raise Unprovable("has something beside the scores that is not one number a head")

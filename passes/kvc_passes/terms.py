@@ -13,7 +13,7 @@ from tvm.sym import Analyzer
 
 from .conditions import Unprovable
 from .element import Elements, Index
-from .graph import dims, op_name, scalar, static
+from .graph import aligned, dims, op_name, scalar
 from .indices import bind_extent, bind_index, int64, replaced
 from .provenance import Provenance
 
@@ -140,13 +140,6 @@ class Terms:
 
 
 _HEAD, _TOKEN, _ELEMENT = (tirx.Var(name, "int64") for name in "htd")
-
-
-def aligned(operand: relax.Expr, index: Index) -> list[Any]:
-    """The index into an operand that was broadcast to the rank of `index`."""
-    shape = dims(operand)
-    rest = list(index)[len(index) - len(shape) :]
-    return [0 if static(d) == 1 else i for d, i in zip(shape, rest)]
 
 
 def _negated(term: Term) -> Term:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from attention_graphs import HEADS, MIN, Attention, Context, causal, f32, i64
 from mask_graphs import Emit, Mask, alibi, alibi_and_causal, check_numbers, constant
+from tvm import relax
 from tvm.relax import op
 
 from kvc_passes.errors import UnsupportedModel
@@ -15,6 +16,10 @@ from kvc_passes.facts import ModelFacts, facts_from_json, to_json
 
 BUCKETS, EXACT, FARTHEST = 32, 16, 128
 TABLE = np.random.default_rng(0).normal(0, 0.5, (BUCKETS, HEADS)).astype(np.float32)
+
+
+def f16(value: float) -> Any:
+    return relax.const(np.float16(value))
 
 
 def distance(emit: Emit, c: Context) -> Any:
@@ -85,6 +90,20 @@ def test_with_slopes_and_few_buckets() -> None:
     check_numbers(attention, site)
 
 
+def by_bool(emit: Emit, c: Context) -> Mask:
+    """Whether the key is before the query, as a bucket and a condition."""
+    relative = emit(op.minimum(emit(op.subtract(c.key(emit), c.query(emit))), i64(0)))
+    before = emit(op.astype(relative, "bool"))
+    return looked_up(emit, emit(op.where(before, i64(1), i64(0))))
+
+
+def test_a_condition_of_the_distance() -> None:
+    attention = Attention(by_bool, apply=in_mask)
+    (site,) = attention.recognize().facts
+    np.testing.assert_array_equal(site.bias, TABLE[:2].T)
+    check_numbers(attention, site)
+
+
 def of_query(emit: Emit, c: Context) -> Mask:
     query = emit(op.broadcast_to(emit(op.minimum(c.query(emit), i64(9))), [c.sequence, c.total]))
     return looked_up(emit, query)
@@ -120,7 +139,48 @@ def of_padding(emit: Emit, c: Context) -> Mask:
     return looked_up(emit, emit(op.broadcast_to(near, [c.sequence, c.total])))
 
 
+def narrow(dtype: str, *, before: bool = False) -> Any:
+    """min(q - k, 9), which `dtype` holds, of a distance that it does not hold; or the distance itself."""
+
+    def mask(emit: Emit, c: Context) -> Mask:
+        d = distance(emit, c) if not before else emit(op.subtract(c.query(emit), c.key(emit)))
+        cut = emit(op.astype(emit(op.astype(d, dtype)), "int64"))
+        return looked_up(emit, emit(op.minimum(emit(op.abs(cut)), i64(9))))
+
+    return mask
+
+
+def in_half_precision(emit: Emit, c: Context) -> Mask:
+    """With 16 exact buckets and farthest=100, float16 has another bucket at distance 40."""
+    d = distance(emit, c)
+    ratio = emit(op.divide(emit(op.astype(d, "float16")), f16(EXACT)))
+    share = emit(op.divide(emit(op.log(ratio)), f16(np.log(100 / EXACT))))
+    steps = emit(op.astype(emit(op.multiply(share, f16(EXACT))), "int64"))
+    far = emit(op.minimum(emit(op.add(steps, i64(EXACT))), i64(BUCKETS - 1)))
+    return looked_up(emit, emit(op.where(emit(op.less(d, i64(EXACT))), d, far)))
+
+
+def past_its_type(emit: Emit, c: Context) -> Mask:
+    """2^22 times the distance, in int32: negative again from distance 512 on."""
+    d = emit(op.astype(emit(op.multiply(distance(emit, c), i64(1 << 22))), "int32"))
+    cut = emit(op.astype(emit(op.minimum(d, relax.const(9, "int32"))), "int64"))
+    return looked_up(emit, emit(op.maximum(cut, i64(0))))
+
+
+def truncated_table(emit: Emit, c: Context) -> Mask:
+    whole = emit(op.astype(emit(op.astype(constant(TABLE), "int32")), "float32"))
+    near = emit(op.minimum(distance(emit, c), i64(9)))
+    found = emit(op.take(whole, near, axis=0, mode="wrap"))
+    return emit(op.expand_dims(emit(op.permute_dims(found, [2, 0, 1])), [0]))
+
+
 REFUSED = {
+    "a distance that wraps in int8": (narrow("int8"), "int8"),
+    "a difference that wraps in int8": (narrow("int8", before=True), "int8"),
+    "a distance of float16": (narrow("float16"), "float16"),
+    "a distance in int32 that wraps": (past_its_type, "never ends"),
+    "a bucket that float16 has elsewhere": (in_half_precision, "float16"),
+    "a table without its fractions": (truncated_table, ""),
     "of the query": (of_query, "depends on more than the distance"),
     "of query plus key": (of_sum, "depends on more than the distance"),
     "of the tokens between": (of_padding, "depends on more than the distance"),
