@@ -87,7 +87,8 @@ def _cast(elements: Elements, call: relax.Call, index: Index) -> Any:
             return v
         if is_condition(v):
             return choose(v, one, type(one)(0))
-        if "int" in target and target != "int64" and not _fits(elements, v, target):
+        # Positions fit int32.
+        if "int" in target and target not in ("int32", "int64") and not _fits(elements, v, target):
             raise Unprovable(f"makes a number {target} that may not fit")
         return v
 
