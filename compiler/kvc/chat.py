@@ -14,27 +14,25 @@ from numpy.typing import NDArray
 from kvc_passes.errors import InputError
 
 from .runtime import Completion, SamplingParams, Session, load
+from .runtime.answers import EncoderInputs, sources_of
 
 
 def answer(options: argparse.Namespace) -> int:
     """Answer the given prompts; one is streamed, several are served together and printed in order."""
     prompts = options.prompt or _read_prompts(options.prompts_file)
     sampling = _sampling(options)
-    memory = [_read_array(path) for path in options.memory]
-    if memory and len(memory) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts, and --memory for {len(memory)}: give one for each prompt")
-    inputs = _read_inputs(options.encoder_input, len(prompts))
+    memory = [_read_array(path) for path in options.memory] or None
+    inputs = _read_inputs(options.encoder_input) or None
+    sources = sources_of(len(prompts), memory, inputs)  # refuse another number before the model is loaded
     with load(options.artifact) as session:
         chat = session.text.has_template if options.chat is None else options.chat
         if len(prompts) == 1:
-            given, more = memory[0] if memory else None, inputs[0] if inputs else None
-            for piece in session.stream(prompts[0], chat=chat, memory=given, encoder_inputs=more, **sampling):
+            rows, given = sources[0]
+            for piece in session.stream(prompts[0], chat=chat, memory=rows, encoder_inputs=given, **sampling):
                 print(piece, end="", flush=True)
             print()
         else:
-            answers = session.generate(
-                prompts, chat=chat, memory=memory or None, encoder_inputs=inputs or None, **sampling
-            )
+            answers = session.generate(prompts, chat=chat, memory=memory, encoder_inputs=inputs, **sampling)
             for prompt, completion in zip(prompts, answers):
                 _show(prompt, completion)
         _summary(session)
@@ -49,6 +47,11 @@ def converse(options: argparse.Namespace) -> int:
     """Chat on the terminal until the end of input; an interrupt ends the answer, not the chat."""
     sampling = _sampling(options)
     with load(options.artifact) as session:
+        if session.reads_memory:
+            raise InputError(
+                f"{options.artifact}: the model reads an encoder's output, which a conversation has not: give "
+                "--prompt TEXT with --memory or --encoder-input"
+            )
         if options.chat is False or not session.text.has_template:
             raise InputError(f"{options.artifact}: a conversation needs a chat template; give --prompt TEXT")
         print(
@@ -100,24 +103,15 @@ def _read_prompts(path: Path) -> list[str]:
     return lines
 
 
-def _read_inputs(given: Sequence[str], prompts: int) -> list[dict[str, NDArray[Any]]]:
-    """The encoder's inputs of each prompt: a file for each, or one with all along the first axis."""
+def _read_inputs(given: Sequence[str]) -> EncoderInputs:
+    """The encoder's inputs by name: the one array that was given, or all of them."""
     found: dict[str, list[NDArray[Any]]] = {}
     for text in given:
         name, _, file = text.partition("=")
         if not name or not file:
             raise InputError(f"--encoder-input {text}: write it as NAME=FILE.npy")
         found.setdefault(name, []).append(_read_array(Path(file)))
-    for name, arrays in found.items():
-        whole = arrays[0]
-        if len(arrays) == 1 < prompts and whole.ndim and len(whole) == prompts:
-            found[name] = list(whole)
-        elif len(arrays) != prompts:
-            raise InputError(
-                f"{prompts} prompts, and --encoder-input {name} for {len(arrays)}: give one for each prompt, "
-                "or one with all along its first axis"
-            )
-    return [{name: arrays[i] for name, arrays in found.items()} for i in range(prompts)] if found else []
+    return {name: arrays if len(arrays) > 1 else arrays[0] for name, arrays in found.items()}
 
 
 def _read_array(path: Path) -> NDArray[Any]:

@@ -320,6 +320,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.prompt or options.prompts_file:
         return answer(options)
+    if options.memory or options.encoder_input:
+        raise InputError("--memory and --encoder-input come with prompts: give --prompt or --prompts-file")
     if sys.stdin.isatty() and sys.stdout.isatty():
         return converse(options)
     raise InputError(

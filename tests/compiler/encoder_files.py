@@ -40,6 +40,21 @@ def plain(path: Path, inputs: dict[str, Shape], output: Shape, kind: int = Tenso
     return save(path, [helper.make_node("Tanh", [next(iter(inputs))], ["rows"])], inputs, output, kind=kind)
 
 
+def pooled(path: Path) -> Path:
+    """features [batch, 9, 64] -> rows, and a second output of weights of its own, of an unknown operator."""
+    nodes = [
+        helper.make_node("MatMul", ["features", "w"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "p"], ["q"]),
+        helper.make_node("Unknown", ["q"], ["pooled"], domain="elsewhere"),
+    ]
+    shape = ["batch", 9, 64]
+    save(path, nodes, {"features": shape}, shape, [_floats("w", 64, 64), _floats("p", 64, 512)])
+    model = onnx.load(path)
+    model.graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["batch", 9, 512]))
+    onnx.save(model, path)
+    return path
+
+
 def wide(path: Path, rows: int, width: int, middle: int = 512) -> Path:
     """features [batch, rows, width] -> rows: each element becomes `middle` and a sum over them."""
     axes = numpy_helper.from_array(np.array([3]), "axes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 import kvc
+from kvc.arguments import add_run
+from kvc.chat import converse
 from kvc.checks import measure_peak
 from kvc.runtime.pages import Pages
 from kvc.widen import widen
@@ -166,6 +169,13 @@ def test_what_a_compile_refuses(model_file: ModelFile) -> None:
         kvc.plan(whisper, budget="1MB", workload="2x64+40")
 
 
+def test_a_conversation_is_refused(whisper: kvc.Artifact) -> None:
+    parser = argparse.ArgumentParser()
+    add_run(parser)
+    with pytest.raises(InputError, match="reads an encoder's output, which a conversation has not"):
+        converse(parser.parse_args([str(whisper.path)]))
+
+
 def test_the_command(model_file: ModelFile, whisper: kvc.Artifact, run: Run, tmp_path: Path) -> None:
     shown = run("inspect", model_file("tiny-whisper"))
     assert shown.status == 0
@@ -176,10 +186,14 @@ def test_the_command(model_file: ModelFile, whisper: kvc.Artifact, run: Run, tmp
     np.save(file, memories(12)[0])
     text.write_text("rows")
     prompt = ("run", whisper.path, "--no-chat", "--max-new-tokens", "4", "--prompt", "once")
+    assert "come with prompts" in run("run", whisper.path, "--memory", file).refusal()
+    assert "come with prompts" in run("run", whisper.path, "--encoder-input", f"x={file}").refusal()
     answer = run(*prompt, "--memory", file)
     assert answer.status == 0
     assert "decode 3 tokens" in answer.err
     assert "the model reads an encoder's output: give one" in run(*prompt).refusal()
     assert "cannot be read: it is no .npy file" in run(*prompt, "--memory", text).refusal()
     assert "cannot be read: No such file" in run(*prompt, "--memory", tmp_path / "no.npy").refusal()
-    assert "1 prompts, and --memory for 2" in run(*prompt, "--memory", file, "--memory", file).refusal()
+    assert (
+        "1 prompts, and encoder outputs for 2" in run(*prompt, "--memory", file, "--memory", file).refusal()
+    )

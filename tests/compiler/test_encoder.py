@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import tvm
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from tvm import relax
 
 from kvc.encoder import PREFIX, Encoder, read_encoder
@@ -22,7 +22,7 @@ from kvc_passes.facts import EncoderInput, ModelFacts
 from kvc_passes.plans import Plan, Workload
 from support import OnnxRuntime
 
-from .encoder_files import plain, wide
+from .encoder_files import plain, pooled, save, wide
 
 ModelFile = Callable[..., Path]
 WIDTH = 64
@@ -171,6 +171,24 @@ def test_an_extent_that_is_fixed(tmp_path: Path) -> None:
     encoder = read(path, {"m": 64})
     assert encoder.facts.inputs == (EncoderInput("x", "float32", (None, 64)),)
     assert read(path, {"m": 64, "n": 7}).facts.inputs[0].shape == (7, 64)
+
+
+def test_what_makes_other_outputs_is_left_away(tmp_path: Path) -> None:
+    encoder = read(pooled(tmp_path / "pooled.onnx"))
+    assert encoder.takes == [PREFIX + "w_packed"]
+    assert (encoder.facts.parameter_bytes, encoder.facts.nodes) == ({"float32": 4 * 64 * 64}, 1)
+    assert encoder.plan(workload(40)).weights == 4 * 64 * 64
+
+
+def test_nodes_keep_their_numbers_in_the_file(tmp_path: Path) -> None:
+    """Where nodes before them are left away."""
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["unused"]),
+        helper.make_node("Unknown", ["x"], ["rows"], domain="elsewhere"),
+    ]
+    path = save(tmp_path / "e.onnx", nodes, {"x": ["b", 9, 64]}, ["b", 9, 64])
+    with pytest.raises(UnsupportedModel, match=r"Unknown \(node '#1'\)"):
+        read(path)
 
 
 def test_a_workload_without_room_is_refused(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_command(bart: kvc.Artifact, run: Run, tmp_path: Path) -> None:
     twice = run(*both, "--encoder-input", f"input_ids={one}", "--encoder-input", f"input_ids={one}")
     assert twice.status == 0
     refused = run(*both, "--encoder-input", f"input_ids={one}").refusal()
-    assert "2 prompts, and --encoder-input input_ids for 1" in refused
+    assert "2 prompts, and the encoder's input 'input_ids' for 1: give one for each prompt, or" in refused
     assert "write it as NAME=FILE.npy" in run(*first, "--encoder-input", one).refusal()
     assert "has no input 'ids'; it reads input_ids" in run(*first, "--encoder-input", f"ids={one}").refusal()
     wanted = "or its inputs: input_ids int64 [1, any], attention_mask int64 [1, any] (optional)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvc.runtime.library import check_cpu, required_features, thread_count
-from kvc_passes.errors import TargetError
+from kvc_passes.errors import InputError, TargetError
 
 AVX2 = "fpu cx16 popcnt sse4_1 sse4_2 ssse3 abm avx avx2 bmi1 bmi2 f16c fma movbe"
 
@@ -68,3 +68,11 @@ def test_threads_are_those_of_the_plan_and_of_the_process() -> None:
     assert thread_count({}) == available
     assert thread_count({"num-cores": 1}) == 1
     assert thread_count({"num-cores": available + 5}) == available
+
+
+def test_threads_whose_memory_is_not_planned_are_refused() -> None:
+    cores = len(os.sched_getaffinity(0)) + 5
+    assert [thread_count({"num-cores": cores}, wanted) for wanted in (1, cores)] == [1, cores]
+    for wanted in (-1, 0, cores + 1):
+        with pytest.raises(InputError, match=f"threads={wanted}: the plan counts the memory of {cores}"):
+            thread_count({"num-cores": cores}, wanted)

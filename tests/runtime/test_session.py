@@ -196,6 +196,14 @@ def test_numpy_tokens_are_taken(bare: Session) -> None:
     assert bare.generate([np.array([1, 2])], max_new_tokens=1)[0].prompt_tokens == [1, 2]  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("given", [5, "ab", [7], [[("ids", 1)]]])
+def test_encoder_inputs_without_names_are_refused(session: Session, given: Any) -> None:
+    with pytest.raises(InputError, match="give arrays by the inputs' names|prompts, and encoder inputs for"):
+        session.generate(["a"], encoder_inputs=given)
+    with pytest.raises(InputError, match="give arrays by the inputs' names"):
+        session.stream("a", encoder_inputs=given)
+
+
 def test_misspelt_option_is_refused(session: Session) -> None:
     with pytest.raises(TypeError, match="temprature"):
         session.generate("a", temprature=1.0)  # type: ignore[call-arg]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ class ImportedEncoder:
 
     Attributes:
         module: `main(inputs..., weights...) -> rows [1, rows, width]`.
-        file: the ONNX file, with its tensors mapped.
+        file: what of the ONNX file makes the output, with its tensors mapped.
         inputs: ONNX names of the inputs, in order.
         masks: those that say which elements are no padding.
         weights: initializer of each weight parameter, by the parameter's name, in parameter order.
@@ -64,8 +64,7 @@ def import_encoder(path: Path, wanted: str | None, fixed: Mapping[str, int]) -> 
     """
     file = read(path)
     output = output_of(file.graph, path, wanted)
-    del file.graph.output[:]
-    file.graph.output.append(output)
+    file = _alone(file, output)
     initializers = {tensor.name for tensor in file.graph.initializer}
     inputs = [value for value in file.graph.input if value.name not in initializers]
     if not inputs:
@@ -100,6 +99,23 @@ def output_of(graph: onnx.GraphProto, path: Path, wanted: str | None) -> onnx.Va
         listed = ", ".join(f"'{v.name}'" for v in graph.output)
         raise UnsupportedModel(f"{path}: no output is [batch, rows, width], as a decoder reads it ({listed})")
     return found[0]
+
+
+def _alone(file: OnnxFile, output: onnx.ValueInfoProto) -> OnnxFile:
+    """The file with one of its outputs, in place, without the nodes and initializers that do not make it."""
+    graph, needed = file.graph, {output.name}
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if needed.isdisjoint(filter(None, node.output)):
+            del graph.node[index]
+        else:
+            node.name = node.name or f"#{index}"  # its place in the file, by which it is told of
+            needed.update(node.input)
+    for values, wanted in ((graph.output, {output.name}), (graph.initializer, needed)):
+        for index in reversed(range(len(values))):
+            if values[index].name not in wanted:
+                del values[index]
+    return replace(file, tensors={tensor.name: file.tensors[tensor.name] for tensor in graph.initializer})
 
 
 def _set_extents(

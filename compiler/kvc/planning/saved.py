@@ -14,7 +14,7 @@ from kvc_passes.sites import STATE_FORMS, FormName
 from kvc_passes.state_forms import KEYS
 
 from ..compilation import judged, legal_forms
-from ..options import format_size
+from ..options import format_size, parse_workload
 from .budget import Draft, check_workload
 from .decide import Decision, Planner
 from .mixes import Chosen
@@ -59,7 +59,7 @@ def read_plan(path: Path) -> SavedPlan:
         return SavedPlan(str(data["model"]), str(data["target"]), tuple(map(str, data["allow"])), plan)
     except OSError as error:
         raise InputError(f"{path}: the plan cannot be read ({error.strerror})") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is no plan that kvc plan --save wrote, or was edited wrongly: {error}"
         ) from None
@@ -72,9 +72,13 @@ def _check_numbers(plan: Plan) -> None:
     numbers |= {f"pages of group {i}": group.pages for i, group in enumerate(plan.groups)}
     for w in plan.workload:
         numbers |= {f"the batch of {w}": w.batch, f"the context of {w}": w.context}
+        numbers |= {f"the encoder's rows of {w}": w.memory} if w.memory else {}
     for name, number in numbers.items():
         if type(number) is not int or not 0 < number < 1 << 63:
             raise ValueError(f"{name} is {number!r}")
+    for w in plan.workload:
+        if parse_workload(str(w)) != (w,):
+            raise ValueError(f"the workload {w} is none")
     if not plan.workload:
         raise ValueError("the workload is empty")
     ffn = plan.ffn_chunk

@@ -28,11 +28,12 @@ def load(
     """Load the artifact `path`; all memory that it will ever use is taken here.
 
     verify: compare the files with the manifest's sha256 first (about 1 s for each 2 GB).
-    threads: threads to compute with, by default those that the plan was made for.
+    threads: threads to compute with, by default those that the plan was made for, and no more: their memory
+        is in the budget.
     warm: run the largest call once: its temporaries are allocated now and not at the first long prompt.
     share: let requests that begin with the same tokens keep them once, and compute them once.
 
-    Raises InputError if the artifact is damaged or memory is lacking, TargetError if it was compiled for
+    Raises InputError if the artifact is damaged, memory is lacking or `threads` are too many, TargetError if it was compiled for
     features that this CPU lacks.
     """
     artifact = Artifact.open(path, verify=verify)

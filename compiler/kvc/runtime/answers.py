@@ -101,10 +101,10 @@ def sources_of(
     if isinstance(inputs, Mapping):
         given = list(batched(inputs, prompts))
     elif inputs is not None:
-        given = list(inputs)
+        given = list(inputs) if isinstance(inputs, Sequence) else [inputs]  # Session says that it is none
     for count, what in ((len(outputs), "encoder outputs"), (len(given), "encoder inputs")):
         if count != prompts:
-            raise InputError(f"{prompts} prompts, and {what} for {count}")
+            raise InputError(f"{prompts} prompts, and {what} for {count}: give one for each prompt")
     return list(zip(outputs, given))
 
 

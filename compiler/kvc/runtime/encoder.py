@@ -15,7 +15,8 @@ from kvc_passes.facts import EncoderFacts, EncoderInput, ModelFacts
 from kvc_passes.plans import Plan
 
 Inputs = Mapping[str, NDArray[Any]]
-"""The encoder's inputs of one request, by their names in the ONNX file, each with a batch of 1."""
+"""The encoder's inputs of one request, by their names in the ONNX file, each with a batch of 1; perhaps in
+another type than the encoder takes, and without masks."""
 _PAGE: Final = 4096
 
 
@@ -50,11 +51,12 @@ class EncoderCall:
 
     def __call__(self, inputs: Inputs) -> NDArray[np.float32]:
         """Rows [rows, width] of a request's inputs, in memory that is given back with the array."""
-        given = []
+        given, extent = [], _extent(inputs, self._facts)
         for each in self._facts.inputs:
-            array = inputs[each.name]
-            self._memory.arrays[_name(each)][: array.size] = array.reshape(-1)
-            given.append(self._memory.shaped(_name(each), array.shape))
+            shape = _shape(each, extent)
+            place = self._memory.arrays[_name(each)][: math.prod(shape)].reshape(shape)
+            place[...] = 1 if each.mask else inputs[each.name]
+            given.append(self._memory.shaped(_name(each), shape))
         result = self._function(*given, *self._weights)
         rows = np.from_dlpack(result)[0]
         kept = Region(rows.nbytes).array("float32", rows.shape)
@@ -67,11 +69,16 @@ class EncoderCall:
 
 
 def batched(inputs: Mapping[str, Any], count: int) -> Iterator[Mapping[str, Any]]:
-    """The inputs of each of `count` requests, which stand along the first axis; of one as they are."""
+    """The inputs of each of `count` requests, which stand along the first axis; of one as they are.
+
+    Raises InputError for another number of them.
+    """
     for name, array in inputs.items():
-        if count != 1 and (np.ndim(array) < 1 or len(array) != count):
-            shape = list(np.shape(array))
-            raise InputError(f"{count} prompts, and the encoder's input '{name}' is {shape}: one for each")
+        if count != 1 and (found := _length(array)) != count:
+            raise InputError(
+                f"{count} prompts, and the encoder's input '{name}' for {found}: give one for each prompt, or "
+                "one array with all along its first axis"
+            )
     for i in range(count):
         yield inputs if count == 1 else {name: array[i] for name, array in inputs.items()}
 
@@ -91,23 +98,27 @@ def random_inputs(facts: EncoderFacts, extent: int, random: np.random.Generator)
 
 
 def checked_inputs(given: Mapping[str, Any], plan: Plan, facts: EncoderFacts) -> Inputs:
-    """What a request comes with, as the encoder takes it. Raises InputError if it does not."""
+    """What a request comes with, not copied, so that one that waits holds no more than it was given.
+
+    Raises InputError for what the encoder does not take.
+    """
     assert plan.encoder is not None
     listed = ", ".join(map(described, facts.inputs))
     for name in given:
         if name not in {each.name for each in facts.inputs}:
             raise InputError(f"the encoder has no input '{name}'; it reads {listed}")
     arrays: dict[str, NDArray[Any]] = {}
-    chosen: dict[int, str] = {}
     for each in facts.inputs:
         if each.name in given:
-            array = _typed(np.asarray(given[each.name]), each)
+            array = _whole(as_array(given[each.name], f"the encoder's input '{each.name}'"), each)
             _check_values(array, each)
-            open_ = [n for n, known in zip(array.shape[1:], each.shape) if known is None]
-            chosen |= dict.fromkeys(open_, each.name)
             arrays[each.name] = array
         elif not each.mask:
             raise InputError(f"the encoder's input '{each.name}' is missing; it reads {listed}")
+    chosen = _chosen(arrays, facts)
+    if not chosen and facts.least:  # only masks have the open extent
+        name = next(each.name for each in facts.inputs if None in each.shape)
+        raise InputError(f"the encoder's input '{name}' is missing: nothing else says how long it is")
     if len(chosen) > 1:
         (a, first), (b, second) = list(chosen.items())[:2]
         raise InputError(f"the encoder's inputs '{first}' and '{second}' are {a} and {b} long, not alike")
@@ -117,9 +128,15 @@ def checked_inputs(given: Mapping[str, Any], plan: Plan, facts: EncoderFacts) ->
                 f"the encoder's input '{name}' is {extent} long; one request may have {facts.least} to "
                 f"{plan.encoder.longest}: compile the model for a workload with more rows"
             )
-    extent = next(iter(chosen), 0)
-    ones = {i.name: np.ones(_shape(i, extent), i.dtype) for i in facts.inputs if i.name not in arrays}
-    return arrays | ones
+    return arrays
+
+
+def as_array(value: Any, what: str) -> NDArray[Any]:
+    """What a person gave as an array. Raises InputError, which says `what` it is, if it is none."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} is no array of numbers: {error}") from None
 
 
 def described(each: EncoderInput) -> str:
@@ -128,32 +145,72 @@ def described(each: EncoderInput) -> str:
     return f"{each.name} {each.dtype} [{extents}]{' (optional)' if each.mask else ''}"
 
 
-def _typed(array: NDArray[Any], each: EncoderInput) -> NDArray[Any]:
-    """An array with its batch, in the input's type. Raises InputError for another kind or shape."""
+def _whole(array: NDArray[Any], each: EncoderInput) -> NDArray[Any]:
+    """An array with its batch. Raises InputError for another kind or shape than the input's."""
     wanted = (1, *each.shape)
     whole = array[None] if array.ndim == len(each.shape) else array
     fits = whole.ndim == len(wanted) and all(k in (None, n) for n, k in zip(whole.shape, wanted))
     kinds = "biuf" if each.mask else {"f": "fV", "b": "b"}.get(np.dtype(each.dtype).kind, "iu")
-    if not fits or array.dtype.kind not in kinds:
+    unknown = array.dtype.kind == "V" and not np.can_cast(array.dtype, each.dtype)  # no bfloat16
+    if not fits or array.dtype.kind not in kinds or unknown:
         raise InputError(
             f"the encoder's input '{each.name}' is {array.dtype} {list(array.shape)}; it reads "
             f"{described(each)}"
         )
-    return whole.astype(each.dtype, copy=False)
+    return whole
 
 
 def _check_values(array: NDArray[Any], each: EncoderInput) -> None:
-    """Raises InputError for token ids that there are not, and for padding."""
-    if each.mask and not array.all():
-        raise InputError(
-            f"the encoder's input '{each.name}' marks padding; requests are not padded: leave that away here "
-            "and in the other inputs"
-        )
-    if each.ids is not None and array.size and not 0 <= array.min() <= array.max() < each.ids:
-        wrong = array[(array < 0) | (array >= each.ids)][0]
-        raise InputError(
-            f"the encoder's input '{each.name}' has {wrong}, which does not exist: it has 0 .. {each.ids - 1}"
-        )
+    """Raises InputError for token ids that there are not, numbers beyond the input's type, and padding."""
+    if each.mask:
+        if not (array == 1).all():
+            raise InputError(
+                f"the encoder's input '{each.name}' is not all ones; requests are not padded: leave padding "
+                "away here and in the other inputs"
+            )
+        return
+    if each.ids is None and np.can_cast(array.dtype, each.dtype):
+        return
+    least, most = (0, each.ids - 1) if each.ids is not None else _range(np.dtype(each.dtype))
+    finite = np.isfinite(array)
+    for number in (array.min(initial=0, where=finite).item(), array.max(initial=0, where=finite).item()):
+        if not least <= number <= most:
+            beyond = f"is beyond {each.dtype}"
+            if each.ids is not None:
+                beyond = f"does not exist: it has 0 .. {most}"
+            raise InputError(f"the encoder's input '{each.name}' has {number}, which {beyond}")
+
+
+def _range(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The least and the largest finite number of a type."""
+    if dtype.kind == "f":
+        return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+    return np.iinfo(dtype).min, np.iinfo(dtype).max
+
+
+def _chosen(arrays: Inputs, facts: EncoderFacts) -> dict[int, str]:
+    """What open extents are in the arrays, each with an input that has it."""
+    chosen: dict[int, str] = {}
+    for each in facts.inputs:
+        if each.name in arrays:
+            extents = zip(arrays[each.name].shape[1:], each.shape)
+            chosen |= {extent: each.name for extent, known in extents if known is None}
+    return chosen
+
+
+def _extent(arrays: Inputs, facts: EncoderFacts) -> int:
+    """The open extent of checked inputs; 0 where there is none."""
+    return next(iter(_chosen(arrays, facts)), 0)
+
+
+def _length(value: Any) -> int | str:
+    """How many there are along the first axis."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
+        return "one"
+    try:
+        return len(value)
+    except TypeError:  # an array without axes
+        return "one"
 
 
 def _shape(each: EncoderInput, extent: int) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ class HostMemory:
 
     def __init__(self, artifact: Artifact, inputs: Shapes, pools: Shapes, threads: int | None) -> None:
         check_cpu(artifact.plan.target)
-        threads = threads or thread_count(artifact.plan.target)
+        threads = thread_count(artifact.plan.target, threads)
         self._ffi = load_runtime(threads)
         self.vm = load_vm(artifact.path / "model.so", threads)
         region = Region(sum(padded(*each) for each in inputs.values()))

@@ -94,10 +94,21 @@ def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
     return frozenset()
 
 
-def thread_count(target: dict[str, Any]) -> int:
-    """Threads to run with: the cores that the plan was made for, if this process may use as many."""
+def thread_count(target: dict[str, Any], wanted: int | None = None) -> int:
+    """Threads to run with: `wanted`, or the cores that the plan was made for, if this process may use as many.
+
+    Raises InputError for more than the plan counts memory of: each has local buffers and a stack.
+    """
     available = len(os.sched_getaffinity(0))
-    return max(1, min(int(target.get("num-cores") or available), available))
+    planned = int(target.get("num-cores") or available)
+    if wanted is None:
+        return max(1, min(planned, available))
+    if not 1 <= wanted <= planned:
+        raise InputError(
+            f"threads={wanted}: the plan counts the memory of {planned}; give 1 to {planned}, or compile the "
+            "model where there are more cores"
+        )
+    return wanted
 
 
 _SPINS: Final = 5000

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc.runtime.encoder import Inputs, checked_inputs, described
+from kvc.runtime.encoder import Inputs, as_array, checked_inputs, described
 from kvc.runtime.sampler import SamplingParams, sample
 from kvc.runtime.sequences import Model, Sequences
 from kvc.runtime.state import Kept
@@ -41,8 +41,8 @@ class Request:
     stopped: Callable[[int], bool]
     """Called with each chosen token; True ends the request (a stop text was completed)."""
     rng: np.random.Generator
-    memory: NDArray[np.float32] | None = None
-    """The encoder's output [rows, d] that it came with, or that was made of its inputs."""
+    memory: NDArray[Any] | None = None
+    """The encoder's output [rows, d] as it was given; float32 once it has had its turn."""
     inputs: Inputs | None = None
     """The encoder's inputs, until that was made."""
     kept: Kept | None = None
@@ -132,7 +132,8 @@ class Scheduler:
         """Queue a request. Raises InputError if it cannot be served.
 
         made: called with the request before any step sees it. memory: the encoder's output [rows, d].
-        inputs: instead, the encoder's inputs by name; it runs when the request gets pages.
+        inputs: instead, the encoder's inputs by name; it runs when the request gets pages. Neither is copied
+        before that.
         """
         self.check(prompt)
         encoded, given = self.checked_memory(memory, inputs)
@@ -173,8 +174,8 @@ class Scheduler:
 
     def checked_memory(
         self, memory: NDArray[Any] | None, inputs: Mapping[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32] | None, Inputs | None]:
-        """An encoder's output or inputs as the model takes them. Raises InputError if it does not."""
+    ) -> tuple[NDArray[Any] | None, Inputs | None]:
+        """An encoder's output [rows, d] or inputs, not copied. Raises InputError if they cannot be served."""
         facts, most = self.model.facts, self.plan.max_memory
         width, encoder = facts.memory, facts.encoder
         if width is None:
@@ -193,10 +194,11 @@ class Scheduler:
         if memory is None:
             instead = f", or its inputs: {', '.join(map(described, encoder.inputs))}" if encoder else ""
             raise InputError(f"the model reads an encoder's output: give one of [rows, {width[0]}]{instead}")
-        array = np.asarray(memory)
+        array = as_array(memory, "the encoder's output")
         if array.ndim == 3 and len(array) == 1:
             array = array[0]
-        if array.ndim != 2 or array.shape[1] != width[0] or array.dtype.kind not in "fV":
+        floats = array.dtype.kind == "f" or (np.can_cast(array.dtype, np.float32) and array.dtype.kind == "V")
+        if array.ndim != 2 or array.shape[1] != width[0] or not floats:
             raise InputError(
                 f"the encoder's output is {array.dtype} {list(array.shape)}; the model reads floats "
                 f"[rows, {width[0]}]"
@@ -206,7 +208,7 @@ class Scheduler:
                 f"the encoder's output has {len(array)} rows; one request may have 1 to {most}: compile the "
                 "model for a workload with more"
             )
-        return np.ascontiguousarray(array, np.float32), None
+        return array, None
 
     def cancel(self, id: int) -> bool:
         """End a request with the next step; False if it has ended or never was."""
@@ -258,8 +260,10 @@ class Scheduler:
             request = self._waiting[0]  # other threads add behind it only
             if request.inputs is not None:
                 request.memory, request.inputs = self.model.run_encoder(request.inputs), None
+            rows = None if request.memory is None else np.ascontiguousarray(request.memory, np.float32)
+            request.memory = rows
             with self._lock:
-                request.kept = self.state.open(request.tokens, request.names, request.memory)
+                request.kept = self.state.open(request.tokens, request.names, rows)
                 shared = self.state.join(request.kept)
                 running = [r.kept for r in self._running if r.kept is not None]
                 if not self.state.admit(request.kept, min(request.longest, self.limit), running):

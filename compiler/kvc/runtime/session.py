@@ -69,6 +69,11 @@ class Session:
         return self._scheduler.limit
 
     @property
+    def reads_memory(self) -> bool:
+        """Whether prompts come with an encoder's output, or its inputs."""
+        return self._model.facts.reads_memory
+
+    @property
     def busy(self) -> bool:
         """Whether there are requests that have not ended."""
         return self._scheduler.busy
@@ -188,9 +193,15 @@ class Session:
         return [item for item in prompt if not isinstance(item, Mapping)]
 
     def _encoded(self, inputs: EncoderInputs | None) -> EncoderInputs | None:
-        """Inputs with token ids for texts. Raises InputError if that needs a tokenizer that lacks."""
+        """Inputs with token ids for texts.
+
+        Raises InputError for what is no mapping, and if a text needs a tokenizer that lacks.
+        """
         if inputs is None:
             return None
+        if not isinstance(inputs, Mapping):
+            kind = type(inputs).__name__
+            raise InputError(f"the encoder's inputs are {kind}; give arrays by the inputs' names")
         return {n: self.text.encode(each) if isinstance(each, str) else each for n, each in inputs.items()}
 
     def _checked(self, prompt: Prompt, chat: bool) -> list[int]:
