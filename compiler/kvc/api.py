@@ -79,8 +79,9 @@ def compile(
         allow: permissions to change results beyond rounding, none by default: "window=4096,sinks=4",
             "kv-int8", ...: all are in permissions.KNOWN.
         state: the form that all layers keep their state in, one of STATE_FORMS, or one for attention over
-            the model's own tokens and "encoder_output": "x_absorbed,encoder_output". By default the
-            exact forms and the prefill chunk with which the workload is predicted to take the least time.
+            the model's own tokens and "encoder_output": "x_absorbed,encoder_output"; "v_only,paged_kv" keeps
+            K and V in layers where values alone are not legal. By default the exact forms and the prefill
+            chunk with which the workload is predicted to take the least time.
         plan: a file that `kvc plan --save` wrote, perhaps edited: budget, workload, target, permissions and
             forms are taken from it, and everything is checked again.
         encoder: the ONNX file of the encoder whose output the decoder reads, compiled into the same artifact.

@@ -80,10 +80,13 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument(
         "--max-context",
         metavar="REQUESTS",
-        help="not a workload: the longest context of so many requests",
+        help="not a workload: the longest context of so many requests (beside an --encoder as it stands, if "
+        "anything fits so)",
     )
     wanted.add_argument(
-        "--max-batch", metavar="TOKENS", help="instead of a workload: the most requests of so many tokens"
+        "--max-batch",
+        metavar="TOKENS",
+        help="instead of a workload: the most requests of so many tokens; as --max-context",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, for kvc compile --plan")

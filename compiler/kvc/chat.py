@@ -49,8 +49,8 @@ def converse(options: argparse.Namespace) -> int:
     with load(options.artifact) as session:
         if session.reads_memory:
             raise InputError(
-                f"{options.artifact}: the model reads an encoder's output, which a conversation has not: give "
-                "--prompt TEXT with --memory or --encoder-input"
+                f"{options.artifact}: the model reads an encoder's output, which a conversation has not: "
+                "give --prompt TEXT with --memory or --encoder-input"
             )
         if options.chat is False or not session.text.has_template:
             raise InputError(f"{options.artifact}: a conversation needs a chat template; give --prompt TEXT")

@@ -198,7 +198,7 @@ def test_numpy_tokens_are_taken(bare: Session) -> None:
 
 @pytest.mark.parametrize("given", [5, "ab", [7], [[("ids", 1)]]])
 def test_encoder_inputs_without_names_are_refused(session: Session, given: Any) -> None:
-    with pytest.raises(InputError, match="give arrays by the inputs' names|prompts, and encoder inputs for"):
+    with pytest.raises(InputError, match=r"give arrays by the inputs' names|prompts, and encoder inputs for"):
         session.generate(["a"], encoder_inputs=given)
     with pytest.raises(InputError, match="give arrays by the inputs' names"):
         session.stream("a", encoder_inputs=given)

@@ -33,8 +33,8 @@ def load(
     warm: run the largest call once: its temporaries are allocated now and not at the first long prompt.
     share: let requests that begin with the same tokens keep them once, and compute them once.
 
-    Raises InputError if the artifact is damaged, memory is lacking or `threads` are too many, TargetError if it was compiled for
-    features that this CPU lacks.
+    Raises InputError if the artifact is damaged, memory is lacking or `threads` are too many, TargetError if
+    it was compiled for features that this CPU lacks.
     """
     artifact = Artifact.open(path, verify=verify)
     # First, since reading a tokenizer takes memory for a moment that the model can have afterwards.

@@ -76,8 +76,8 @@ def batched(inputs: Mapping[str, Any], count: int) -> Iterator[Mapping[str, Any]
     for name, array in inputs.items():
         if count != 1 and (found := _length(array)) != count:
             raise InputError(
-                f"{count} prompts, and the encoder's input '{name}' for {found}: give one for each prompt, or "
-                "one array with all along its first axis"
+                f"{count} prompts, and the encoder's input '{name}' for {found}: give one for each prompt, "
+                "or one array with all along its first axis"
             )
     for i in range(count):
         yield inputs if count == 1 else {name: array[i] for name, array in inputs.items()}

@@ -95,7 +95,7 @@ def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
 
 
 def thread_count(target: dict[str, Any], wanted: int | None = None) -> int:
-    """Threads to run with: `wanted`, or the cores that the plan was made for, if this process may use as many.
+    """Threads to run with: `wanted`, or the plan's cores if this process may use as many.
 
     Raises InputError for more than the plan counts memory of: each has local buffers and a stack.
     """
