@@ -41,7 +41,10 @@ def plain(path: Path, inputs: dict[str, Shape], output: Shape, kind: int = Tenso
 
 
 def pooled(path: Path) -> Path:
-    """features [batch, 9, 64] -> rows, and a second output of weights of its own, of an unknown operator."""
+    """features [batch, 9, 64] -> rows, and a second output of weights of its own, of an unknown operator.
+
+    The weights are among the inputs, too, as in old files.
+    """
     nodes = [
         helper.make_node("MatMul", ["features", "w"], ["rows"]),
         helper.make_node("MatMul", ["rows", "p"], ["q"]),
@@ -50,6 +53,7 @@ def pooled(path: Path) -> Path:
     shape = ["batch", 9, 64]
     save(path, nodes, {"features": shape}, shape, [_floats("w", 64, 64), _floats("p", 64, 512)])
     model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, [64, 512]))
     model.graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["batch", 9, 512]))
     onnx.save(model, path)
     return path

@@ -111,9 +111,12 @@ def _alone(file: OnnxFile, output: onnx.ValueInfoProto) -> OnnxFile:
         else:
             node.name = node.name or f"#{index}"  # its place in the file, by which it is told of
             needed.update(node.input)
-    for values, wanted in ((graph.output, {output.name}), (graph.initializer, needed)):
+    unused = {tensor.name for tensor in graph.initializer} - needed
+    others = {value.name for value in graph.output} - {output.name}
+    # Old files list initializers among the inputs, too.
+    for values, dropped in ((graph.initializer, unused), (graph.input, unused), (graph.output, others)):
         for index in reversed(range(len(values))):
-            if values[index].name not in wanted:
+            if values[index].name in dropped:
                 del values[index]
     return replace(file, tensors={tensor.name: file.tensors[tensor.name] for tensor in graph.initializer})
 

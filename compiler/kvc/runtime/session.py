@@ -168,7 +168,10 @@ class Session:
         memory: NDArray[Any] | None = None,
         encoder_inputs: EncoderInputs | None = None,
     ) -> int:
-        """Queue a request and return its id; `step` works on it. Raises InputError if it cannot be served."""
+        """Queue a request and return its id; `step` works on it. Raises InputError if it cannot be served.
+
+        Arrays are not copied: leave them as they are until the request has got its pages.
+        """
         tokens = self._checked(prompt, chat)
         inputs = self._encoded(encoder_inputs)
         return self._add(tokens, params or SamplingParams(), memory, inputs).request.id
