@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax
 
 from kvc_passes.errors import InputError, UnsupportedModel
 from kvc_passes.facts import EncoderFacts, EncoderInput, ModelFacts
-from kvc_passes.graph import Graph, dims, graph_of, op_name, scalar, static
+from kvc_passes.graph import Graph, dims, graph_of, static
 from kvc_passes.place_arena import evaluate
 from kvc_passes.rematerialize import tensors_of
 
 from .frontend.encoders import ImportedEncoder
 from .frontend.roles import SEQUENCE
+from .index_spans import grows
 from .model_facts import check_types, rows_read
-from .planning.budget import LONGEST, most_of
-
-_MOVES: Final = ("reshape", "broadcast_to", "expand_dims", "squeeze", "permute_dims", "astype")
+from .planning.budget import most_of
+from .table_reads import longest_read
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,10 @@ def prove_encoder(
     output = tuple(dims(function.body.body))
     _check_output(imported, output, decoder)
     every = _extents(graph, path)
-    limits = [n for n in (imported.limit, _positions(graph, len(imported.inputs))) if n is not None]
-    extents = Extents(output, every, min(limits, default=LONGEST))
+    given = zip(imported.inputs, function.params)
+    inputs = tuple(_input(name, param, name in imported.masks, graph) for name, param in given)
+    longest = longest_read(imported, graph, inputs)
+    extents = Extents(output, every, longest if imported.limit is None else min(longest, imported.limit))
     least = 0
     if imported.open is not None:
         name, value = imported.open
@@ -84,10 +85,9 @@ def prove_encoder(
         least = extents.least()
         if least > extents.most:
             raise UnsupportedModel(f"{path}: input '{value}': with no extent '{name}' is there an output")
-    given = zip(imported.inputs, function.params)
     facts = EncoderFacts(
         name=path.stem,
-        inputs=tuple(_input(name, param, name in imported.masks, graph) for name, param in given),
+        inputs=inputs,
         least=least,
         parameter_bytes=imported.file.parameter_bytes(),
         nodes=len(imported.file.graph.node),
@@ -125,58 +125,6 @@ def _extents(graph: Graph, path: Path) -> tuple[Any, ...]:
                 raise UnsupportedModel(f"{path}: value '{var.name}' has no known shape")
             found |= {str(dim): dim for dim in tensor.shape.values if static(dim) is None}
     for text, dim in found.items():
-        if not _grows(dim):
+        if not grows(dim):
             raise UnsupportedModel(f"{path}: the extent {text} of a value has no bound that could be found")
     return tuple(found.values())
-
-
-def _grows(dim: Any) -> bool:
-    """Whether an extent is never smaller for a longer input: then it is largest for the longest."""
-    number = static(dim)
-    if number is not None:
-        return number >= 0
-    if isinstance(dim, tirx.Var):
-        return str(dim.name) == SEQUENCE
-    kind = type(dim)
-    if kind is tirx.Add:  # a negative constant may stand on the right
-        return _grows(dim.a) and (_grows(dim.b) or static(dim.b) is not None)
-    if kind is tirx.Sub:
-        return _grows(dim.a) and static(dim.b) is not None
-    if kind is tirx.FloorDiv:
-        return _grows(dim.a) and (static(dim.b) or 0) > 0
-    return kind in (tirx.Mul, tirx.Max, tirx.Min) and _grows(dim.a) and _grows(dim.b)
-
-
-def _positions(graph: Graph, inputs: int) -> int | None:
-    """The longest request whose positions all have a row in the tables that are read at them.
-
-    An index that is computed in another way, as from distances, is kept within its table by the graph.
-    """
-    given = graph.reachable_from(graph.function.params[:inputs])
-    limits = []
-    for var in graph.order:
-        call = graph.definitions[var]
-        if op_name(call) != "take" or call.args[1] in given:
-            continue
-        rows, last = static(dims(call.args[0])[int(call.attrs.axis or 0)]), _last(graph, call.args[1])
-        if rows is not None and last is not None:
-            limits.append(most_of(LONGEST, partial(_within, last, rows)))
-    return min(limits, default=None)
-
-
-def _within(last: Any, rows: int, extent: int) -> bool:
-    return evaluate(last, {SEQUENCE: extent}) < rows
-
-
-def _last(graph: Graph, value: relax.Expr) -> Any:
-    """The largest of consecutive numbers, perhaps moved by a constant; None for other values."""
-    call = graph.resolve(value)
-    if op_name(call) == "arange":
-        end, step = call.args[1], static(call.args[2])
-        return end - 1 if step == 1 and _grows(end) else None
-    if op_name(call) in _MOVES:
-        return _last(graph, call.args[0])
-    if op_name(call) == "add":
-        offset, last = scalar(call.args[1], graph), _last(graph, call.args[0])
-        return None if offset is None or last is None else last + int(offset)
-    return None

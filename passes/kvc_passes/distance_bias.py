@@ -17,6 +17,7 @@ from .element import Elements, Index
 from .element_rules import RULES
 from .graph import Graph, aligned, dims, op_name, static
 from .indices import int64, replaced
+from .spans import OPERATIONS, Span, computed
 
 _EXACT: Final = 4096
 """Distances that are looked at one by one."""
@@ -24,126 +25,15 @@ _LONGEST: Final = 1 << 30
 """Beyond what positions can be."""
 _MOST: Final = 2.0**10
 """Larger numbers in a table are none of a bias."""
-_ROUNDING: Final = 2.0**-20
-"""By which a float may be off, relatively: a few operations in float32."""
-_WHOLE: Final = 1 << 24
-"""Up to here float32 has every integer."""
 _TYPES: Final = ("bool", "int32", "int64", "float32", "float64")
 """Of values that are followed: narrower ones wrap, or round more."""
 _WIDER: Final = [(narrow, wide) for narrow in ("float16", "bfloat16") for wide in ("float32", "float64")]
 """Casts that leave every number as it is."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """Numbers by distance: for every distance what the number may be at least and at most.
-
-    Of 0, 1, .. _EXACT - 1, and of all further ones together.
-    """
-
-    low: np.ndarray
-    high: np.ndarray
-
-    @staticmethod
-    def of(value: Any) -> Span:
-        """A number that is the same at all distances."""
-        array = np.full(_EXACT + 1, float(value))
-        return Span(array, array)
-
-    @property
-    def exact(self) -> bool:
-        return bool((self.low == self.high).all())
-
-    def rounded(self) -> Span:
-        """With what float32 may make of it."""
-        slack = _ROUNDING * np.maximum(np.abs(self.low), np.abs(self.high)) + 1e-30
-        return Span(self.low - slack, self.high + slack)
-
-    def kept_in(self, dtype: str) -> Span:
-        """As integers of a type: any of them where one may not fit."""
-        info = np.iinfo(dtype)
-        fits = (self.low >= info.min) & (self.high <= info.max)
-        return Span(np.where(fits, self.low, info.min), np.where(fits, self.high, info.max))
-
-    def cast(self, source: str, target: str) -> Span:
-        """As numbers of the type `target`; both are of `_TYPES`."""
-        if target == "bool":
-            surely, maybe = (self.low > 0) | (self.high < 0), (self.low != 0) | (self.high != 0)
-            return Span(surely.astype(float), maybe.astype(float))
-        if "int" in target:
-            return Span(np.trunc(self.low), np.trunc(self.high)).kept_in(target)
-        exact = max(np.abs(self.low).max(), np.abs(self.high).max()) <= _WHOLE and "float" not in source
-        return self if exact or source == target else self.rounded()
-
-
 _DISTANCE: Final = Span(
     np.arange(_EXACT + 1, dtype=np.float64), np.append(np.arange(_EXACT, dtype=np.float64), _LONGEST)
 )
-
-
-def _monotone(function: Callable[[Any], Any]) -> Callable[[Span], Span]:
-    return lambda x: Span(function(x.low), function(x.high))
-
-
-def _products(x: Span, y: Span, function: Callable[[Any, Any], Any]) -> Span:
-    """Of a product or a quotient: its ends are among those of the ends."""
-    ends = [function(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
-    return Span(np.minimum.reduce(ends), np.maximum.reduce(ends))
-
-
-def _quotient(x: Span, y: Span) -> Span:
-    if ((y.low <= 0) & (y.high >= 0)).any():
-        raise Unprovable("divides by what may be 0")
-    return _products(x, y, np.divide)
-
-
-def _logarithm(x: Span) -> Span:
-    """Where a number is not above 0, anything: another choice has to be taken there."""
-    good = x.low > 0
-    low = np.where(good, np.log(np.where(good, x.low, 1)), -np.inf)
-    high = np.where(good, np.log(np.where(good, x.high, 1)), np.inf)
-    return Span(low, high)
-
-
-def _absolute(x: Span) -> Span:
-    crosses = (x.low < 0) & (x.high > 0)
-    a, b = np.abs(x.low), np.abs(x.high)
-    return Span(np.where(crosses, 0, np.minimum(a, b)), np.maximum(a, b))
-
-
-def _less(x: Span, y: Span) -> Span:
-    return Span((x.high < y.low).astype(float), (x.low < y.high).astype(float))
-
-
-def _less_equal(x: Span, y: Span) -> Span:
-    return Span((x.high <= y.low).astype(float), (x.low <= y.high).astype(float))
-
-
-def _where(condition: Span, then: Span, other: Span) -> Span:
-    sure, never = condition.low > 0, condition.high <= 0
-    low = np.where(sure, then.low, np.where(never, other.low, np.minimum(then.low, other.low)))
-    high = np.where(sure, then.high, np.where(never, other.high, np.maximum(then.high, other.high)))
-    return Span(low, high)
-
-
-_OPERATIONS: Final[dict[str, Callable[..., Span]]] = {
-    "add": lambda x, y: Span(x.low + y.low, x.high + y.high),
-    "subtract": lambda x, y: Span(x.low - y.high, x.high - y.low),
-    "multiply": lambda x, y: _products(x, y, np.multiply),
-    "divide": _quotient,
-    "negative": lambda x: Span(-x.high, -x.low),
-    "abs": _absolute,
-    "log": _logarithm,
-    "minimum": lambda x, y: Span(np.minimum(x.low, y.low), np.minimum(x.high, y.high)),
-    "maximum": lambda x, y: Span(np.maximum(x.low, y.low), np.maximum(x.high, y.high)),
-    "floor": _monotone(np.floor),
-    "ceil": _monotone(np.ceil),
-    "less": _less,
-    "less_equal": _less_equal,
-    "greater": lambda x, y: _less(y, x),
-    "greater_equal": lambda x, y: _less_equal(y, x),
-    "where": _where,
-}
 
 
 class _NoRule(Unprovable):
@@ -186,10 +76,9 @@ class Distances(Elements):
             return self.at(call.args[1], [])
         if name == "astype":
             return self.at(call.args[0], index).cast(_dtype(call.args[0]), dtype)
-        if name not in _OPERATIONS or (name == "divide" and not floats):
+        if name not in OPERATIONS or (name == "divide" and not floats):
             raise _NoRule(f"uses the operation {name}, which has no rule for distances")
-        result = _OPERATIONS[name](*(self.at(o, aligned(o, index)) for o in call.args))
-        return result.rounded() if floats else result if dtype == "bool" else result.kept_in(dtype)
+        return computed(name, dtype, *(self.at(o, aligned(o, index)) for o in call.args))
 
     def simplify(self, value: Any) -> Any:
         return self.exact.simplify(value)
@@ -203,7 +92,7 @@ class Distances(Elements):
     def _evaluated(self, expression: Any) -> Span:
         """A number, or an integer expression of query and key as one of the distance."""
         if isinstance(expression, (bool, int, float)):
-            return Span.of(expression)
+            return Span.of(expression, _EXACT + 1)
         if not isinstance(expression, tirx.Expr) or is_condition(expression):
             raise Unprovable("is no integer expression")
         at_distance = replaced(expression, self.key, self.position - self.distance)

@@ -316,4 +316,6 @@ class Operations:
 
 def tensors_of(ty: Any) -> list[Any]:
     """The tensors that a type is or holds."""
-    return [ty] if isinstance(ty, relax.TensorType) else [t for f in ty.fields for t in tensors_of(f)]
+    if isinstance(ty, relax.TensorType):
+        return [ty]
+    return [t for field in getattr(ty, "fields", ()) for t in tensors_of(field)]
