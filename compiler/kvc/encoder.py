@@ -20,6 +20,7 @@ from kvc_passes.merge_products import MergeProducts
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.place_arena import ALIGNMENT, Arena
 from kvc_passes.plans import EncoderPlan, Plan, Workload
+from kvc_passes.rebuild import drop_unused
 from kvc_passes.simplify_powers import SimplifyPowers
 from kvc_passes.weights import PackedWeight, WeightPart
 
@@ -187,7 +188,7 @@ def read_encoder(
     mod = runner.apply(mod, ComputeInFloat32(), "encoder-").module
     mod = runner.apply(mod, MergeProducts(machine.products.panel), "encoder-").module
     packed = runner.apply(mod, PackMatmuls(machine.products), "encoder-")
-    mod = packed.module
+    mod = drop_unused(packed.module, len(imported.inputs))
     _check_markers(imported, mod)
     params = mod["main"].params[len(imported.inputs) :]
     recipes = {p.name: packed.facts.get(p.name, WeightPart(PackedWeight.kept(p.name))) for p in params}

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 Shape = Sequence[int | str]
 
 
-def _floats(name: str, *shape: int) -> onnx.TensorProto:
+def floats(name: str, *shape: int) -> onnx.TensorProto:
+    """An initializer of random numbers."""
     seed = int.from_bytes(name.encode(), "little") % 1000
     values = np.random.default_rng(seed).standard_normal(shape) * 0.5
     return numpy_helper.from_array(values.astype(np.float32), name)
@@ -51,7 +52,7 @@ def pooled(path: Path) -> Path:
         helper.make_node("Unknown", ["q"], ["pooled"], domain="elsewhere"),
     ]
     shape = ["batch", 9, 64]
-    save(path, nodes, {"features": shape}, shape, [_floats("w", 64, 64), _floats("p", 64, 512)])
+    save(path, nodes, {"features": shape}, shape, [floats("w", 64, 64), floats("p", 64, 512)])
     model = onnx.load(path)
     model.graph.input.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, [64, 512]))
     model.graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["batch", 9, 512]))
@@ -72,4 +73,4 @@ def wide(path: Path, rows: int, width: int, middle: int = 512) -> Path:
         helper.make_node("ReduceSum", ["v", "axes"], ["rows"], keepdims=0),
     ]
     shape = ["batch", rows, width]
-    return save(path, nodes, {"features": shape}, shape, [_floats("a", middle), _floats("c", middle), axes])
+    return save(path, nodes, {"features": shape}, shape, [floats("a", middle), floats("c", middle), axes])
