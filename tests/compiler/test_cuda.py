@@ -165,9 +165,7 @@ def from_cpu(built: Built, cpu: kvc.Artifact) -> float:
     ("state", "forms"),
     [
         ("paged_kv", {"paged_kv"}),
-        pytest.param(
-            "x_absorbed,encoder_output", {"x_absorbed", "encoder_output"}, marks=pytest.mark.slow
-        ),
+        pytest.param("x_absorbed,encoder_output", {"x_absorbed", "encoder_output"}, marks=pytest.mark.slow),
     ],
 )
 def test_cross_attention_on_a_pretend_gpu(

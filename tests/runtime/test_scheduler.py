@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvc.runtime.requests import Request, Update
 from kvc.runtime.sampler import SamplingParams
-from kvc.runtime.scheduler import Request, Scheduler, Update
+from kvc.runtime.scheduler import Scheduler
 from kvc_passes.errors import InputError
 from kvc_passes.plans import StateGroup
 from kvc_passes.sites import Reach

@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 from numpy.typing import NDArray
 
 from kvc.runtime.encoder import batched
+from kvc.runtime.requests import FinishReason, Request
 from kvc.runtime.sampler import SamplingParams
-from kvc.runtime.scheduler import FinishReason, Request
 from kvc.runtime.text import Message
 from kvc_passes.errors import InputError
 

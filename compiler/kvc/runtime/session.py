@@ -21,8 +21,9 @@ from kvc.runtime.answers import (
     params_of,
     sources_of,
 )
+from kvc.runtime.requests import Request, Update
 from kvc.runtime.sampler import SamplingParams
-from kvc.runtime.scheduler import Request, Scheduler, Update
+from kvc.runtime.scheduler import Scheduler
 from kvc.runtime.sequences import Model
 from kvc.runtime.text import Stream, Text, end_tokens
 from kvc_passes.errors import InputError
