@@ -21,7 +21,7 @@ from kvc_passes.base import Pass
 from kvc_passes.errors import PlanningError, TargetError
 from kvc_passes.fuse_rows import FuseRows
 from kvc_passes.kernel_sets import TensorType
-from kvc_passes.sites import AttentionSite, FormName
+from kvc_passes.sites import STATE_FORMS, AttentionSite, FormName
 from kvc_passes.weights import WeightPart
 
 from .codegen.cuda_modules import cuda_module, prepare
@@ -29,7 +29,8 @@ from .codegen.cuda_text import compile_text, compiling
 from .codegen.schedule_kernels import ScheduleForCuda
 from .kernels.cuda import rows
 from .kernels.cuda.device import Compiled, DeviceKernel, compile_kernel
-from .kernels.cuda.host_attention import PAGE_SIZE, CudaAttention
+from .kernels.cuda.host_attention import CudaAttention
+from .kernels.cuda.host_pages import PAGE_SIZE
 from .kernels.cuda.host_products import CudaProducts
 from .kernels.cuda.knobs import DEFAULTS, Knobs
 from .kernels.cuda.launches import Variants, is_launch, launched
@@ -53,15 +54,7 @@ class CudaMachine:
     chunks: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256, 128)
     widens: bool = False
     page_size: int = PAGE_SIZE
-    forms: tuple[FormName, ...] = (
-        "paged_kv",
-        "x_absorbed",
-        "mla_latent",
-        "k_only",
-        "k_plus_r",
-        "x_gemm",
-        "encoder_output",
-    )
+    forms: tuple[FormName, ...] = STATE_FORMS
     fuse: tuple[Pass, ...] = (FuseRows(),)
     knobs: Knobs = DEFAULTS
     """What of the kernels was tuned."""

@@ -78,7 +78,7 @@ class AttentionKernels(Protocol):
         biases [g*e], [g*f] behind the extras, W_K and W_V as MatmulKernels.head_packed.
         """
 
-    def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
+    def rekeyed(self, site: AttentionSite, *, decodes: bool, dtype: str) -> PrimFunc:
         """Attention of a site of sites.Rekeyed: as `prefill` or, if it decodes, `decode`, but for factors
         f32 [g*e] behind the extras where keys are scaled.
         """

@@ -214,12 +214,12 @@ class PageAttention:
     ) -> relax.Expr:
         """Attention that makes keys of the values that are kept, in both phases."""
         (query, row, *factors), site = tensors(value), self.sites[int(value.args[-1].value)]
-        decodes = self.phase == "decode"
+        decodes, dtype = self.phase == "decode", dtype_of(query)
         kernel = calls.named(
             builder,
-            ("rekeyed", *calls.geometry(site)),
+            ("rekeyed", dtype, *calls.geometry(site)),
             f"{self.phase}_rekeyed",
-            lambda: self.kernels.rekeyed(site, decodes=decodes),
+            lambda: self.kernels.rekeyed(site, decodes=decodes, dtype=dtype),
         )
         state = calls.append(builder, site, row, row, inputs.slots[calls.group_of[site.index]])
         places = [*inputs.places(calls, site), *_extras(site)]

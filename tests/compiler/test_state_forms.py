@@ -76,9 +76,9 @@ def test_half_precision_keeps_the_models_own_type(
     assert errors[other] < limit * errors["paged_kv"]
 
 
-def needed(model: Path, state: str | None) -> int:
+def needed(model: Path, state: str | None, target: str = "cpu") -> int:
     with pytest.raises(BudgetError) as refused:
-        kvc.plan(model, budget="1MB", workload="32x250", state=state)
+        kvc.plan(model, budget="1MB", workload="32x250", state=state, target=target)
     return refused.value.needed
 
 

@@ -81,6 +81,15 @@ def test_the_planner_takes_it_by_itself_where_it_is_needed(
     assert reasons["v_only"].startswith("0.56 of the bytes of K and V; ")
 
 
+def test_the_planner_offers_it_on_gpus(model_file: ModelFile) -> None:
+    model, target = model_file("gemma4"), "cuda:sm_90"
+    paged, smallest = (needed(model, state, target=target) for state in ("paged_kv", STATE))
+    assert smallest < paged - 32 * 250 * (1024 - 576) * 9 // 10
+    tight = kvc.plan(model, budget=(paged + smallest) // 2, workload="32x250", target=target)
+    assert tight.forms == ("paged_kv", "v_only")
+    assert tight.bytes.total <= tight.budget
+
+
 def test_a_layer_that_it_is_not_legal_for_is_refused(model_file: ModelFile) -> None:
     model = model_file("gemma4")
     message = "--state v_only: layer 0, attention at node '.*', cannot be kept so: K is not made of what V is"
@@ -90,9 +99,6 @@ def test_a_layer_that_it_is_not_legal_for_is_refused(model_file: ModelFile) -> N
         kvc.plan(model_file("llama"), budget="400MB", workload="1x64", state=STATE)
     with pytest.raises(InputError, match="kept in int8, as it is allowed"):
         kvc.plan(model, budget="400MB", workload="1x64", state=STATE, allow="kv-int8")
-    message = "--state v_only: there are no kernels for it on the target cuda yet"
-    with pytest.raises(InputError, match=message):
-        kvc.plan(model, budget="400MB", workload="1x64", state=STATE, target="cuda")
 
 
 def test_inspect_and_plan_say_it(model_file: ModelFile, run: Callable[..., Result]) -> None:

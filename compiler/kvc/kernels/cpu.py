@@ -99,7 +99,7 @@ class CpuAttention:
             return remade.decode_remade(shape, remaking, self.traits, self.splits(site))
         return remade.prefill_remade(shape, remaking, self.traits)
 
-    def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
+    def rekeyed(self, site: AttentionSite, *, decodes: bool, dtype: str = "float32") -> PrimFunc:
         assert site.rekeyed is not None
         shape = attention_shape(site, self.page_size)
         if decodes:

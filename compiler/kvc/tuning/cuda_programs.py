@@ -16,7 +16,8 @@ from kvc_passes.sites import AttentionSite, MaskFact
 from ..cuda_machine import CudaMachine
 from ..kernels.attention import AttentionShape
 from ..kernels.cuda import rows
-from ..kernels.cuda.host_attention import PAGE_SIZE, CudaAttention
+from ..kernels.cuda.host_attention import CudaAttention
+from ..kernels.cuda.host_pages import PAGE_SIZE
 from ..kernels.cuda.knobs import (
     DECODE,
     PREFILL,

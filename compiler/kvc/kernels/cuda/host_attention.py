@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from kvc_passes.errors import PlanningError
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, Remade
 from kvc_passes.weight_format import WeightFormat
 
 from ..attention import AttentionShape
-from ..emit import Emitter, Expr, argument, size_var
+from ..emit import Emitter, argument, size_var
 from ..shapes import attention_shape
-from . import attention, remade, shared
+from . import attention, rekeyed, remade, shared
+from .device import DeviceKernel
+from .host_pages import LONGEST, PAGE_SIZE, CudaPages
 from .knobs import Knobs
-from .launches import Variants, parts
+from .launches import Variants
 from .remade import Making
-
-PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
-_LONG = 1 << 20
-_WORTH = 128
-"""Keys for which a block of threads is worth starting."""
-FULL = 132 * 2
-"""Blocks that fill a large GPU: two for each of an H100's processors."""
 
 
 @dataclass(frozen=True)
-class CudaAttention:
-    """Implements kvc_passes.kernel_sets.AttentionKernels.
-
-    Attributes:
-        variants: what the functions launch, and how they are made.
-        tile: query tokens of one prefill task.
-        context: most tokens of a sequence.
-        page_size: tokens a page.
-        usual_tile: what `tile` is where nothing is tuned; 0 for the same.
-    """
-
-    variants: Variants = field(repr=False, compare=False)
-    tile: int
-    context: int
-    page_size: int = PAGE_SIZE
-    keys_transposed: bool = False
-    usual_tile: int = 0
+class CudaAttention(CudaPages):
+    """Implements kvc_passes.kernel_sets.AttentionKernels."""
 
     @classmethod
     def for_sites(
         cls, sites: tuple[AttentionSite, ...], context: int | None, variants: Variants
     ) -> CudaAttention:
         """One tile size for all sites, the smallest that one of them takes."""
-        usual = min(_tile(site) for site in sites)
+        usual = min(_tile(site, variants.arch) for site in sites)
         shapes = [attention_shape(site, PAGE_SIZE) for site in sites]
         tile = min(variants.knobs.prefill(variants.arch, s, usual).tile or usual for s in shapes)
-        return cls(variants, tile, context or _LONG, usual_tile=usual)
+        return cls(variants, tile, context or LONGEST, usual_tile=usual)
 
     def rebuilds(self, key: int, value: int, dtype: str) -> bool:
         return remade.rebuilds(key, value, dtype)
@@ -107,6 +87,21 @@ class CudaAttention:
         knobs: Knobs,
     ) -> PrimFunc:
         """Attention of `shape` over the pools of a site, of which keys and values are made."""
+        makes = remade.decode_kernel if decodes else remade.prefill_kernel
+        kernel, made = makes(shape, making, dtype, arch), _made_of(shape, making, dtype)
+        return self._over_rows(site, shape, kernel, shape.kv_heads, made, decodes, dtype)
+
+    def _over_rows(
+        self,
+        site: AttentionSite,
+        shape: AttentionShape,
+        kernel: DeviceKernel,
+        programs: int,
+        made: Mapping[str, Any],
+        decodes: bool,
+        dtype: str,
+    ) -> PrimFunc:
+        """Attention of `shape` by a kernel over the pools of a site, with arguments that say what is made."""
         e, splits = Emitter(), self.splits(site)
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         rows = b if decodes else n
@@ -117,31 +112,25 @@ class CudaAttention:
             **({} if decodes else {"tiles": argument("tiles", (t, 3), "int32")}),
             "table": argument("block_table", (b, m), "int32"),
             **_extras(shape),
-            **_made_of(shape, making, dtype),
+            **made,
         }
         out = argument("out", (1, rows, shape.heads, shape.value_dim), dtype)
         values = {**inputs, "out": out, "n": n, "b": b, "width": m}
         given = list(inputs.values())
         if not decodes:
-            kernel = remade.prefill_kernel(shape, making, dtype, arch)
-            self.variants.launch(e, kernel, values, (t, shape.kv_heads))
+            self.variants.launch(e, kernel, values, (t, programs))
             return e.function([*given, out], given, [out])
         part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
-        kernel = remade.decode_kernel(shape, making, dtype, arch)
-        self.variants.launch(e, kernel, {**values, "part": part}, (b, shape.kv_heads, splits))
+        self.variants.launch(e, kernel, {**values, "part": part}, (b, programs, splits))
         self._merge(e, shape, splits, dtype, part, out)
         return e.function([*given, part, out], given, [part, out])
-
-    def _merge(self, e: Emitter, shape: AttentionShape, splits: int, dtype: str, part: Any, out: Any) -> None:
-        """The shares of a decode put together."""
-        b, kernel = part.shape[0], attention.merge_kernel(shape, splits, dtype)
-        grid = (b, shape.heads, attention.merge_blocks(shape, splits))
-        self.variants.launch(e, kernel, {"part": part, "out": out, "b": b}, grid)
 
     def operations(self, site: AttentionSite, *, decodes: bool) -> int:
         shape, dtype = attention_shape(site, self.page_size), site.kv_dtype
         scores = shape.query_dim
-        if shape.shared and site.remade is None:
+        if site.rekeyed is not None:
+            scores *= rekeyed.scored(shape, dtype, decodes=decodes, arch=self.variants.arch)
+        elif shape.shared and site.remade is None:
             scores *= shared.scored(shape, dtype, decodes)
         return 2 * shape.heads * (scores + shape.value_dim)
 
@@ -152,53 +141,21 @@ class CudaAttention:
         rows = remade.prefill_rows(shape, making, dtype, self.variants.arch)
         return max(1, min(rows // shape.group, self.tile))
 
-    def rekeyed(self, site: AttentionSite, *, decodes: bool) -> PrimFunc:
-        raise PlanningError("there is no kernel that makes keys of values on a GPU")
-
-    def splits(self, site: AttentionSite) -> int:
-        """Shares of a sequence's keys."""
-        shape, usual = attention_shape(site, self.page_size), self.usual_splits(site)
-        return self.variants.knobs.decode(self.variants.arch, shape, usual).splits or usual
-
-    def usual_splits(self, site: AttentionSite) -> int:
-        """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
-        rows = _LONG if site.mask.reach.memory else self.context  # of an encoder's output: any number
-        seen = min(rows, site.mask.window or _LONG, site.mask.chunk or _LONG)
-        return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
-
-    def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = self._kept(site)
-        key = ("append", shape, self.tile, self.context, dtype)
-        return self.variants.function(key, lambda arch, knobs: self._append(site, dtype))
-
-    def _kept(self, site: AttentionSite) -> AttentionShape:
-        """The shape of what pages hold."""
+    def rekeyed(self, site: AttentionSite, *, decodes: bool, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
-        return shape if site.remade is None else remade.kept_shape(shape, site.remade)
+        names = ("rekeyed", shape, site.rekeyed, self.context, decodes, dtype)
+        return self.variants.function(names, partial(self._rekeyed, site, shape, decodes, dtype))
 
-    def _append(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = self._kept(site)
-        e, n, pages = Emitter(), size_var("n"), size_var("pages")
-        k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
-        if shape.shared:
-            return self._append_shared(site, shape, dtype, e, k)
-        kernel = attention.append_kernel(shape, dtype)
-        v = argument("v", (1, shape.kv_heads, n, shape.value_dim), dtype)
-        slots = argument("slots", (n,), "int32")
-        state = self._pools(site, pages)
-        values = {"k": k, "v": v, "slots": slots, **state, "n": n}
-        self.variants.launch(e, kernel, values, (parts(n, attention.APPEND_TOKENS), shape.kv_heads))
-        return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
-
-    def _append_shared(
-        self, site: AttentionSite, shape: AttentionShape, dtype: str, e: Emitter, x: Any
+    def _rekeyed(
+        self, site: AttentionSite, shape: AttentionShape, decodes: bool, dtype: str, arch: int, knobs: Knobs
     ) -> PrimFunc:
-        n, slots = x.shape[2], argument("slots", (x.shape[2],), "int32")
-        state = self._pools(site, size_var("pages"))
-        grid = (parts(n, shared.APPEND_TOKENS), -(-shape.head_dim // shared.APPEND_ELEMENTS))
-        values = {"x": x, "slots": slots, **state, "n": n}
-        self.variants.launch(e, shared.append_kernel(shape, dtype), values, grid)
-        return e.function([x, slots, *state.values()], [x, slots], list(state.values()))
+        assert site.rekeyed is not None
+        made = {"factors": argument("factors", (site.rekeyed.values,))} if site.rekeyed.scaled else {}
+        if decodes:
+            kernel, programs = rekeyed.decode_kernel(shape, site.rekeyed, dtype)
+        else:
+            kernel, programs = rekeyed.prefill_kernel(shape, site.rekeyed, dtype, arch)
+        return self._over_rows(site, shape, kernel, programs, made, decodes, dtype)
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
         shape = attention_shape(site, self.page_size)
@@ -255,18 +212,13 @@ class CudaAttention:
         self._merge(e, shape, splits, dtype, part, out)
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
-    def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
-        """The pools as arguments, by the names that kernels have for them."""
-        names = {"x": "xpool", "k": "kpool", "v": "vpool", "k_scale": "kscale", "v_scale": "vscale"}
-        # Those of another site are as this one's would be.
-        state = replace(site, owner=None).state(self.page_size, self.keys_transposed)
-        return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
 
-
-def _tile(site: AttentionSite) -> int:
+def _tile(site: AttentionSite, arch: int) -> int:
     """Query tokens of a tile that a program does at once."""
     if site.sliced is not None:
         return shared.choose_tile(attention_shape(site, PAGE_SIZE))
+    if site.rekeyed is not None:
+        return rekeyed.choose_tile(attention_shape(site, PAGE_SIZE), arch)
     if site.shared and site.remade is None:  # keys and values are made again, for one KV head
         return attention.choose_tile(1)
     return attention.choose_tile(site.group, max(site.head_dim, site.value_dim))

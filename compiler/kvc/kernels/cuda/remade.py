@@ -16,6 +16,7 @@ from kvc_passes.sites import Remade
 
 from .attention import TRITON_TYPES, attention_kernel, in_float32, options, power
 from .device import DeviceKernel
+from .shared import NOT_REKEYED, inputs
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def _constants(shape: AttentionShape, making: Making, x_dtype: str, rows: int, a
         "FLOAT32": float32,
         "SLICED": None,
         "MADE": made,
+        **NOT_REKEYED,
         **{name: None for name, has in absent.items() if not has},
     }
 
@@ -141,16 +143,10 @@ def _types(
     shape: AttentionShape, making: Making, x: str, tiles: bool, rest: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     wanted = {
-        ("q", x): True,
-        ("xpool", f"*{TRITON_TYPES[shape.kv_dtype]}"): True,
-        ("positions", "*i64"): True,
-        ("tiles", "*i32"): tiles,
-        ("table", "*i32"): True,
-        ("slopes", "*fp32"): shape.slopes,
-        ("sinks", "*fp32"): shape.sink_scores,
         ("wkey", f"*{TRITON_TYPES[making.key_dtype]}"): True,
         ("wvalue", f"*{TRITON_TYPES[making.value_dtype]}"): True,
         ("bkey", x): making.biases[0],
         ("bvalue", x): making.biases[1],
     }
-    return [*(parameter for parameter, has in wanted.items() if has), *rest]
+    made = [parameter for parameter, has in wanted.items() if has]
+    return [*inputs(shape, x, tiles=tiles), *made, *rest]

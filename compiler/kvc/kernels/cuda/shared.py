@@ -17,6 +17,8 @@ APPEND_ELEMENTS = 256
 
 NOT_MADE = dict.fromkeys(("wkey", "wvalue", "bkey", "bvalue", "MADE"))
 """Parameters that kvc.kernels.cuda.remade has."""
+NOT_REKEYED = dict.fromkeys(("factors", "REKEYED"))
+"""Those of kvc.kernels.cuda.rekeyed."""
 
 
 def choose_tile(shape: AttentionShape) -> int:
@@ -55,9 +57,10 @@ def prefill_kernel(shape: AttentionShape, x_dtype: str, arch: int = 80) -> tuple
         "WHOLE": shape.whole,
         "SLICED": _sliced(shape),
         **NOT_MADE,
+        **NOT_REKEYED,
     }
     x, out = (f"*{TRITON_TYPES[kind]}" for kind in (x_dtype, out_dtype(shape, x_dtype)))
-    types = _types(shape, x, tiles=True, rest=[("out", out), ("n", "i32"), ("width", "i32")])
+    types = [*inputs(shape, x, tiles=True), ("out", out), ("n", "i32"), ("width", "i32")]
     kernel = attention_kernel("shared.prefill", types, constants, shape, 8, 2)
     return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
 
@@ -77,9 +80,10 @@ def decode_kernel(shape: AttentionShape, x_dtype: str) -> tuple[DeviceKernel, in
         **options(shape, 16 if float32 else 32, x_dtype, stored=False),
         "SLICED": _sliced(shape),
         **NOT_MADE,
+        **NOT_REKEYED,
     }
     x = f"*{TRITON_TYPES[x_dtype]}"
-    types = _types(shape, x, tiles=False, rest=[("part", "*fp32"), ("b", "i32"), ("width", "i32")])
+    types = [*inputs(shape, x, tiles=False), ("part", "*fp32"), ("b", "i32"), ("width", "i32")]
     kernel = attention_kernel("shared.decode", types, constants, shape, 8, 2)
     return kernel, -(-shape.heads // heads) * -(-shape.value_dim // block)
 
@@ -130,9 +134,8 @@ def _pool(shape: AttentionShape) -> tuple[str, str]:
     return ("xpool", f"*{TRITON_TYPES[shape.kv_dtype]}")
 
 
-def _types(
-    shape: AttentionShape, x: str, *, tiles: bool, rest: list[tuple[str, str]]
-) -> list[tuple[str, str]]:
+def inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, str]]:
+    """Parameters before those that some kernels alone have; x: the type of queries."""
     wanted = {
         ("q", x): True,
         _pool(shape): True,
@@ -142,7 +145,7 @@ def _types(
         ("slopes", "*fp32"): shape.slopes,
         ("sinks", "*fp32"): shape.sink_scores,
     }
-    return [*(parameter for parameter, has in wanted.items() if has), *rest]
+    return [parameter for parameter, has in wanted.items() if has]
 
 
 def _sizes(shape: AttentionShape, block: int, deep: int) -> dict[str, int]:

@@ -7,13 +7,16 @@ their value. Rows are too wide for registers: scores are summed up over DC eleme
 computes VB elements of its rows' values. Programs of the same rows compute their scores each. Queries have QD
 elements. SLICED is None, or says how a query meets its own part of the key (triton_sliced). MADE is None, or
 says how keys and values are made again with wkey and wvalue [KV heads * elements, x's elements] and biases
-(triton_remade): then a program's rows are of one KV head. Everything else is as in triton_attention.
+(triton_remade): then a program's rows are of one KV head. REKEYED is None, or says how keys are made of
+values, times `factors` f32 [KV heads * elements] (triton_rekeyed): the rows are of one KV head, too.
+Everything else is as in triton_attention.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_masks import oldest
+from .triton_rekeyed import rekeyed_scores
 from .triton_remade import made_scores, made_values
 from .triton_sliced import scores
 from .triton_softmax import LOG2E, normalized, weigh
@@ -39,12 +42,12 @@ def append(
 @triton.jit
 def attend(
     acc, total, top, query, inside, position, h, slope, xpool, wkey, wvalue, bkey, bvalue,
-    columns, head, block, start, low, high,
+    factors, columns, head, block, start, low, high,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
     PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, MASKED: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    SLICED: tl.constexpr, MADE: tl.constexpr,
+    SLICED: tl.constexpr, MADE: tl.constexpr, REKEYED: tl.constexpr,
 ):  # fmt: skip
     """Take the block of keys from `start` into elements block * VB .. of the rows' values, sums and maxima.
 
@@ -70,6 +73,11 @@ def attend(
     if MADE is not None:
         own = head // MADE[0]
         x = made_scores(query, inside, xpool, row, there, wkey, bkey, own, MADE, D, BM, BN, MASKED, TYPE)
+    elif REKEYED is not None:
+        own = head // REKEYED[0]
+        x = rekeyed_scores(
+            query, inside, xpool, row, there, factors, own, REKEYED, D, BM, BN, MASKED, TYPE
+        )  # fmt: skip
     elif SLICED is not None:
         x = scores(query, inside, h, xpool, row, there, head, SLICED, H, D, DV, BM, BN, BH, MASKED, TYPE)
     else:
@@ -101,7 +109,10 @@ def attend(
         values = made_values(xpool, row, there, wvalue, bvalue, own, MADE, D, DV, VB, BN, MASKED, TYPE)
     else:
         rv = block * VB + tl.arange(0, VB)
-        beyond: tl.constexpr = (DV + VB - 1) // VB * VB > D
+        if REKEYED is not None:
+            rv += own * DV
+        before: tl.constexpr = REKEYED[1] - DV if REKEYED is not None else 0  # values of other heads
+        beyond: tl.constexpr = before + (DV + VB - 1) // VB * VB > D
         values = load(xpool, row[:, None], rv[None, :], there[:, None], D, beyond, MASKED, "", TYPE)
     acc = tl.dot(weight.to(TYPE), values, acc * fade[:, None], input_precision="tf32x3")
     return acc, total, highest
@@ -109,12 +120,13 @@ def attend(
 
 @triton.jit
 def prefill(
-    q, xpool, positions, tiles, table, slopes, sinks, wkey, wvalue, bkey, bvalue, out, n, width,
+    q, xpool, positions, tiles, table, slopes, sinks, wkey, wvalue, bkey, bvalue, factors, out, n, width,
     H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
     VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
     GUARDED: tl.constexpr, WHOLE: tl.constexpr, SLICED: tl.constexpr, MADE: tl.constexpr,
+    REKEYED: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of query tokens and BH heads, BM // BH tokens at a time, and VB elements of it."""
     STEP: tl.constexpr = BM // BH
@@ -155,9 +167,9 @@ def prefill(
             for j in range(0, apart):
                 acc, total, top = attend(
                     acc, total, top, query, inside, position, h, slope,
-                    xpool, wkey, wvalue, bkey, bvalue, columns, head, block, j * BN, low, high,
+                    xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, j * BN, low, high,
                     H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
                 )  # fmt: skip
             at = tl.maximum(at, apart)
         if PREDICATE is None and WINDOW == 0 and CHUNK == 0:
@@ -166,17 +178,17 @@ def prefill(
             for j in range(at, whole):
                 acc, total, top = attend(
                     acc, total, top, query, inside, position, h, slope,
-                    xpool, wkey, wvalue, bkey, bvalue, columns, head, block, j * BN, low, high,
+                    xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, j * BN, low, high,
                     H, D, DV, DC, VB, PG, BM, BN, BH, False, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
                 )  # fmt: skip
             at = whole
         for j in range(at, end):
             acc, total, top = attend(
                 acc, total, top, query, inside, position, h, slope,
-                xpool, wkey, wvalue, bkey, bvalue, columns, head, block, j * BN, low, high,
+                xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, j * BN, low, high,
                 H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
             )  # fmt: skip
         result = normalized(acc, total[:, None], GUARDED)
         there = inside[:, None] & (rv < DV)[None, :]
@@ -187,12 +199,12 @@ def prefill(
 
 @triton.jit
 def decode(
-    q, xpool, positions, table, slopes, sinks, wkey, wvalue, bkey, bvalue, part, b, width,
+    q, xpool, positions, table, slopes, sinks, wkey, wvalue, bkey, bvalue, factors, part, b, width,
     H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
     VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    SLICED: tl.constexpr, MADE: tl.constexpr,
+    SLICED: tl.constexpr, MADE: tl.constexpr, REKEYED: tl.constexpr,
 ):  # fmt: skip
     """A share of the attention of a sequence's token and BH heads, VB elements of it, not normalised.
 
@@ -239,9 +251,9 @@ def decode(
             start += tl.where(j >= tl.cdiv(SINK_KEYS, BN), hole * BN, 0)
         acc, total, top = attend(
             acc, total, top, query, inside, position, h, slope,
-            xpool, wkey, wvalue, bkey, bvalue, columns, head, block, start, low, high,
+            xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, start, low, high,
             H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
         )  # fmt: skip
     part += ((sequence.to(tl.int64) * shares + share) * H + h) * (DV + 2)
     if block == 0:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import device, remade, shared
+from kvc.kernels.cuda import device, rekeyed, remade, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -21,7 +21,7 @@ from kvc.kernels.cuda.attention import (
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
-from kvc_passes.sites import Remade, Sliced
+from kvc_passes.sites import Rekeyed, Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
 
 pytest.importorskip("triton")
@@ -161,6 +161,36 @@ def test_keys_and_values_made_again_compile_without_spills(dtype: str, arch: int
         code = compile_kernel(kernel, arch)
         assert holds(code, WGMMA if arch == 90 else MMA)
         assert holds(code, COPY)
+
+
+MASKED: dict[str, Any] = {"window": 512, "softcap": 30.0, "slopes": True, "sink_scores": True}
+REKEYED = {
+    "Gemma-4": (AttentionShape(16, 2, 512, 512, 1.0), 64),
+    "Gemma-4, masked": (AttentionShape(16, 2, 512, 512, 1.0, **MASKED), 64),
+    "turned whole": (AttentionShape(32, 8, 512, 512, 1.0), 256),
+    "256": (AttentionShape(8, 4, 256, 256, 0.06, **MASKED), 32),
+    "128": (AttentionShape(32, 8, 128, 128, 0.09), 64),
+    "64": (AttentionShape(9, 3, 64, 64, 0.125, **MASKED), 0),
+}
+"""Shapes, and how many pairs of a key are turned."""
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("float16", 80), ("bfloat16", 90), ("float32", 80)])
+@pytest.mark.parametrize(
+    "name", [n if n.startswith("Gemma") else pytest.param(n, marks=pytest.mark.slow) for n in REKEYED]
+)
+def test_keys_made_of_values_compile_without_spills(name: str, dtype: str, arch: int) -> None:
+    shape, pairs = REKEYED[name]
+    shape = dataclasses.replace(shape, kv_dtype=dtype, page_size=64)
+    dim, fine = shape.head_dim, dtype != "float32"
+    kept = Rekeyed(shape.kv_heads, dim, dim // 2 if pairs else 0, pairs, fine, scaled=True)
+    for kernel, programs in (
+        rekeyed.prefill_kernel(shape, kept, dtype, arch),
+        rekeyed.decode_kernel(shape, kept, dtype),
+    ):
+        assert programs % shape.kv_heads == 0
+        code = compile_kernel(kernel, arch)
+        assert holds(code, WGMMA if arch == 90 and "prefill" in kernel.name else MMA)
 
 
 def test_names_tell_variants_apart() -> None:

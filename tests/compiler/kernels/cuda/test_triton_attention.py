@@ -5,19 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from triton_case import DTYPES, LATENT, MADE, SHAPES, Case, MadeCase, sliced
+from triton_case import DTYPES, SHAPES, Case, sliced
 from triton_interpreter import run
+from triton_made import LATENT, MADE, REKEYED, MadeCase, RekeyedCase
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import predicates, remade, shared
-from kvc.kernels.cuda.attention import (
-    append_kernel,
-    choose_tile,
-    decode_kernel,
-    merge_blocks,
-    merge_kernel,
-    prefill_kernel,
-)
+from kvc.kernels.cuda import predicates
+from kvc.kernels.cuda.attention import append_kernel, choose_tile, merge_blocks, merge_kernel
 
 pytest.importorskip("triton")
 
@@ -33,18 +27,13 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
         at += s.new
     q = 2 * case.normal(1, shape.heads, at, shape.query_dim)
     out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
-    kernel, programs = prefill_kernel(shape, tile, case.dtype), shape.kv_heads
-    given = [*case.extras]
-    if isinstance(case, MadeCase):
-        kernel = remade.prefill_kernel(shape, case.making, case.dtype)
-        given += case.weights
-    elif shape.shared:
-        kernel, programs = shared.prefill_kernel(shape, case.dtype)
+    kernel, programs = case.prefill_kernel(tile)
     run(
         kernel,
         (len(tiles), programs),
         *(q, *case.state, torch.from_numpy(np.concatenate(positions))),
-        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *given, out, at, case.table.shape[1]),
+        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras),
+        *(out, at, case.table.shape[1]),
     )
     return q[0].transpose(0, 1), out[0], positions
 
@@ -64,17 +53,11 @@ def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndar
     positions = np.array([s.length - 1 for s in case.sequences])
     part = torch.full((count, splits, shape.heads, shape.value_dim + 2), torch.nan)
     out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
-    kernel, programs = decode_kernel(shape, splits, case.dtype), shape.kv_heads
-    given = [*case.extras]
-    if isinstance(case, MadeCase):
-        kernel = remade.decode_kernel(shape, case.making, case.dtype)
-        given += case.weights
-    elif shape.shared:
-        kernel, programs = shared.decode_kernel(shape, case.dtype)
+    kernel, programs = case.decode_kernel(splits)
     run(
         kernel,
         (count, programs, splits),
-        *(q, *case.state, torch.from_numpy(positions), case.table, *given),
+        *(q, *case.state, torch.from_numpy(positions), case.table, *case.extras),
         *(part, count, case.table.shape[1]),
     )
     grid = (count, shape.heads, merge_blocks(shape, splits))
@@ -180,6 +163,14 @@ def test_keys_and_values_that_are_made_again(name: str, dtype: str) -> None:
     check_prefill(MadeCase(name, dtype, lengths, 21))
     if name not in LATENT:
         check_decode(MadeCase(name, dtype, [(length, 1) for length, _ in lengths], 22), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", REKEYED)
+def test_keys_that_are_made_of_values(name: str, dtype: str) -> None:
+    lengths = [(70, 9), (1, 1)] if name == "wide" else [(101, 37), (1, 1), (64, 2)]
+    check_prefill(RekeyedCase(name, dtype, lengths, 23))
+    check_decode(RekeyedCase(name, dtype, [(length, 1) for length, _ in lengths], 24), 2)
 
 
 def test_many_shares_of_wide_values() -> None:

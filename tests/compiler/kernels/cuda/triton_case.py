@@ -12,10 +12,10 @@ from page_cases import check_codes, mask_of, numbers
 from triton_interpreter import run
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import shared
+from kvc.kernels.cuda import attention, shared
 from kvc.kernels.cuda.attention import APPEND_TOKENS, append_kernel, out_dtype
-from kvc.kernels.cuda.remade import Making, kept_shape
-from kvc_passes.sites import Remade, Sliced
+from kvc.kernels.cuda.device import DeviceKernel
+from kvc_passes.sites import Sliced
 from support import turned
 
 
@@ -62,19 +62,6 @@ SHAPES = {
     "keys of groups, fine": sliced(6, 2, 40, rest=24, half=10, fine=True, window=37, page_size=64),
     "large heads": AttentionShape(3, 1, 256, 192, 0.06, window=70, sink_scores=True, page_size=64),
 }
-MADE = {
-    "llama": (AttentionShape(4, 4, 64, 64, 0.125, page_size=32), Remade(96, 32, False), (False, False)),
-    "groups, biases": (
-        AttentionShape(6, 2, 40, 24, 0.2, window=37, sink_keys=5, softcap=20.0),
-        Remade(72, 10, True),
-        (True, True),
-    ),
-    "not turned": (AttentionShape(3, 3, 24, 72, 0.2, page_size=64), Remade(136, 0, False), (False, True)),
-    "latent": (AttentionShape(4, 2, 64, 48, 0.12, slopes=True), Remade(72, 0, False), (False, False)),
-}
-"""Attention over keys and values that are made, what they are made of, and their biases."""
-LATENT = {"latent": 24}
-"""Of those whose W_K is that of an absorbed product, elements that are kept of every key."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 TYPES = {**DTYPES, "int8": torch.int8, "uint8": torch.uint8}
 POOL_TOKENS = 2560
@@ -141,6 +128,18 @@ class Case:
             self.table[row, : len(sequence.pages)] = torch.from_numpy(sequence.pages)
         self.append()
         self.forget_what_no_query_sees()
+
+    def prefill_kernel(self, tile: int) -> tuple[DeviceKernel, int]:
+        """And programs a tile."""
+        if self.shape.shared:
+            return shared.prefill_kernel(self.shape, self.dtype)
+        return attention.prefill_kernel(self.shape, tile, self.dtype), self.shape.kv_heads
+
+    def decode_kernel(self, splits: int) -> tuple[DeviceKernel, int]:
+        """And programs a share."""
+        if self.shape.shared:
+            return shared.decode_kernel(self.shape, self.dtype)
+        return attention.decode_kernel(self.shape, splits, self.dtype), self.shape.kv_heads
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.random).to(self.type)
@@ -252,51 +251,3 @@ class Case:
             elif self.dtype == "float16":
                 bound += 2.0**-11 * np.abs(expected)
             assert (np.abs(out[:, h].double().numpy() - expected) <= bound).all()
-
-
-class MadeCase(Case):
-    """Keys and values are made again from rows that are kept."""
-
-    def __init__(self, name: str, dtype: str, lengths: list[tuple[int, int]], seed: int) -> None:
-        shape, self.remade, biases = MADE[name]
-        self.making = Making(self.remade, dtype, dtype, biases, name in LATENT, LATENT.get(name, 0))
-        kept = dataclasses.replace(kept_shape(shape, self.remade), head_dim=self.making.width)
-        super().__init__(kept, dtype, lengths, seed)
-        self.shape = dataclasses.replace(shape, kv_dtype=dtype)
-        self.sizes = (shape.head_dim - self.making.extra, shape.value_dim)
-        columns = [shape.kv_heads * size for size in self.sizes]
-        self.matrices = [self.normal(c, self.remade.depth) / 8 for c in columns]
-        self.biases = [self.normal(c) if has else None for c, has in zip(columns, biases)]
-        key, value = self.matrices
-        if self.making.absorbed:  # [KV heads * depth, elements of a key]
-            key = (
-                key.reshape(shape.kv_heads, -1, self.remade.depth).transpose(1, 2).flatten(0, 1).contiguous()
-            )
-        self.weights = [w for w in (key, value, *self.biases) if w is not None]
-
-    def kept(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
-        """The rows, for keys and for values."""
-        rows = sequence.k[0].double().numpy()
-        return rows, rows
-
-    def made(self, rows: np.ndarray, part: int, head: int) -> tuple[np.ndarray, np.ndarray]:
-        """A KV head's keys or values [length, size] before they are turned, and their error in float32."""
-        size = self.sizes[part]
-        columns, bias = slice(head * size, (head + 1) * size), self.biases[part]
-        x, w = rows[:, : self.remade.depth], self.matrices[part][columns].double().numpy()
-        b = np.zeros(size) if bias is None else bias[columns].double().numpy()
-        return x @ w.T + b, 2.0**-24 * (self.remade.depth + 16) * (np.abs(x) @ np.abs(w).T + np.abs(b))
-
-    def met(self, keys: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
-        (made, error), kept = self.made(keys, 0, head // self.shape.group), self.remade
-        sliced = Sliced(1, self.sizes[0], 0, kept.half, kept.fine)
-        behind = keys[:, kept.depth :]
-        found = turned(np.concatenate([made, behind], 1)[None], sliced)[0, 0]
-        if self.making.extra:
-            found = np.concatenate([found, behind], 1)
-        # An angle is no larger than 1 in a model, and here than 5.
-        return found, 10 * error.max(axis=1, keepdims=True) + self.unit * np.abs(found)
-
-    def of_values(self, values: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
-        made, error = self.made(values, 1, head // self.shape.group)
-        return made, error + self.unit * np.abs(made)

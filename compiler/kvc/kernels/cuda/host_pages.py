@@ -1,0 +1,104 @@
+"""Pages on a GPU: what is written into them, and into how many shares a sequence's are split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tvm.tirx import PrimFunc
+
+from kvc_passes.sites import AttentionSite
+
+from ..attention import AttentionShape
+from ..emit import Emitter, Expr, argument, size_var
+from ..rekeyed import row_of
+from ..shapes import attention_shape
+from . import attention, remade, shared
+from .launches import Variants, parts
+
+PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
+LONGEST = 1 << 20
+_WORTH = 128
+"""Keys for which a block of threads is worth starting."""
+FULL = 132 * 2
+"""Blocks that fill a large GPU: two for each of an H100's processors."""
+
+
+@dataclass(frozen=True)
+class CudaPages:
+    """A part of CudaAttention: everything but attention itself.
+
+    Attributes:
+        variants: what the functions launch, and how they are made.
+        tile: query tokens of one prefill task.
+        context: most tokens of a sequence.
+        page_size: tokens a page.
+        usual_tile: what `tile` is where nothing is tuned; 0 for the same.
+    """
+
+    variants: Variants = field(repr=False, compare=False)
+    tile: int
+    context: int
+    page_size: int = PAGE_SIZE
+    keys_transposed: bool = False
+    usual_tile: int = 0
+
+    def splits(self, site: AttentionSite) -> int:
+        """Shares of a sequence's keys."""
+        shape, usual = attention_shape(site, self.page_size), self.usual_splits(site)
+        return self.variants.knobs.decode(self.variants.arch, shape, usual).splits or usual
+
+    def usual_splits(self, site: AttentionSite) -> int:
+        """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
+        rows = LONGEST if site.mask.reach.memory else self.context  # of an encoder's output: any number
+        seen = min(rows, site.mask.window or LONGEST, site.mask.chunk or LONGEST)
+        return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
+
+    def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
+        shape = self._kept(site)
+        key = ("append", shape, self.tile, self.context, dtype)
+        return self.variants.function(key, lambda arch, knobs: self._append(site, dtype))
+
+    def _kept(self, site: AttentionSite) -> AttentionShape:
+        """The shape of what pages hold."""
+        shape = attention_shape(site, self.page_size)
+        if site.rekeyed is not None:
+            return row_of(shape, site.rekeyed)
+        return shape if site.remade is None else remade.kept_shape(shape, site.remade)
+
+    def _append(self, site: AttentionSite, dtype: str) -> PrimFunc:
+        shape = self._kept(site)
+        e, n, pages = Emitter(), size_var("n"), size_var("pages")
+        k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
+        if shape.shared:
+            return self._append_shared(site, shape, dtype, e, k)
+        kernel = attention.append_kernel(shape, dtype)
+        v = argument("v", (1, shape.kv_heads, n, shape.value_dim), dtype)
+        slots = argument("slots", (n,), "int32")
+        state = self._pools(site, pages)
+        values = {"k": k, "v": v, "slots": slots, **state, "n": n}
+        self.variants.launch(e, kernel, values, (parts(n, attention.APPEND_TOKENS), shape.kv_heads))
+        return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
+
+    def _append_shared(
+        self, site: AttentionSite, shape: AttentionShape, dtype: str, e: Emitter, x: Any
+    ) -> PrimFunc:
+        n, slots = x.shape[2], argument("slots", (x.shape[2],), "int32")
+        state = self._pools(site, size_var("pages"))
+        grid = (parts(n, shared.APPEND_TOKENS), -(-shape.head_dim // shared.APPEND_ELEMENTS))
+        values = {"x": x, "slots": slots, **state, "n": n}
+        self.variants.launch(e, shared.append_kernel(shape, dtype), values, grid)
+        return e.function([x, slots, *state.values()], [x, slots], list(state.values()))
+
+    def _merge(self, e: Emitter, shape: AttentionShape, splits: int, dtype: str, part: Any, out: Any) -> None:
+        """The shares of a decode put together."""
+        b, kernel = part.shape[0], attention.merge_kernel(shape, splits, dtype)
+        grid = (b, shape.heads, attention.merge_blocks(shape, splits))
+        self.variants.launch(e, kernel, {"part": part, "out": out, "b": b}, grid)
+
+    def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
+        """The pools as arguments, by the names that kernels have for them."""
+        names = {"x": "xpool", "k": "kpool", "v": "vpool", "k_scale": "kscale", "v_scale": "vscale"}
+        # Those of another site are as this one's would be.
+        state = replace(site, owner=None).state(self.page_size, self.keys_transposed)
+        return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
