@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 import numpy as np
+import tvm_ffi
 from tvm import runtime
 
 from kvc.kernels.emit import Emitter, argument, compiled, f32, i64, splat, vec
 from kvc.machine import CpuMachine
+from kvc.runtime.host_memory import placed
 
 _CHAINS = 12
 """Independent sums: more than the latency of a multiply-add times the units for it."""
@@ -67,7 +69,7 @@ def _read_bytes(machine: CpuMachine, size: int, streams: int) -> float:
         np.ones((traits.threads, streams, count), np.float32),
         np.zeros((traits.threads, sums * lanes), np.float32),
     ]
-    return size / _fastest(kernel, [runtime.tensor(a) for a in given])
+    return size / _fastest(kernel, [placed(tvm_ffi, a, "float32") for a in given])
 
 
 def _fastest(kernel: Any, arguments: list[Any]) -> float:

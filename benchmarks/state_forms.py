@@ -152,7 +152,9 @@ def rows(artifact: str, out: str) -> None:
     executor = Executor(Artifact.open(Path(artifact)))
     sequences = Sequences(executor, share=False)
     kept = sequences.open(tokens(executor.facts.vocab), memory_of(executor.facts))
-    found = [sequences.prefill([(kept, CHECKED)])[0].copy()]
+    chunk = executor.plan.chunk
+    for first in range(0, CHECKED, chunk):
+        found = [row.copy() for row in sequences.prefill([(kept, min(chunk, CHECKED - first))])]
     found += [sequences.decode([kept])[0].copy() for _ in range(63)]
     np.save(out, np.stack(found))
 

@@ -29,7 +29,8 @@ from numpy.typing import NDArray  # noqa: E402
 from tools import gpu_cases as cases  # noqa: E402
 from tools.gpu_weights import assembled  # noqa: E402
 
-from kvc.artifact import Artifact, ArtifactWriter  # noqa: E402
+from kvc.artifact import Artifact  # noqa: E402
+from kvc.artifact_writer import ArtifactWriter  # noqa: E402
 from kvc.runtime.cuda import Device, load_tvm_cuda, used_bytes  # noqa: E402
 from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.library import load_runtime, load_vm  # noqa: E402

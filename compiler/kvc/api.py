@@ -14,7 +14,8 @@ from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import STATE_FORMS, FormName
 
-from .artifact import Artifact, ArtifactWriter
+from .artifact import Artifact
+from .artifact_writer import ArtifactWriter
 from .options import parse_size, parse_workload
 from .permissions import Permissions, parse_permissions
 from .runtime.library import without_torch

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from kvc.artifact import FORMAT, Artifact, ArtifactWriter
+from kvc.artifact import FORMAT, Artifact
+from kvc.artifact_writer import ArtifactWriter
 from kvc.weights_file import ALIGNMENT
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts
@@ -209,7 +210,7 @@ def test_full_disk_is_an_input_error(tmp_path: Path) -> None:
 def test_killed_run_leaves_no_artifact_and_the_next_cleans_up(tmp_path: Path) -> None:
     script = """
         import sys, time
-        from kvc.artifact import ArtifactWriter
+        from kvc.artifact_writer import ArtifactWriter
         with ArtifactWriter(sys.argv[1]) as writer:
             writer.text("plan.json", "{}")
             print("ready", flush=True)

@@ -19,7 +19,7 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
-from kvc.artifact import ArtifactWriter
+from kvc.artifact_writer import ArtifactWriter
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
 from kvc_passes.sites import AttentionSite, MaskFact, Reach

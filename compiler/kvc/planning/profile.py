@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import IRModule, relax, runtime, tirx
 from tvm.script import tirx as T
 
@@ -29,6 +30,7 @@ from ..kernels.emit import compiled
 from ..kernels.matmul import packed_matmul
 from ..kernels.packing import packed_tensors
 from ..machine import CpuMachine
+from ..runtime.host_memory import placed
 from ..runtime.library import use_threads
 from .rates import ROWS, Rates
 
@@ -92,13 +94,15 @@ def _fastest(kernel: Any, arguments: Sequence[Any], calls: int = 1) -> float:
 
 
 def _tensor(type_: TensorType) -> Any:
-    """Small numbers, or codes, or zeros of a type that numpy lacks."""
+    """Small numbers, or codes, or zeros of a type that numpy lacks, in memory like the runtime's."""
     rng = np.random.default_rng(0)
     if type_.dtype == "bfloat16":
-        return runtime.empty(type_.shape, "bfloat16")
-    if type_.dtype.startswith("uint"):
-        return runtime.tensor(rng.integers(0, 200, type_.shape, type_.dtype))
-    return runtime.tensor((rng.standard_normal(type_.shape, np.float32) * 0.1).astype(type_.dtype))
+        values = np.zeros(type_.shape, np.uint16)
+    elif type_.dtype.startswith("uint"):
+        values = rng.integers(0, 200, type_.shape, type_.dtype)
+    else:
+        values = (rng.standard_normal(type_.shape, np.float32) * 0.1).astype(type_.dtype)
+    return placed(tvm_ffi, values, type_.dtype)
 
 
 def _products(machine: CpuMachine, format: WeightFormat) -> tuple[float, ...]:

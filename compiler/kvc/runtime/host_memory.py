@@ -38,7 +38,7 @@ class HostMemory:
         self.arrays = {name: region.array(*each) for name, each in inputs.items()}
         region = Region(sum(padded(*each) for each in pools.values()))
         self.pools = [
-            self._typed(region.array(storage(dtype), shape), dtype) for dtype, shape in pools.values()
+            typed(self._ffi, region.array(storage(dtype), shape), dtype) for dtype, shape in pools.values()
         ]
         self.weights = self._map(artifact.path / "weights.safetensors", artifact.layout())
 
@@ -69,16 +69,8 @@ class HostMemory:
         """The weights as tensors over a memory map, without a copy."""
         tensors = []
         for spec, raw in mapped(file, layout):
-            tensors.append(self._typed(raw.view(storage(spec.dtype)).reshape(spec.shape), spec.dtype))
+            tensors.append(typed(self._ffi, raw.view(storage(spec.dtype)).reshape(spec.shape), spec.dtype))
         return tensors
-
-    def _typed(self, array: NDArray[Any], dtype: str) -> Any:
-        """An array of `storage(dtype)` as a tensor of `dtype`."""
-        tensor = self._ffi.from_dlpack(array, require_alignment=ALIGNMENT, require_contiguous=True)
-        if dtype != "bfloat16":
-            return tensor
-        view = self._ffi.get_global_func("runtime.TVMTensorCreateView")
-        return view(tensor, self._ffi.Shape(array.shape), self._ffi.dtype(dtype), 0)
 
 
 class Region:
@@ -101,6 +93,22 @@ class Region:
         array = self._data[self._used : self._used + size].view(dtype).reshape(shape)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return array
+
+
+def typed(ffi: Any, array: NDArray[Any], dtype: str) -> Any:
+    """An array of `storage(dtype)` as a tensor of `dtype`, without a copy; `ffi` is the module tvm_ffi."""
+    tensor = ffi.from_dlpack(array, require_alignment=ALIGNMENT, require_contiguous=True)
+    if dtype != "bfloat16":
+        return tensor
+    view = ffi.get_global_func("runtime.TVMTensorCreateView")
+    return view(tensor, ffi.Shape(array.shape), ffi.dtype(dtype), 0)
+
+
+def placed(ffi: Any, array: NDArray[Any], dtype: str) -> Any:
+    """A copy of an array of `storage(dtype)` as a tensor, in memory like that of pools: to be measured."""
+    copy = Region(max(array.nbytes, 1)).array(array.dtype, array.shape)
+    copy[...] = array
+    return typed(ffi, copy, dtype)
 
 
 def mapped(file: Path, layout: Sequence[TensorSpec]) -> list[tuple[TensorSpec, NDArray[np.uint8]]]:

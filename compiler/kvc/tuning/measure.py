@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import tvm_ffi
 from tvm import relax, runtime
 
+from kvc_passes.kernel_sets import TensorType
+
+from ..runtime.host_memory import placed
+from ..runtime.library import DEVICE_CPU
 from .programs import Operands, filled
 from .target import Target
 from .tasks import Task
@@ -81,10 +86,8 @@ class Bench:
     def _prepare(self, task: Task, runs: list[Any], pair: list[Operands], function: str, device: Any) -> str:
         """Give both their operands and run them once; how the results differ, empty if they do not."""
         results = []
-        first = [_tensor(filled(t), t.dtype, device) for t in pair[0].cold.values()]
-        cold = [*first]
-        for _ in range(pair[0].copies - 1):
-            cold += [tensor.copyto(runtime.empty(tensor.shape, tensor.dtype, device)) for tensor in first]
+        tensors = [_copies(each, pair[0].copies, device) for each in pair[0].cold.values()]
+        cold = [tensor for copy in zip(*tensors, strict=True) for tensor in copy]
         for run, given in zip(runs, pair):
             warm = [_tensor(a, str(a.dtype), device) for a in given.warm.values()]
             run.set_input(function, *warm, *cold)
@@ -112,7 +115,23 @@ class Bench:
         return found
 
 
+def _copies(type_: TensorType, count: int, device: Any) -> list[Any]:
+    """Tensors of a type; what goes to another machine goes once."""
+    first = _tensor(filled(type_), type_.dtype, device)
+    if _is_here(device):
+        return [first, *(_tensor(filled(type_), type_.dtype, device) for _ in range(count - 1))]
+    return [first, *(first.copyto(runtime.empty(first.shape, first.dtype, device)) for _ in range(count - 1))]
+
+
+def _is_here(device: Any) -> bool:
+    """Whether it is this machine's CPU: those of servers have larger numbers."""
+    return bool(device.dlpack_device_type() == DEVICE_CPU)
+
+
 def _tensor(array: Any, dtype: str, device: Any) -> Any:
+    """An array of what numpy holds a dtype in; on this CPU where the runtime would have it, in huge pages."""
+    if _is_here(device):
+        return placed(tvm_ffi, array, dtype)
     if dtype != "bfloat16":
         return runtime.tensor(array, device)
     tensor = runtime.empty(array.shape, "bfloat16", device)
