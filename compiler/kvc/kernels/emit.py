@@ -168,6 +168,13 @@ class Emitter:
             yield var
 
     @contextmanager
+    def vectorized(self, name: str, extent: int) -> Iterator[Expr]:
+        """A loop of which all iterations are lanes of vectors."""
+        var = tirx.Var(name, "int64")
+        with self._scope(lambda body: tirx.For(var, i64(0), i64(extent), tirx.ForKind.VECTORIZED, body)):
+            yield var
+
+    @contextmanager
     def when(self, condition: Expr) -> Iterator[None]:
         """Statements that run only where `condition` holds."""
         with self._scope(lambda body: tirx.IfThenElse(condition, body, None)):

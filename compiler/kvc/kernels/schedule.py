@@ -12,6 +12,8 @@ from tvm.ir import Call, TensorLoad, TensorRegion
 from tvm_ffi import structural_map, structural_walk
 
 from .contraction import WORTH_THREADS, schedule_contraction
+from .convolution import convolution_kernel
+from .read_convolution import read_convolution
 from .traits import CpuTraits
 
 _LOG = logging.getLogger(__name__)
@@ -39,18 +41,21 @@ def schedule_elementwise(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool)
 
 
 def _scheduled(func: tirx.PrimFunc, traits: CpuTraits, parallel: bool) -> tirx.PrimFunc:
-    try:
-        return _Scheduler(func, traits, parallel).run(tiles=True)
-    except Exception as error:  # a form of product that the tiles do not fit after all
-        _LOG.debug("without tiles: %s", error)
-        return _Scheduler(func, traits, parallel).run(tiles=False)
+    """In the first way that fits: tiles of pixels, of rows and columns, of columns; rows and lanes."""
+    for tiles in (_Scheduler.pixels, _Scheduler.product, _Scheduler.convolution):
+        try:
+            if (found := tiles(_Scheduler(func, traits, parallel))) is not None:
+                return found
+        except Exception as error:  # a form that the tiles do not fit after all
+            _LOG.debug("without tiles: %s", error)
+    return _Scheduler(func, traits, parallel).rows_and_lanes()
 
 
 def _with_input_apart(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """A function whose output holds an input when it starts, with that as another first parameter.
 
-    What reads and writes one buffer in one block cannot be scheduled. It may be that one buffer again in any
-    schedule, since an element is read only for the element at the same place.
+    What is read before it is written, in one block or in several, cannot be scheduled. It may be that one
+    buffer again in any schedule, since an element is read only for the element at the same place.
     """
     if not func.params or not tirx.is_buffer_var(func.params[-1]):
         return func
@@ -58,11 +63,7 @@ def _with_input_apart(func: tirx.PrimFunc) -> tirx.PrimFunc:
     found: list[Any] = []
 
     def look(block: Any) -> None:
-        if (
-            block.init is None
-            and isinstance(block.body, tirx.BufferStore)
-            and block.body.buffer.same_as(output)
-        ):
+        if block.init is None and isinstance(block.body, tirx.BufferStore):
             found.extend(r for r in block.reads if r.source.same_as(output))
 
     structural_walk(func.body, [(s_tir.SBlock, look)])
@@ -127,15 +128,43 @@ class _Scheduler:
         self.s = s_tir.Schedule(module)
         self.branches = "if_then_else" in _calls(func.body)
 
-    def run(self, *, tiles: bool) -> tirx.PrimFunc:
-        """The scheduled function; `tiles`: a product in register tiles."""
+    def pixels(self) -> tirx.PrimFunc | None:
+        """As register tiles of a convolution over rows of pixels; None for another form."""
+        return self.convolution(rows=True)
+
+    def convolution(self, rows: bool = False) -> tirx.PrimFunc | None:
+        """As register tiles of a convolution; None for another form. rows: over rows of pixels alone."""
+        self._inline(windows=False)
+        params, blocks = list(self.s.mod[self.symbol].params), [self.s.get(b) for b in self._blocks()]
+        sums = [i for i, block in enumerate(blocks) if block.init is not None]
+        if len(sums) != 1 or sums[0] > 1 or len(blocks) - sums[0] > 2:
+            return None
+        fill, result = [None, blocks[0]][sums[0]], [*blocks, None][sums[0] + 1]
+        found = read_convolution(params, fill, blocks[sums[0]], result)
+        if found is None or (rows and found.row is None):
+            return None
+        func = convolution_kernel(found, self.traits, self.parallel)
+        return None if func is None else self._named(func)
+
+    def product(self) -> tirx.PrimFunc | None:
+        """As register tiles of a product; None for another form."""
         self._inline()
-        if not (tiles and schedule_contraction(self.s, self.traits, self.parallel)):
-            self._rows_and_lanes()
+        return self._finished() if schedule_contraction(self.s, self.traits, self.parallel) else None
+
+    def rows_and_lanes(self) -> tirx.PrimFunc:
+        """In loops over rows of the output, vectors along their elements."""
+        self._inline()
+        self._rows_and_lanes()
+        return self._finished()
+
+    def _finished(self) -> tirx.PrimFunc:
         func = self.s.mod[self.symbol]
         if self.branches:
             # Ranges of a concatenation become constant before the vectoriser looks at them.
             func = tirx.transform.UnrollLoop()(tvm.IRModule({self.symbol: func}))[self.symbol]
+        return self._named(func)
+
+    def _named(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         if self.name is not None:
             return func.with_attr("global_symbol", self.name)
         return func.without_attr("global_symbol")
@@ -176,14 +205,17 @@ class _Scheduler:
             unknown, product = (unknown + 1, product) if size is None else (unknown, product * size)
         return unknown, product
 
-    def _inline(self) -> None:
-        """Inline injective producers, unless that repeats costly work."""
+    def _inline(self, windows: bool = True) -> None:
+        """Inline injective producers, unless that repeats costly work; `windows`: also what a sum pads."""
         for block in self._blocks():
             consumers = self.s.get_consumers(block)
             if not consumers or not self._spatial(block):
                 continue
             repeats = len(consumers) > 1 or self._points(block) < max(self._points(c) for c in consumers)
             if repeats and _calls(self.s.get(block).body) & _COSTLY:
+                continue
+            pads = "if_then_else" in _calls(self.s.get(block).body)
+            if pads and not windows and not all(map(self._spatial, consumers)):
                 continue
             self._try(lambda block=block: self.s.compute_inline(block))
 

@@ -217,10 +217,11 @@ def test_a_slice_of_the_rows_has_the_same_numbers(machine: Machine) -> None:
     np.testing.assert_array_equal(some, every[:, 5:16])
 
 
-def test_columns_that_are_no_vectors_are_left_to_rows_and_lanes(machine: Machine) -> None:
+def test_columns_that_are_no_vectors_are_tiles_of_which_the_last_begins_earlier(machine: Machine) -> None:
     func = product(6, 32, 33, None)
     inputs = arguments(func)
     scheduled = schedule_elementwise(func, machine.traits, False)
+    assert "sums" in scheduled.script()
     got = machine.call(compiled(scheduled, machine.target), *inputs)[-1]
     x, w, c = (a.astype(np.float64) for a in inputs[:3])
     np.testing.assert_allclose(got, np.maximum(x @ w + c, 0), rtol=34 * 2.0**-24)
