@@ -189,12 +189,16 @@ def product_time(torch: Any, kernels: Any, case: cases.ProductCase, rows: int) -
 
 
 def decode_steps(torch: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    """A decode step of a whole model, wall time with its copies, over the time that its bytes take."""
+    """A decode step of a whole model with the choice of its tokens, wall time with all copies.
+
+    Every second row is drawn with top-k and top-p, the others take the most likely token.
+    """
     import time
 
     from tools.gpu_check import artifact_of
 
     from kvc.runtime.executor import Executor
+    from kvc.runtime.sampler import Draw, SamplingParams
     from kvc.runtime.state import State
 
     with tempfile.TemporaryDirectory() as work:
@@ -210,16 +214,22 @@ def decode_steps(torch: Any, folder: Path) -> Iterator[dict[str, Any]]:
                 state.segment(kept, count)
                 state.advance(kept, count)
         calls = [state.segment(kept, 1) for kept in sequences]
-        times = []
+        ways = (SamplingParams(), SamplingParams(temperature=0.8, top_k=1000, top_p=0.95))
+        draws = [Draw(ways[i % 2], np.random.default_rng(i)) for i in range(workload.batch)]
+        times, chosen = [], []
         for _ in range(20):
             start = time.perf_counter()
-            executor.decode(calls)
+            executor.decode(calls, take=False)
+            middle = time.perf_counter()
+            executor.choose(draws)
+            chosen.append(time.perf_counter() - middle)
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times[5:])
         size = plan.bytes.weights + workload.batch * (length + 1) * facts.kv_token_bytes()
         yield {
             "name": f"{folder.name} decode {workload}",
             "seconds": seconds,
+            "choosing_s": statistics.median(chosen[5:]),
             "tokens_s": workload.batch / seconds,
             "gb_s": size / seconds / 1e9,
         }

@@ -34,6 +34,7 @@ from kvc.artifact_writer import ArtifactWriter  # noqa: E402
 from kvc.runtime.cuda import Device, load_tvm_cuda, used_bytes  # noqa: E402
 from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.library import load_runtime, load_vm  # noqa: E402
+from kvc.runtime.sampler import Draw, SamplingParams, choose  # noqa: E402
 from kvc.runtime.sequences import Sequences  # noqa: E402
 
 Array = NDArray[Any]
@@ -42,6 +43,15 @@ UNITS: Final = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place of a number in 1 .. 2."""
 MODEL_LIMIT: Final = 3e-2
 """Largest difference of a logit, times the largest one: activations of 16 bits in tens of layers."""
+
+WAYS: Final = (
+    SamplingParams(),
+    SamplingParams(temperature=0.8, top_k=50),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=2.0, top_k=5000, top_p=0.7),
+    SamplingParams(temperature=1.0),
+)
+"""How tokens are chosen, in turn."""
 
 
 class Kernels:
@@ -194,7 +204,10 @@ def check_model(folder: Path, work: Path) -> list[dict[str, Any]]:
     sequences = Sequences(executor)
     kept = [sequences.open(t) for t in tokens]
     rows = [sequences.prefill(list(zip(kept, lengths))).copy()]
-    rows += [sequences.decode(kept).copy() for _ in range(len(expected["logits"]) - 1)]
+    wrong = wrong_choices(executor, rows[0], 0)
+    for step in range(1, len(expected["logits"])):
+        rows.append(sequences.decode(kept).copy())
+        wrong += wrong_choices(executor, rows[-1], step)
     taken = used_bytes() - before
     executor.close()
     want = expected["logits"]
@@ -204,9 +217,18 @@ def check_model(folder: Path, work: Path) -> list[dict[str, Any]]:
     return [
         {"name": folder.name, "error": error, "limit": MODEL_LIMIT, "passed": error <= MODEL_LIMIT,
          "load_s": round(loaded, 2)},
+        {"name": f"{folder.name}: chosen tokens", "error": wrong, "limit": 0, "passed": not wrong},
         {"name": f"{folder.name}: device bytes", "error": taken, "limit": promised,
          "passed": taken <= promised, "overhead": taken - (promised - artifact.plan.bytes.runtime)},
     ]  # fmt: skip
+
+
+def wrong_choices(executor: Executor, logits: NDArray[Any], step: int) -> int:
+    """How many tokens after a call are not those that the host chooses from its logits [rows, columns]."""
+    way = WAYS[step % len(WAYS)]
+    draws = [[Draw(way, np.random.default_rng((step, row))) for row in range(len(logits))] for _ in range(2)]
+    wanted = choose(logits[:, : executor.facts.vocab].copy(), draws[0])
+    return sum(a != b for a, b in zip(executor.choose(draws[1]), wanted))
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

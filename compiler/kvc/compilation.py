@@ -22,7 +22,7 @@ from kvc_passes.sites import FormName
 from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED, VALUES
 from kvc_passes.weights import WeightPart
 
-from .codegen.lower import finish, join, lower
+from .codegen.lower import allocated, finish, join, lower, to_vm
 from .frontend.importer import Imported
 from .machine import Machine
 from .model_facts import facts_of
@@ -81,6 +81,8 @@ class Lowered:
     machine: Machine
     segments: tuple[Segment, ...] = ()
     """Of prefill: what may run for a part of the tokens after another."""
+    choosing: IRModule | None = None
+    """The function that chooses tokens, where the host does not."""
 
     @property
     def least_slice(self) -> int:
@@ -223,7 +225,8 @@ def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
     }
     takes = {phase: list(each) for phase, each in zip(functions, recipes)}
     segments = segments_of(functions["prefill"])
-    return Lowered(functions, together, tensors, takes, attention, machine, segments)
+    choosing = machine.choosing(model.facts.vocab, model.facts.logits)
+    return Lowered(functions, together, tensors, takes, attention, machine, segments, choosing)
 
 
 def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
@@ -296,6 +299,8 @@ def build_libraries(
         )
         for phase, mod in lowered.functions.items()
     }
+    if lowered.choosing is not None:
+        finished["choose"] = to_vm(allocated(lowered.choosing, runner, "choose-"), runner, "choose-")
     module = join({**finished, **(more or {})})
     own = lowered.machine.workspace_bytes([module], bounds or {})
     if own > plan.bytes.workspaces:

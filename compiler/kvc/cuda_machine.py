@@ -34,6 +34,7 @@ from .kernels.cuda.host_pages import PAGE_SIZE
 from .kernels.cuda.host_products import CudaProducts
 from .kernels.cuda.knobs import DEFAULTS, Knobs
 from .kernels.cuda.launches import Variants, is_launch, launched
+from .kernels.cuda.sampling import choosing
 from .kernels.knobs import AttentionTimes
 from .kernels.shapes import attention_shape
 from .machine import export
@@ -87,6 +88,9 @@ class CudaMachine:
 
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CudaAttention:
         return CudaAttention.for_sites(sites, context, self.variants)
+
+    def choosing(self, vocab: int, columns: int) -> IRModule:
+        return choosing(vocab, columns, self.variants)
 
     def schedule(self, phase: Phase) -> ScheduleForCuda:
         return ScheduleForCuda(self.target)

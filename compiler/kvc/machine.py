@@ -73,6 +73,9 @@ class Machine(Protocol):
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> AttentionKernels:
         """Kernels for attention over at most `context` tokens, None for any number."""
 
+    def choosing(self, vocab: int, columns: int) -> IRModule | None:
+        """The function that chooses tokens from `vocab` of `columns` logits; None where the host does."""
+
     @property
     def fuse(self) -> tuple[Pass, ...]:
         """Passes on operators before TVM's own fusion."""
@@ -142,6 +145,9 @@ class CpuMachine:
 
     def attention(self, sites: tuple[AttentionSite, ...], context: int | None) -> CpuAttention:
         return CpuAttention.for_sites(self.target, sites, self.knobs)
+
+    def choosing(self, vocab: int, columns: int) -> None:
+        return None
 
     def schedule(self, phase: Phase) -> ScheduleKernels:
         return ScheduleKernels(self.target, phase != "decode")

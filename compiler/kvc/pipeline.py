@@ -51,7 +51,7 @@ from .frontend.importer import Imported
 
 Phase = Literal["prefill", "decode", "encode"]
 """A compiled function. encode: of an encoder's output, where the model reads one."""
-FunctionName = Phase | Literal["encoder"]
+FunctionName = Phase | Literal["encoder", "choose"]
 """A function of the library; the encoder makes what the function encode keeps."""
 _LARGEST_TABLE = 1 << 20  # elements
 

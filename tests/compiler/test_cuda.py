@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretend_gpu.run_artifact import LENGTHS, ROWS, STEPS, memories_of, tokens_of
+from pretend_gpu.run_artifact import LENGTHS, ROWS, STEPS, draws_of, memories_of, tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -25,6 +25,7 @@ from tools.onnx_graph import Graph  # noqa: E402
 import kvc  # noqa: E402
 from kvc.planning.saved import SavedPlan, save_plan  # noqa: E402
 from kvc.runtime.executor import Executor  # noqa: E402
+from kvc.runtime.sampler import choose  # noqa: E402
 from kvc.runtime.sequences import Sequences  # noqa: E402
 from kvc.widen import widen  # noqa: E402
 
@@ -101,6 +102,10 @@ def test_logits_on_a_pretend_gpu(
     done = run(built, libraries)
     assert done.returncode == 0, done.stderr
     assert worst(built, tmp_path) < LIMITS[dtype]
+    # Tokens are chosen there, after prefill and every step, as the host does it with the same logits.
+    found = np.load(built.artifact.with_suffix(".npz"))
+    expected = [choose(logits, draws_of(step)) for step, logits in enumerate(found["logits"])]
+    np.testing.assert_array_equal(found["chosen"], expected)
 
 
 def test_feed_forward_in_slices_on_a_pretend_gpu(

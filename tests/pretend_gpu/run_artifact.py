@@ -4,7 +4,7 @@
 
 DUMP is the folder that `kvc compile --dump` wrote the generated CUDA text to, FOLDER keeps compiled
 libraries, OUT.npz gets the logits: of two prompts in a ragged call that goes on with one of them, and of
-steps after them.
+steps after them; and the tokens that are chosen from them on the device.
 """
 
 from __future__ import annotations
@@ -32,6 +32,16 @@ def tokens_of(vocab: int) -> list[list[int]]:
 
     random = np.random.default_rng(0)
     return [[int(t) for t in random.integers(0, vocab, n + STEPS)] for n in LENGTHS]
+
+
+def draws_of(step: int) -> list[Any]:
+    """How tokens are chosen after a call: of the first sequence the most likely one, of the second any."""
+    import numpy as np
+
+    from kvc.runtime.sampler import Draw, SamplingParams
+
+    ways = (SamplingParams(), SamplingParams(temperature=1.5, top_k=200, top_p=0.9))
+    return [Draw(params, np.random.default_rng(step)) for params in ways]
 
 
 def memories_of(width: int) -> list[Any]:
@@ -83,6 +93,7 @@ def main() -> None:
         for given, own in zip(memories_of(executor.facts.memory[0]), pages):
             executor.encode(given, own[group])
     rows: list[np.ndarray] = []
+    chosen: list[Any] = []
     first = [Segment(tokens[0][: CHUNKS[0]], 0, pages[0], wanted=False, memory=memory[0])]
     executor.prefill(first)
     second = [
@@ -90,16 +101,18 @@ def main() -> None:
         Segment(tokens[1][: LENGTHS[1]], 0, pages[1], memory=memory[1]),
     ]
     rows.append(executor.prefill(second).copy())
+    chosen.append(executor.choose(draws_of(0)))
     for step in range(STEPS):
         segments = [
             Segment([t[n + step]], n + step, p, memory=m)
             for t, n, p, m in zip(tokens, LENGTHS, pages, memory)
         ]
         rows.append(executor.decode(segments).copy())
+        chosen.append(executor.choose(draws_of(step + 1)))
     launches.check()
-    # The first step launches kernels, the second records them; that and all others are one launch each.
-    assert driver.pretend_graph_launches() == STEPS - 1
-    np.savez(out, logits=np.stack(rows), launches=len(launches.log))
+    # The first call launches kernels, the second records them; that and all others are one launch each.
+    assert driver.pretend_graph_launches() == (STEPS - 1) + STEPS
+    np.savez(out, logits=np.stack(rows), chosen=chosen, launches=len(launches.log))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvc.runtime.executor import Segment
-from kvc.runtime.sampler import SamplingParams, sample
+from kvc.runtime.sampler import Choice, Draw, SamplingParams, choose, sample
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Bytes, Plan, StateGroup, Workload
 from kvc_passes.sites import AttentionSite, MaskFact, Reach
@@ -59,14 +59,17 @@ class FakeModel:
         """Tokens of every prefill call."""
         self.closed = False
 
-    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def prefill(self, segments: Sequence[Segment], *, take: bool = True) -> NDArray[np.float32]:
         self.calls.append(sum(len(s.tokens) for s in segments))
         assert self.calls[-1] <= self.plan.chunk
         return self._run(segments)
 
-    def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def decode(self, segments: Sequence[Segment], *, take: bool = True) -> NDArray[np.float32]:
         assert all(len(s.tokens) == 1 and s.wanted for s in segments)
         return self._run(segments)
+
+    def choose(self, draws: Sequence[Draw]) -> list[Choice]:
+        return choose(self._rows[:, : self.facts.vocab], draws)
 
     def close(self) -> None:
         self.closed = True
@@ -85,7 +88,8 @@ class FakeModel:
         # All keys are written before any is read: what a sequence wrote, no other may have written over.
         rows = [self.logits(self._history(segment)) for segment in segments]
         wanted = [row for row, segment in zip(rows, segments) if segment.wanted]
-        return np.array(wanted, dtype=np.float32).reshape(len(wanted), self.facts.logits)
+        self._rows = np.array(wanted, dtype=np.float32).reshape(len(wanted), self.facts.logits)
+        return self._rows
 
     def _slot(self, pages: Sequence[int], position: int) -> int:
         page, offset = divmod(position, self.plan.page_size)

@@ -28,10 +28,10 @@ def test_the_second_call_is_recorded_and_later_ones_are_launches() -> None:
     cuda, ran = Cuda(), list[int]()
     graphs = Graphs(cuda, 1)  # type: ignore[arg-type]
     for _ in range(4):
-        graphs.run(2, lambda: ran.append(2))
+        graphs.run(("f", 2), lambda: ran.append(2))
     assert ran == [2, 2]  # at first, and while it is recorded
     assert cuda.calls.count("cudaGraphLaunch") == 3
-    graphs.run(3, lambda: ran.append(3))
+    graphs.run(("f", 3), lambda: ran.append(3))
     assert ran == [2, 2, 3]
     graphs.close()
     assert cuda.calls.count("cudaGraphExecDestroy") == 1
@@ -42,9 +42,12 @@ def test_only_so_many_graphs_are_kept() -> None:
     graphs = Graphs(cuda, 1)  # type: ignore[arg-type]
     for key in range(MOST + 3):
         for _ in range(3):
-            graphs.run(key, lambda key=key: ran.append(key))
+            graphs.run(("f", key), lambda key=key: ran.append(key))
     assert cuda.calls.count("cudaGraphInstantiate") == MOST
     assert ran.count(MOST + 1) == 3
+    for _ in range(3):  # of each function
+        graphs.run(("g", 1), lambda: ran.append(-1))
+    assert ran.count(-1) == 2
 
 
 @pytest.mark.parametrize(
@@ -52,15 +55,15 @@ def test_only_so_many_graphs_are_kept() -> None:
 )
 def test_errors_of_cuda_are_said(function: str) -> None:
     graphs = Graphs(Cuda(**{function: 719}), 1)  # type: ignore[arg-type]
-    graphs.run(1, lambda: None)
+    graphs.run(("f", 1), lambda: None)
     with pytest.raises(Error, match="719"):
-        graphs.run(1, lambda: None)
+        graphs.run(("f", 1), lambda: None)
 
 
 def test_a_recording_ends_where_the_call_fails() -> None:
     cuda = Cuda()
     graphs = Graphs(cuda, 1)  # type: ignore[arg-type]
-    graphs.run(1, lambda: None)
+    graphs.run(("f", 1), lambda: None)
     with pytest.raises(ZeroDivisionError):
-        graphs.run(1, lambda: 1 // 0)
+        graphs.run(("f", 1), lambda: 1 // 0)
     assert cuda.calls[-1] == "cudaStreamEndCapture"

@@ -64,7 +64,10 @@ def test_greedy_takes_the_first_largest_and_changes_nothing(logits: list[float])
     assert sample(row, SamplingParams(), np.random.default_rng()) == logits.index(max(logits))
 
 
-@pytest.mark.parametrize("params", [{"temperature": 1e-30}, {"temperature": 1.0, "top_k": 1}])
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 1e-30}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-17}],
+)
 def test_limits_are_greedy(params: dict[str, Any]) -> None:
     row = np.array([1.0, 3.0, 2.999], np.float32)
     for _ in range(50):

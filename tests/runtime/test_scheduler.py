@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvc.runtime.requests import Request, Update
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import Scheduler
-from kvc_passes.errors import InputError
+from kvc_passes.errors import Error, InputError
 from kvc_passes.plans import StateGroup
 from kvc_passes.sites import Reach
 
@@ -164,6 +164,32 @@ def test_a_failure_for_one_request_strands_no_other(
         expected = scheduler.model.unbatched(request.tokens[:2], params, frozenset())
         assert [u.token for u in updates if u.request is request] == expected
     assert scheduler.state.pools[0].used == 0
+
+
+def test_a_request_without_a_next_token_stops_no_other(
+    fake_model: Make, make_plan: Make, make_facts: Make
+) -> None:
+    """The others get theirs in the same step; the reason is raised, and the request is computed again."""
+
+    class Broken(fake_model):  # type: ignore[misc]
+        broken = True
+
+        def logits(self, history: Sequence[Sequence[int]]) -> Any:
+            row = super().logits(history)
+            return row * float("nan") if self.broken and list(history[0]) == [3, 4] else row
+
+    model = Broken(make_plan(), make_facts())
+    scheduler = Scheduler(model)
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, seed=7)
+    requests = [scheduler.add(prompt, params) for prompt in ([1, 2], [3, 4], [5, 6])]
+    with pytest.raises(Error, match="largest logit"):
+        scheduler.step()
+    assert [len(request.generated) for request in requests] == [1, 0, 1]
+    model.broken = False
+    updates = [update for _ in range(20) if scheduler.busy for update in scheduler.step()]
+    assert len(updates) == 9
+    for request in requests:
+        assert request.generated == model.unbatched(request.tokens[:2], params, frozenset())
 
 
 def test_a_long_prompt_does_not_stop_others_from_decoding(scheduler: Scheduler) -> None:

@@ -15,8 +15,7 @@ from kvc_passes.sites import AttentionSite, Reach
 
 from ..options import format_size
 from ..runtime.encoder import encoder_bytes
-from ..runtime.executor import logits_bytes, pool_bytes, table_bytes
-from ..runtime.sampler import scratch_bytes
+from ..runtime.executor import choice_bytes, logits_bytes, pool_bytes, table_bytes
 
 LONGEST: Final = 1 << 30
 """Tokens; positions are computed with 32 bits."""
@@ -271,7 +270,7 @@ class Draft:
             pools=pool_bytes(draft, costs.facts),
             tables=table_bytes(draft, costs.facts),
             arena=arena,
-            outputs=logits_bytes(draft, costs.facts) + scratch_bytes(costs.facts.logits),
+            outputs=logits_bytes(draft, costs.facts) + choice_bytes(draft, costs.facts),
             runtime=costs.runtime,
             workspaces=workspaces,
             encoder=encoder_bytes(draft, costs.facts),

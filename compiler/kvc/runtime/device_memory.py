@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
 from kvc.runtime.cuda import Device, load_cudart, load_tvm_cuda
-from kvc.runtime.graphs import Graphs
+from kvc.runtime.graphs import Graphs, Key
 from kvc.runtime.host_memory import Region, Shapes, mapped, padded
 from kvc.runtime.library import load_runtime, load_vm
 from kvc_passes.errors import InputError, TargetError
@@ -82,7 +82,7 @@ class DeviceMemory:
         self._to_host(self.place(name, count), _pointer(array), array.nbytes)
         return array
 
-    def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
+    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> None:
         """Call a function and wait for it; calls of the same `shape` become a CUDA graph."""
         self._use_stream(self._device, self._stream)  # another model may have set its own
         if shape is None:

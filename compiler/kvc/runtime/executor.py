@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
+from kvc.runtime.choices import choice_shapes, read_choices, write_draws
 from kvc.runtime.device_memory import DeviceMemory
 from kvc.runtime.encoder import EncoderCall, Inputs, encoder_shapes
+from kvc.runtime.graphs import Key
 from kvc.runtime.host_memory import HostMemory, Shapes, padded
 from kvc.runtime.pages import RECORD_BYTES
+from kvc.runtime.sampler import Choice, Draw, SamplingParams, choose, scratch_bytes
 from kvc_passes.errors import InputError, PlanningError
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Plan
@@ -59,7 +62,7 @@ class Memory(Protocol):
     def take(self, name: str, count: int) -> NDArray[Any]:
         """What a function wrote there."""
 
-    def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
+    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> None:
         """Call a function; calls of the same `shape` differ in nothing but what inputs hold."""
 
     def close(self) -> None:
@@ -104,6 +107,13 @@ def logits_bytes(plan: Plan, facts: ModelFacts) -> int:
     return padded("float32", (plan.max_batch, facts.logits))
 
 
+def choice_bytes(plan: Plan, facts: ModelFacts) -> int:
+    """Bytes that choosing tokens takes beside logits (the rest of Bytes.outputs)."""
+    if plan.target["kind"] != "cuda":
+        return scratch_bytes(facts.logits)
+    return sum(padded(*each) for each in choice_shapes(plan.max_batch, facts.vocab).values())
+
+
 def pool_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes of the page pools as they are allocated (Bytes.pools)."""
     return sum(padded(*each) for each in _pools(plan, facts).values())
@@ -126,12 +136,15 @@ class Executor:
             "logits": ("float32", (self.plan.max_batch, self.facts.logits)),
         }
         pools = _pools(self.plan, self.facts)
-        self._memory: Memory = (
-            DeviceMemory(artifact, inputs, pools)
-            if self.plan.target["kind"] == "cuda"
-            else HostMemory(artifact, inputs, pools, threads)
-        )
+        self._memory: Memory
+        self._on_device = self.plan.target["kind"] == "cuda"
+        if self._on_device:
+            inputs |= choice_shapes(self.plan.max_batch, self.facts.vocab)
+            self._memory = DeviceMemory(artifact, inputs, pools)
+        else:
+            self._memory = HostMemory(artifact, inputs, pools, threads)
         vm = self._memory.vm
+        self._choose = vm["choose"] if self._on_device else None
         self._prefill, self._decode = vm["prefill"], vm["decode"]
         self._encode = vm["encode"] if self.facts.memory else None
         arrays = self._memory.arrays
@@ -164,12 +177,13 @@ class Executor:
                     f"{artifact.path}: library and weights do not fit ({reason}); compile it again"
                 ) from None
 
-    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def prefill(self, segments: Sequence[Segment], *, take: bool = True) -> NDArray[np.float32]:
         """Compute segments of one or more sequences, each with its pages.
 
         Returns the logits after the last token of every segment that wants them, in order: float32
-        [rows, facts.logits], a view that the next call overwrites. Raises InputError on a token id that the
-        model does not have, PlanningError if the call is larger than planned.
+        [rows, facts.logits], a view that the next call overwrites. Without `take` they may be left where
+        only `choose` finds them, and the numbers in the view be others. Raises InputError on a token id that
+        the model does not have, PlanningError if the call is larger than planned.
         """
         plan = self.plan
         if not 0 < len(segments) <= plan.max_batch or sum(len(s.tokens) for s in segments) > plan.chunk:
@@ -198,13 +212,13 @@ class Executor:
             *self._state["prefill"],
         ]
         self._memory.run(self._prefill, arguments, None)
-        return self._memory.take("logits", len(wanted)) if wanted else self._memory.arrays["logits"][:0]
+        return self._logits(len(wanted), take)
 
-    def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def decode(self, segments: Sequence[Segment], *, take: bool = True) -> NDArray[np.float32]:
         """Compute the next token of each sequence: segments of one token.
 
-        Returns float32 [len(segments), facts.logits], a view that the next call overwrites. Raises as
-        prefill does.
+        Returns float32 [len(segments), facts.logits], a view that the next call overwrites; `take` and
+        errors as of prefill.
         """
         count = len(segments)
         if not 0 < count <= self.plan.max_batch or any(len(s.tokens) != 1 for s in segments):
@@ -219,8 +233,22 @@ class Executor:
             self._memory.place("logits", count),
             *self._state["decode"],
         ]
-        self._memory.run(self._decode, arguments, count)
-        return self._memory.take("logits", count)
+        self._memory.run(self._decode, arguments, ("decode", count))
+        return self._logits(count, take)
+
+    def choose(self, draws: Sequence[Draw]) -> list[Choice]:
+        """The next token after each row of logits of the last call, which are used up."""
+        count, memory = len(draws), self._memory
+        if not self._on_device:
+            return choose(memory.arrays["logits"][:count, : self.facts.vocab], draws)
+        write_draws(memory.arrays["draws"][:count], draws)
+        arguments = [
+            *(memory.place(name, count) for name in ("logits", "parts")),
+            memory.give("draws", count),
+            memory.place("chosen", count),
+        ]
+        memory.run(self._choose, arguments, ("choose", count))
+        return read_choices(memory.take("chosen", count))
 
     def run_encoder(self, inputs: Inputs) -> NDArray[np.float32]:
         """The encoder's output, float32 [rows, facts.memory[0]], of a request's inputs (`checked_inputs`)."""
@@ -270,6 +298,10 @@ class Executor:
                 slots = name.replace("table", "slots")
                 arrays[slots][begin:end] = table[positions // size] * size + positions % size
 
+    def _logits(self, count: int, take: bool) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = self._memory.arrays["logits"][:count]
+        return self._memory.take("logits", count) if take and count else array
+
     def _last(self, count: int) -> list[Any]:
         return [self._memory.give("memory_last", count)] if self.facts.memory else []
 
@@ -304,6 +336,8 @@ class Executor:
             left -= count
         self.prefill(segments)
         self.decode([Segment([0], 0, pages(1), memory=rows)] * plan.max_batch)
+        if self._on_device:  # its code is loaded, too
+            self.choose([Draw(SamplingParams(), np.random.default_rng(0))] * plan.max_batch)
 
 
 def _pools(plan: Plan, facts: ModelFacts, *, memory: bool = False) -> Shapes:

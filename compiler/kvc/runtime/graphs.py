@@ -9,7 +9,9 @@ from typing import Any, Final
 from kvc_passes.errors import Error
 
 MOST: Final = 16
-"""Graphs that are kept; further batch sizes launch kernel by kernel."""
+"""Graphs of a function that are kept; further batch sizes launch kernel by kernel."""
+Key = tuple[str, int]
+"""A function's name and the rows that it is called for."""
 _THREAD_LOCAL: Final = 1  # cudaStreamCaptureModeThreadLocal
 
 
@@ -22,13 +24,13 @@ class Graphs:
 
     def __init__(self, cudart: ctypes.CDLL, stream: int) -> None:
         self._cudart, self._stream = cudart, ctypes.c_void_p(stream)
-        self._seen: set[int] = set()
-        self._graphs: dict[int, ctypes.c_void_p] = {}
+        self._seen: set[Key] = set()
+        self._graphs: dict[Key, ctypes.c_void_p] = {}
 
-    def run(self, key: int, call: Callable[[], Any]) -> None:
+    def run(self, key: Key, call: Callable[[], Any]) -> None:
         """Do what `call` does, on the stream; not waited for."""
         if key not in self._graphs:
-            if key not in self._seen or len(self._graphs) == MOST:
+            if key not in self._seen or sum(name == key[0] for name, _ in self._graphs) == MOST:
                 self._seen.add(key)
                 call()
                 return

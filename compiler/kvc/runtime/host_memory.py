@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc.artifact import Artifact
+from kvc.runtime.graphs import Key
 from kvc.runtime.library import check_cpu, load_runtime, load_vm, thread_count
 from kvc.weights_file import ALIGNMENT, TensorSpec, numpy_dtype
 from kvc_passes.errors import InputError
@@ -58,7 +59,7 @@ class HostMemory:
         """What the function wrote there."""
         return self.arrays[name][:count]
 
-    def run(self, function: Any, arguments: Sequence[Any], shape: int | None) -> None:
+    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> None:
         """Call a function."""
         function(*arguments)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +47,37 @@ class SamplingParams:
         if isinstance(self.stop, str) or not all(self.stop):
             raise InputError("stop must be a sequence of texts, none of them empty")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+class Draw(NamedTuple):
+    """How the next token of a row of logits is chosen."""
+
+    params: SamplingParams
+    rng: np.random.Generator
+
+
+Choice = int | Error
+"""A token's id, or why there is none."""
+
 
 def scratch_bytes(vocab: int) -> int:
     """Most bytes that `sample` allocates for `vocab` logits: float64 sums and masks."""
     return 10 * vocab + 4096
+
+
+def choose(logits: NDArray[np.float32], draws: Sequence[Draw]) -> list[Choice]:
+    """The next token of each row of float32 logits [rows, vocab], as `sample` takes it."""
+    found: list[Choice] = []
+    for row, draw in zip(logits, draws, strict=True):
+        try:
+            found.append(sample(row, *draw))
+        except Error as error:
+            found.append(error)
+    return found
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
@@ -59,15 +88,13 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
     best = int(np.argmax(logits))  # the first NaN, if there is one
     peak = logits[best]
     if not np.isfinite(peak):
-        raise Error(
-            f"the model returned {peak} as the largest logit: its weights or its computation overflow"
-        )
-    if params.temperature == 0 or params.top_k == 1:
+        raise not_finite(peak)
+    if params.greedy:
         return best
     weights = logits
     with np.errstate(over="ignore", under="ignore"):
         weights -= peak
-        weights /= np.float32(max(params.temperature, 1e-6))  # below this it is greedy anyway
+        weights /= temperature_of(params)
         np.exp(weights, out=weights)
     if 0 < params.top_k < len(weights):
         _keep_largest(weights, params.top_k)
@@ -78,6 +105,16 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
     choice = int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
     # Rounding can reach the sum itself: then it is the last token that has a weight.
     return choice if choice < len(sums) else int(np.searchsorted(sums, sums[-1]))
+
+
+def temperature_of(params: SamplingParams) -> np.float32:
+    """What logits are divided by; below 1e-6 it is greedy anyway."""
+    return np.float32(max(params.temperature, 1e-6))
+
+
+def not_finite(peak: object) -> Error:
+    """What is said of a row whose largest logit is no finite number."""
+    return Error(f"the model returned {peak} as the largest logit: its weights or its computation overflow")
 
 
 def _keep_largest(weights: NDArray[np.float32], count: int) -> None:
@@ -93,4 +130,5 @@ def _nucleus(weights: NDArray[np.float32], top_p: float) -> int:
     sums = weights.astype(np.float64)
     sums.sort()
     np.cumsum(sums, out=sums)
-    return len(sums) - int(np.searchsorted(sums, (1 - top_p) * sums[-1], side="right"))
+    dropped = int(np.searchsorted(sums, (1 - top_p) * sums[-1], side="right"))
+    return max(1, len(sums) - dropped)  # 1 - 1e-17 is 1

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from kvc.runtime.encoder import Inputs, as_array, checked_inputs, described
 from kvc.runtime.requests import Counters, FinishReason, Request, Update
-from kvc.runtime.sampler import SamplingParams, sample
+from kvc.runtime.sampler import Draw, SamplingParams
 from kvc.runtime.sequences import Model, Sequences
 from kvc.runtime.state import Kept
-from kvc_passes.errors import InputError
+from kvc_passes.errors import Error, InputError
 
 
 class Scheduler:
@@ -226,11 +226,11 @@ class Scheduler:
         if not parts:
             return
         begin = time.perf_counter()
-        logits = self.sequences.prefill(parts, ends=True)
+        self.sequences.prefill(parts, ends=True, take=False)
         self.counters.prefill_seconds += time.perf_counter() - begin
         self.counters.prefill_tokens += sum(count for _, count in parts)
         complete = [request for request in served if request.computed == len(request.tokens)]
-        self._choose_all(complete, logits)
+        self._choose_all(complete)
 
     def _decode_step(self, ready: list[Request]) -> None:
         """One call that computes the newest token of every request that is past its prompt."""
@@ -238,10 +238,10 @@ class Scheduler:
         if not ready:
             return
         begin = time.perf_counter()
-        logits = self.sequences.decode([r.kept for r in ready if r.kept is not None])
+        self.sequences.decode([r.kept for r in ready if r.kept is not None], take=False)
         self.counters.decode_seconds += time.perf_counter() - begin
         self.counters.decode_tokens += len(ready)
-        self._choose_all(ready, logits)
+        self._choose_all(ready)
 
     def _make_room(self, request: Request, tokens: int) -> int:
         """See that `request` has pages for its next `tokens`, at the cost of the youngest if need be.
@@ -268,21 +268,28 @@ class Scheduler:
         with self._lock:
             self._waiting.appendleft(request)  # older than all that wait
 
-    def _choose_all(self, requests: Sequence[Request], logits: NDArray[np.float32]) -> None:
-        """Choose the next token of each. Where that fails, those that have none are computed again later."""
-        left = collections.deque(requests)
+    def _choose_all(self, requests: Sequence[Request]) -> None:
+        """Choose the next token of each, whose logits are those of the last call, in order.
+
+        Where that fails for some, they are computed again later; the first reason is raised.
+        """
+        left, failed = list(requests), list[Error]()
         try:
-            for row in logits:
-                self._updates.append(self._choose(left[0], row))
-                left.popleft()
+            draws = [Draw(request.params, request.rng) for request in requests]
+            for request, choice in zip(requests, self.model.choose(draws) if draws else (), strict=True):
+                if isinstance(choice, Error):
+                    failed.append(choice)
+                else:
+                    self._updates.append(self._chosen(request, choice))
+                    left.remove(request)
         finally:
             for request in reversed(left):  # the youngest first, so that the oldest waits in front
                 self._preempt(request)
+        if failed:
+            raise failed[0]
 
-    def _choose(self, request: Request, logits: NDArray[np.float32]) -> Update:
-        """Choose the next token of a request and see whether it ends."""
-        facts = self.model.facts
-        token = sample(logits[: facts.vocab], request.params, request.rng)
+    def _chosen(self, request: Request, token: int) -> Update:
+        """Keep the next token of a request and see whether it ends."""
         request.tokens.append(token)
         if request.first_token is None:
             request.first_token = time.perf_counter()

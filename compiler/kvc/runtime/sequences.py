@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvc.runtime.encoder import Inputs
 from kvc.runtime.executor import Segment
+from kvc.runtime.sampler import Choice, Draw
 from kvc.runtime.state import Kept, State
 from kvc_passes.errors import PlanningError
 from kvc_passes.facts import ModelFacts
@@ -23,8 +24,9 @@ class Model(Protocol):
     def plan(self) -> Plan: ...
     @property
     def facts(self) -> ModelFacts: ...
-    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
-    def decode(self, segments: Sequence[Segment]) -> NDArray[np.float32]: ...
+    def prefill(self, segments: Sequence[Segment], *, take: bool = True) -> NDArray[np.float32]: ...
+    def decode(self, segments: Sequence[Segment], *, take: bool = True) -> NDArray[np.float32]: ...
+    def choose(self, draws: Sequence[Draw]) -> list[Choice]: ...
     def encode(self, memory: NDArray[np.float32], pages: Sequence[int]) -> None: ...
     def run_encoder(self, inputs: Inputs) -> NDArray[np.float32]: ...
     def close(self) -> None: ...
@@ -43,27 +45,29 @@ class Sequences:
         """A sequence of these tokens, of which nothing is computed, and its encoder output [rows, d]."""
         return self.state.open(tokens, memory=memory)
 
-    def prefill(self, parts: Sequence[tuple[Kept, int]], *, ends: bool = False) -> NDArray[np.float32]:
+    def prefill(
+        self, parts: Sequence[tuple[Kept, int]], *, ends: bool = False, take: bool = True
+    ) -> NDArray[np.float32]:
         """Compute the next tokens of sequences, so many of each.
 
         Returns the logits after the last of them, float32 [sequences, facts.logits], a view that the next
-        call overwrites; with `ends` only of sequences that are then computed to their end. Raises
-        PlanningError if there is not enough room.
+        call overwrites; with `ends` only of sequences that are then computed to their end; `take`
+        as of Executor.prefill. Raises PlanningError if there is not enough room.
         """
         self._encode(kept for kept, _ in parts)
         segments = [
             self.state.segment(kept, count, wanted=not ends or kept.length + count == len(kept.tokens))
             for kept, count in parts
         ]
-        logits = self.model.prefill(segments)
+        logits = self.model.prefill(segments, take=take)
         for kept, count in parts:
             self.state.advance(kept, count)
         return logits
 
-    def decode(self, sequences: Sequence[Kept]) -> NDArray[np.float32]:
+    def decode(self, sequences: Sequence[Kept], *, take: bool = True) -> NDArray[np.float32]:
         """Compute the next token of each sequence; logits as for `prefill`."""
         self._encode(sequences)
-        logits = self.model.decode([self.state.segment(kept, 1) for kept in sequences])
+        logits = self.model.decode([self.state.segment(kept, 1) for kept in sequences], take=take)
         for kept in sequences:
             self.state.advance(kept, 1)
         return logits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import device, rekeyed, remade, shared
+from kvc.kernels.cuda import device, rekeyed, remade, sampling, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -191,6 +191,13 @@ def test_keys_made_of_values_compile_without_spills(name: str, dtype: str, arch:
         assert programs % shape.kv_heads == 0
         code = compile_kernel(kernel, arch)
         assert holds(code, WGMMA if arch == 90 and "prefill" in kernel.name else MMA)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("columns", [512, 50257, 128256, 262144])
+def test_choosing_tokens_compiles_without_spills(columns: int, arch: int) -> None:
+    for kernel in (sampling.peaks_kernel(columns, columns), sampling.choose_kernel(columns, columns)):
+        compile_kernel(kernel, arch)
 
 
 def test_names_tell_variants_apart() -> None:

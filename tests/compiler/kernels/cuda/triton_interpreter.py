@@ -20,6 +20,7 @@ WRITTEN = {
     "prefill": ("out",),
 }
 WRITTEN |= {"product": ("y",), "head_product": ("y",), "embedding": ("y",)}
+WRITTEN |= {"peaks": ("parts",), "choose": ("logits", "chosen")}
 """Parameters that each function writes."""
 
 
