@@ -17,7 +17,7 @@ from ..cuda_machine import CudaMachine
 from ..kernels.attention import AttentionShape
 from ..kernels.cuda import rows
 from ..kernels.cuda.host_attention import CudaAttention
-from ..kernels.cuda.host_pages import PAGE_SIZE
+from ..kernels.cuda.host_pages import PAGE_SIZE, most_parts
 from ..kernels.cuda.knobs import (
     DECODE,
     PREFILL,
@@ -150,9 +150,9 @@ def prefill_operands(shape: AttentionShape, bucket: Bucket, tile: int) -> Operan
 
 
 def decode_operands(shape: AttentionShape, bucket: Bucket, splits: int) -> Operands:
-    """Of decode attention in `splits` shares, and their workspace."""
+    """Of decode attention, in `splits` shares where a sequence is alone, and their workspace."""
     warm, cold, _, extras = _attention(shape, bucket, "decode")
-    part = TensorType("float32", (bucket.rows, splits, shape.heads, shape.value_dim + 2))
+    part = TensorType("float32", (most_parts(splits, bucket.rows), shape.heads, shape.value_dim + 2))
     result = TensorType(shape.kv_dtype, (1, bucket.rows, shape.heads, shape.value_dim))
     order = ("q", *cold, "positions", "table", *extras)
     return Operands(warm, cold, (part, result), order, True, _COLD_BYTES)

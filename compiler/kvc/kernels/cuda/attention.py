@@ -78,11 +78,11 @@ def prefill_kernel(
 def decode_kernel(
     shape: AttentionShape, splits: int, x_dtype: str, knobs: DecodeKnobs = DECODE
 ) -> DeviceKernel:
-    """Attention of one token a sequence, every sequence's keys in `splits` shares.
+    """Attention of one token a sequence, every sequence's keys in shares.
 
     Arguments: q [1, H, b, D], pools, positions i64[b], table i32[b, width], extras,
-    part f32[b, splits, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
-    Grid (b, Hkv, splits). The number of shares is not compiled in.
+    part f32[b, shares, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
+    Grid (b, Hkv, shares): how many there are is not compiled in.
     """
     keys, warps, stages = chosen(knobs, decode_blocks(shape, x_dtype))
     constants = {
@@ -101,19 +101,24 @@ def decode_kernel(
 
 
 def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
-    """The shares of decode_kernel put together.
+    """The shares of decode_kernel, at most `splits`, put together.
 
-    Arguments: part f32[b, splits, H, Dv + 2], out [1, b, H, Dv] of out_dtype, b. Grid (b, H, merge_blocks).
+    Arguments: part f32[b, shares, H, Dv + 2], out [1, b, H, Dv] of out_dtype, b, shares.
+    Grid (b, H, merge_blocks).
     """
     wide = _merged(shape, splits)
     return DeviceKernel(
         "attention.merge",
-        (("part", "*fp32"), ("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"), ("b", "i32")),
+        (
+            ("part", "*fp32"),
+            ("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"),
+            ("b", "i32"),
+            ("shares", "i32"),
+        ),
         (
             ("H", shape.heads),
             ("DV", shape.value_dim),
             ("VB", wide),
-            ("SPLITS", splits),
             ("SP", power(splits)),
             ("GUARDED", shape.guarded),
         ),

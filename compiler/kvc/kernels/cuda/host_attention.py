@@ -18,7 +18,7 @@ from ..emit import Emitter, argument, size_var
 from ..shapes import attention_shape
 from . import attention, rekeyed, remade, shared
 from .device import DeviceKernel
-from .host_pages import LONGEST, PAGE_SIZE, CudaPages
+from .host_pages import LONGEST, PAGE_SIZE, CudaPages, parts_of
 from .knobs import Knobs
 from .launches import Variants
 from .remade import Making
@@ -120,9 +120,8 @@ class CudaAttention(CudaPages):
         if not decodes:
             self.variants.launch(e, kernel, values, (t, programs))
             return e.function([*given, out], given, [out])
-        part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
-        self.variants.launch(e, kernel, {**values, "part": part}, (b, programs, splits))
-        self._merge(e, shape, splits, dtype, part, out)
+        values["part"] = part = parts_of(shape, splits, b)
+        self._in_shares(e, shape, splits, dtype, kernel, programs, values)
         return e.function([*given, part, out], given, [part, out])
 
     def operations(self, site: AttentionSite, *, decodes: bool) -> int:
@@ -205,11 +204,10 @@ class CudaAttention(CudaPages):
             "table": argument("block_table", (b, m), "int32"),
             **_extras(shape),
         }
-        part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
+        part = parts_of(shape, splits, b)
         out = argument("out", (1, b, shape.heads, shape.value_dim), attention.out_dtype(shape, dtype))
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
-        self.variants.launch(e, kernel, values, (b, programs, splits))
-        self._merge(e, shape, splits, dtype, part, out)
+        self._in_shares(e, shape, splits, dtype, kernel, programs, values)
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
 

@@ -237,18 +237,17 @@ def decode(
 
 @triton.jit
 def merge(
-    part, out, b,
-    H: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr,
-    SPLITS: tl.constexpr, SP: tl.constexpr, GUARDED: tl.constexpr,
+    part, out, b, shares,
+    H: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, SP: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """The shares of a sequence's token and a head put together, VB elements of them."""
+    """The shares, SP at most, of a sequence's token and a head put together, VB elements of them."""
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     rs = tl.arange(0, SP)
     rv = tl.program_id(2) * VB + tl.arange(0, VB)
-    share = part + ((sequence.to(tl.int64) * SPLITS + rs) * H + h) * (DV + 2)
-    top = tl.load(share + DV, mask=rs < SPLITS, other=float("-inf"))
-    total = tl.load(share + DV + 1, mask=rs < SPLITS, other=0.0)
+    share = part + ((sequence.to(tl.int64) * shares + rs) * H + h) * (DV + 2)
+    top = tl.load(share + DV, mask=rs < shares, other=float("-inf"))
+    total = tl.load(share + DV + 1, mask=rs < shares, other=0.0)
     highest = tl.max(top, 0)
     weight = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
     # The values of a share without keys were not written. A sum of NaN is not 0.
