@@ -105,6 +105,7 @@ def site_of(shape: AttentionShape) -> AttentionSite:
         mask=MaskFact(kind, window, "", chunk, sinks, shape.predicate or "k <= q"),
         rope=None,
         slopes=(0.0,) * shape.heads if shape.slopes else None,
+        bias=((0.0,) * shape.distances,) * shape.heads if shape.distances else None,
         sinks=(0.0,) * shape.heads if shape.sink_scores else None,
         guarded=shape.guarded,
         kv_dtype=shape.kv_dtype,  # type: ignore[arg-type]
@@ -169,9 +170,13 @@ def _attention(
     cold = {name: TensorType(dtype, (table.size, *sizes)) for name, (dtype, sizes) in state.items()}
     own, positions = queries_of(tokens, sequences, length, shape)
     more = {
-        name: -np.abs(numbers("float32", shape.heads, scale=0.1))
-        for name, has in (("slopes", shape.slopes), ("sinks", shape.sink_scores))
-        if has
+        name: -np.abs(numbers("float32", shape.heads * count, scale=0.1))
+        for name, count in (
+            ("slopes", shape.slopes),
+            ("sinks", shape.sink_scores),
+            ("bias", shape.distances),
+        )
+        if count
     }
     warm = {"q": numbers(shape.kv_dtype, 1, shape.heads, tokens, shape.head_dim), "positions": positions}
     return {**warm, "table": table, **more}, cold, own, list(more)
