@@ -9,6 +9,7 @@ from typing import Any, Final
 import tvm
 from tvm import IRModule, relax
 
+from kvc_passes.base import Result
 from kvc_passes.errors import BudgetError, TargetError
 from kvc_passes.overwrite_inputs import OverwriteInputs
 from kvc_passes.place_arena import Arena, PlaceArena, element_bytes, evaluate
@@ -172,24 +173,72 @@ def within(
                 raise
             lowest = error
     wanted = _room(budget - base.outputs - base.workspace)
-    refused: dict[Splits, BudgetError] = {}
-    # With less than is needed where places leave gaps, and at last all the way: what that reaches is what a
-    # refusal names, and does not depend on the budget.
-    for limit in dict.fromkeys(max(0, part) for part in (wanted, wanted * 9 // 10, 0)):
-        split = lowering.runner.apply(base.module, SplitChains(limit, lowering.bounds))
-        if split.sites and split.facts not in refused:
-            parts = lowering.of(split.module)
-            if limit and not _conceivable(parts, budget, lowering):
-                continue
-            try:
-                return *_ordered(parts, budget, lowering, search), split.sites
-            except BudgetError as error:
-                refused[split.facts] = error
-        if limit == 0 and split.facts in refused:
-            lowest = min((e for e in (lowest, refused[split.facts]) if e), key=lambda e: e.needed)
-    if lowest is None:  # nothing could be split: why it does not fit without
-        return *_ordered(base, budget, lowering, search), 0
-    raise lowest
+    splits = _Splits(base, lowering, search)
+    waiting = []
+    for limit in (wanted, wanted * 9 // 10):  # with less than is needed, since places leave gaps
+        waiting.append(splits.of(max(0, limit)))
+        if found := splits.standing(waiting[-1], budget):
+            return found
+    for split in waiting:  # with another order, which takes long to look for
+        if found := splits.within(split, budget):
+            return found
+    # All the way: what that reaches is what a refusal names, and does not depend on the budget.
+    finest = splits.of(0)
+    if lowest is not None and not finest.sites:
+        raise lowest
+    try:
+        return splits.ordered(finest, budget)
+    except BudgetError as error:
+        raise min((e for e in (lowest, error) if e), key=lambda e: e.needed) from None
+
+
+class _Splits:
+    """What a module's chains in slices come to, each asked once."""
+
+    def __init__(self, base: LoweredGraph, lowering: Lowering, search: Search) -> None:
+        self.base, self.lowering, self.search = base, lowering, search
+        self.found: dict[Splits, Result] = {}
+        self.parts: dict[Splits, LoweredGraph] = {}
+        self.refused: dict[Splits, BudgetError] = {}
+
+    def of(self, limit: int) -> Result:
+        """The module with chains split where more than `limit` bytes are alive; facts: Splits."""
+        found = self.lowering.runner.apply(self.base.module, SplitChains(limit, self.lowering.bounds))
+        return self.found.setdefault(found.facts, found)
+
+    def lowered(self, facts: Splits) -> LoweredGraph:
+        if facts not in self.parts:
+            found = self.found[facts]
+            self.parts[facts] = self.lowering.of(found.module) if found.sites else self.base
+        return self.parts[facts]
+
+    def standing(self, split: Result, budget: int) -> tuple[LoweredGraph, Solution | None, int] | None:
+        """In the order as it stands; None where that takes more."""
+        room = _room(budget - self.base.outputs)
+        if not split.sites or split.facts.peak > room:
+            return None
+        over = self.lowering.of(split.module, overwriting=True)
+        return (over, None, split.sites) if over.peak <= budget else None
+
+    def within(self, split: Result, budget: int) -> tuple[LoweredGraph, Solution | None, int] | None:
+        """None where that cannot be, or was not found."""
+        if not split.sites or not _conceivable(self.lowered(split.facts), budget, self.lowering):
+            return None
+        try:
+            return self.ordered(split, budget)
+        except BudgetError:
+            return None
+
+    def ordered(self, split: Result, budget: int) -> tuple[LoweredGraph, Solution | None, int]:
+        """Raises BudgetError, also where it was asked for before."""
+        if split.facts in self.refused:
+            raise self.refused[split.facts]
+        try:
+            parts = self.lowered(split.facts)
+            return *_ordered(parts, budget, self.lowering, self.search), split.sites
+        except BudgetError as error:
+            self.refused[split.facts] = error
+            raise
 
 
 def _conceivable(lowered: LoweredGraph, budget: int, lowering: Lowering) -> bool:

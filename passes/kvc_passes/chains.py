@@ -189,8 +189,7 @@ class Chains:
                 continue
             if chain is None:
                 old = problem.overwrites[op]
-                step = Step(op, problem.sizes[op], read, problem.alias[op], -1 if old in inside else old)
-                sketch.add(step)
+                sketch.add(Step(op, problem.sizes[op], read, problem.alias[op], old))
             elif op == chain.exit:
                 standing = {again: sketch.at[again] for again in chain.again if again in sketch.at}
                 for part in self._sliced_steps(chain):

@@ -68,13 +68,19 @@ class Sketch:
         self.at: dict[int, int] = {}
 
     def add(self, step: Step) -> None:
-        at = self.at
+        at, old = self.at, step.overwrites
         self.sizes.append(step.size)
         self.inputs.append(tuple(at[source] for source in step.read))
         self.alias.append(at[step.alias] if step.alias >= 0 else -1)
-        self.overwrites.append(at[step.overwrites] if step.overwrites >= 0 else -1)
+        self.overwrites.append(self._memory(at[old]) if old >= 0 else -1)
         at[step.op] = len(self.owners)
         self.owners.append(step.op)
+
+    def _memory(self, step: int) -> int:
+        """The step whose output a value lies in."""
+        while self.alias[step] >= 0:
+            step = self.alias[step]
+        return step
 
     def loads(self, kept: Iterable[int]) -> Loads:
         """What is alive, and to the end the values of the operations `kept`."""

@@ -18,7 +18,7 @@ from .rebuild import substitute
 from .rematerialize import Operations
 from .slice_kernels import sliced
 
-_SLICES: Final = (2, 3, 4, 6, 8, 12, 16)
+_SLICES: Final = (2, 3, 4, 6, 7, 8, 12, 14, 16, 28)
 _WORTH: Final = 64
 """What is alive has to fall by one part in so many, or a chain stays whole."""
 _WAITING: Final = 16

@@ -190,6 +190,26 @@ def test_a_slice_is_written_over_the_rows_that_it_was_made_of() -> None:
     same(result.module, mod, floats(16, 8))
 
 
+def test_what_slices_wrote_is_overwritten_as_other_values_are() -> None:
+    """A sum lies in the output of a chain before it, which it adds to."""
+
+    def body(emit: Draft, x: relax.Var) -> relax.Expr:
+        wide = emit(op.nn.gelu(emit(op.matmul(x, weight(8, 128)))))
+        kept = emit(op.matmul(wide, weight(128, 32)))
+        narrow = emit(op.matmul(kept, weight(32, 8)))
+        total = emit(op.add(emit(op.matmul(narrow, weight(8, 32))), kept))
+        return emit(op.matmul(total, weight(32, 8)))
+
+    mod = module(body, param("x", [16, 8]))
+    both = 2 * 4 * 16 * 32
+    result = SplitChains(both * 3 // 4).run(mod)
+    assert result.sites == 1
+    assert result.facts.peak <= both * 3 // 4
+    over = OverwriteInputs().run(result.module).module
+    assert arena(over) == result.facts.peak
+    same(over, mod, floats(16, 8))
+
+
 def skipping() -> IRModule:
     """A large image that is read at once and again at the end, and small ones between."""
 

@@ -26,6 +26,10 @@ _BUFFER: Final = 192 << 10
 """Most bytes of a tile's buffer: with the weights of a few channels it stays in a second-level cache."""
 _DIRECT: Final = 512 << 10
 """Most bytes of what is read where it stands for a tile."""
+_CACHED: Final = 512 << 10
+"""Bytes of weights that stay in a second-level cache from one tile to the next."""
+_FETCH: Final = 0.5
+"""Cycles for a weight from beyond that."""
 _WEIGHT: Final = 0.25
 """A tile's buffers that are as large as what the kernel reads and writes count as so much more time."""
 _SPARE: Final = 4
@@ -74,7 +78,9 @@ class _Shape:
         assert best is not None
         tiles = -(-found.height // rows) * (found.width // columns)
         copied = 0 if direct else found.buffer(rows, columns)
-        cost = tiles * (best[0] * found.terms + copied)
+        weights = found.channels * found.terms
+        fetched = _FETCH * weights if 4 * weights > _CACHED else 0
+        cost = tiles * (best[0] * found.terms + copied + fetched)
         own = traits.threads * (copied + best[1] * vectors * traits.lanes)
         cost *= 1 + _WEIGHT * own / found.moved
         return cls(rows, columns, direct, best[1], best[2], vectors, cost)
