@@ -108,7 +108,8 @@ def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: Attentio
     with builder.function(case.name, params):
         kernel = builder.add_func(_kernel(kernels, site, case, decode), f"{case.name}_kernel")
         if decode:
-            part = relax.TensorType((b, kernels.splits(site), case.heads, site.value_dim + 2), "float32")
+            places = kernels.workspace(site, b)
+            part = relax.TensorType((*places, case.heads, site.value_dim + 2), "float32")
             both = builder.emit(relax.op.call_tir(kernel, params, [part, out]))
             result = builder.emit(relax.TupleGetItem(both, 1))
         else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from kvc_passes.errors import InputError, TargetError
+from kvc_passes.errors import InputError
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Plan, Workload
 from kvc_passes.sites import STATE_FORMS, FormName
@@ -251,8 +251,6 @@ def planner_of(
         runtime = pool.submit(machine.runtime_bytes, assets_of(source), weights)
         model = read_model(imported, allow, machine.page_size, runner)
         kind = machine.description["kind"]
-        if any(site.bias for site in model.facts.sites) and kind != "llvm":
-            raise TargetError(f"there are no kernels for a learned bias on the target {kind} yet")
         for form in names:
             if form not in machine.forms:
                 raise InputError(f"--state {form}: there are no kernels for it on the target {kind} yet")

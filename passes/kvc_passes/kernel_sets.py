@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tvm.tirx import PrimFunc
 
@@ -92,8 +92,8 @@ class AttentionKernels(Protocol):
         plain: the site as it stands in the graph.
         """
 
-    def splits(self, site: AttentionSite) -> int:
-        """Parts that decode splits a context into."""
+    def workspace(self, site: AttentionSite, sequences: Any) -> tuple[Any, ...]:
+        """Places for the parts that decode splits contexts into, one axis or more, for so many sequences."""
 
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
         """(k [1,g,n,e], v [1,g,n,f], slots i32 [n], k pool, v pool): writes the pools in place."""
@@ -107,7 +107,7 @@ class AttentionKernels(Protocol):
     def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:
         """(q [1,h,b,e], k pool, v pool, positions i64 [b], table i32 [b,m], *extras, part, out).
 
-        part is f32 [b,splits,h,f+2], out [1,b,h,f].
+        part is f32 [*workspace,h,f+2], out [1,b,h,f].
         """
 
 

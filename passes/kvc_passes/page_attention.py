@@ -153,7 +153,8 @@ class PageAttention:
         out = relax.TensorType((1, n, site.heads, site.value_dim), dtype)
         if self.phase == "prefill":
             return relax.op.call_tir(kernel, operands, out)
-        part = relax.TensorType((n, self.kernels.splits(site), site.heads, site.value_dim + 2), "float32")
+        places = self.kernels.workspace(site, n)
+        part = relax.TensorType((*places, site.heads, site.value_dim + 2), "float32")
         both = builder.emit(relax.op.call_tir(kernel, operands, [part, out]))
         return relax.TupleGetItem(both, 1)
 

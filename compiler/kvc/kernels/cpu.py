@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from tvm.target import Target
 from tvm.tirx import PrimFunc
@@ -112,7 +113,11 @@ class CpuAttention:
     def together(self, site: AttentionSite, plain: AttentionSite) -> int | None:
         return None
 
+    def workspace(self, site: AttentionSite, sequences: Any) -> tuple[Any, ...]:
+        return sequences, self.splits(site)
+
     def splits(self, site: AttentionSite) -> int:
+        """Shares of a sequence's keys."""
         chosen = self.knobs.decode(attention_shape(site, self.page_size)).splits
         return chosen or attention.decode_splits(site.kv_heads, self.traits)
 

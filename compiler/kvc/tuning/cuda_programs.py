@@ -17,7 +17,7 @@ from ..cuda_machine import CudaMachine
 from ..kernels.attention import AttentionShape
 from ..kernels.cuda import rows
 from ..kernels.cuda.host_attention import CudaAttention
-from ..kernels.cuda.host_pages import PAGE_SIZE
+from ..kernels.cuda.host_pages import PAGE_SIZE, most_parts
 from ..kernels.cuda.knobs import (
     DECODE,
     PREFILL,
@@ -105,6 +105,7 @@ def site_of(shape: AttentionShape) -> AttentionSite:
         mask=MaskFact(kind, window, "", chunk, sinks, shape.predicate or "k <= q"),
         rope=None,
         slopes=(0.0,) * shape.heads if shape.slopes else None,
+        bias=((0.0,) * shape.distances,) * shape.heads if shape.distances else None,
         sinks=(0.0,) * shape.heads if shape.sink_scores else None,
         guarded=shape.guarded,
         kv_dtype=shape.kv_dtype,  # type: ignore[arg-type]
@@ -150,9 +151,9 @@ def prefill_operands(shape: AttentionShape, bucket: Bucket, tile: int) -> Operan
 
 
 def decode_operands(shape: AttentionShape, bucket: Bucket, splits: int) -> Operands:
-    """Of decode attention in `splits` shares, and their workspace."""
+    """Of decode attention, in `splits` shares where a sequence is alone, and their workspace."""
     warm, cold, _, extras = _attention(shape, bucket, "decode")
-    part = TensorType("float32", (bucket.rows, splits, shape.heads, shape.value_dim + 2))
+    part = TensorType("float32", (most_parts(splits, bucket.rows), shape.heads, shape.value_dim + 2))
     result = TensorType(shape.kv_dtype, (1, bucket.rows, shape.heads, shape.value_dim))
     order = ("q", *cold, "positions", "table", *extras)
     return Operands(warm, cold, (part, result), order, True, _COLD_BYTES)
@@ -169,9 +170,13 @@ def _attention(
     cold = {name: TensorType(dtype, (table.size, *sizes)) for name, (dtype, sizes) in state.items()}
     own, positions = queries_of(tokens, sequences, length, shape)
     more = {
-        name: -np.abs(numbers("float32", shape.heads, scale=0.1))
-        for name, has in (("slopes", shape.slopes), ("sinks", shape.sink_scores))
-        if has
+        name: -np.abs(numbers("float32", shape.heads * count, scale=0.1))
+        for name, count in (
+            ("slopes", shape.slopes),
+            ("sinks", shape.sink_scores),
+            ("bias", shape.distances),
+        )
+        if count
     }
     warm = {"q": numbers(shape.kv_dtype, 1, shape.heads, tokens, shape.head_dim), "positions": positions}
     return {**warm, "table": table, **more}, cold, own, list(more)

@@ -131,7 +131,7 @@ def test_what_was_measured_is_compiled_and_computes_the_same(
     assert {choice.values.get("splits") for _, choice in chosen} == {None, 3}
     entries = json.loads((built.artifact / "kernels.json").read_text())
     (merge,) = (dict(map(tuple, e["constants"])) for e in entries if e["function"] == "attention.merge")
-    assert merge["SPLITS"] == 3
+    assert merge["SP"] == 4  # places for 3 shares
     (decode,) = (dict(map(tuple, e["constants"])) for e in entries if e["function"] == "attention.decode")
     knobs = next(r["knobs"] for r in valid if "splits" in r["knobs"])
     assert decode["BN"] == knobs.get("keys", 64)

@@ -2,8 +2,8 @@
 
 Pools are kpool [pages, Hkv, PG, D] and vpool [pages, Hkv, PG, Dv] of shape.form.dtype; for codes also kscale
 and vscale bf16[pages, Hkv, PG]. q, k, v and out are of x_dtype, "float16", "bfloat16" or "float32". Extras
-are the pointers slopes f32[H] and sinks f32[H], where the shape has them. Integers are i32. Pointers are
-multiples of 16 bytes, and head dimensions of 8.
+are the pointers slopes f32[H], sinks f32[H] and bias f32[H * distances], where the shape has them. Integers
+are i32. Pointers are multiples of 16 bytes, and head dimensions of 8.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def prefill_kernel(
 def decode_kernel(
     shape: AttentionShape, splits: int, x_dtype: str, knobs: DecodeKnobs = DECODE
 ) -> DeviceKernel:
-    """Attention of one token a sequence, every sequence's keys in `splits` shares.
+    """Attention of one token a sequence, every sequence's keys in shares.
 
     Arguments: q [1, H, b, D], pools, positions i64[b], table i32[b, width], extras,
-    part f32[b, splits, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
-    Grid (b, Hkv, splits). The number of shares is not compiled in.
+    part f32[b, shares, H, Dv + 2] (workspace: unnormalised values, maximum and sum of each share), b, width.
+    Grid (b, Hkv, shares): how many there are is not compiled in.
     """
     keys, warps, stages = chosen(knobs, decode_blocks(shape, x_dtype))
     constants = {
@@ -101,19 +101,24 @@ def decode_kernel(
 
 
 def merge_kernel(shape: AttentionShape, splits: int, x_dtype: str) -> DeviceKernel:
-    """The shares of decode_kernel put together.
+    """The shares of decode_kernel, at most `splits`, put together.
 
-    Arguments: part f32[b, splits, H, Dv + 2], out [1, b, H, Dv] of out_dtype, b. Grid (b, H, merge_blocks).
+    Arguments: part f32[b, shares, H, Dv + 2], out [1, b, H, Dv] of out_dtype, b, shares.
+    Grid (b, H, merge_blocks).
     """
     wide = _merged(shape, splits)
     return DeviceKernel(
         "attention.merge",
-        (("part", "*fp32"), ("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"), ("b", "i32")),
+        (
+            ("part", "*fp32"),
+            ("out", f"*{TRITON_TYPES[out_dtype(shape, x_dtype)]}"),
+            ("b", "i32"),
+            ("shares", "i32"),
+        ),
         (
             ("H", shape.heads),
             ("DV", shape.value_dim),
             ("VB", wide),
-            ("SPLITS", splits),
             ("SP", power(splits)),
             ("GUARDED", shape.guarded),
         ),
@@ -142,9 +147,8 @@ def attention_kernel(
 ) -> DeviceKernel:
     """The kernel with None for what the shape does not have."""
     codes = shape.stored is not None
-    extras = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
-    extras += [] if shape.shared else [(name, codes) for name in SCALES]
-    absent = [(name, None) for name, has in extras if not has]
+    optional = [*_extras(shape), *([] if shape.shared else [(name, codes) for name in SCALES])]
+    absent = [(name, None) for name, has in optional if not has]
     pointers = tuple(name for name, type in types if type.startswith("*"))
     return DeviceKernel(
         function, tuple(types), (*absent, *constants.items()), pointers, warps=warps, stages=stages
@@ -158,10 +162,18 @@ def _inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, st
         ("positions", "*i64"): True,
         ("tiles", "*i32"): tiles,
         ("table", "*i32"): True,
-        ("slopes", "*fp32"): shape.slopes,
-        ("sinks", "*fp32"): shape.sink_scores,
     }
-    return [parameter for parameter, has in wanted.items() if has]
+    return [*(parameter for parameter, has in wanted.items() if has), *extras(shape)]
+
+
+def _extras(shape: AttentionShape) -> list[tuple[str, bool]]:
+    """What stands behind the block table, in order, and whether a shape has it."""
+    return [("slopes", shape.slopes), ("sinks", shape.sink_scores), ("bias", shape.distances > 0)]
+
+
+def extras(shape: AttentionShape) -> list[tuple[str, str]]:
+    """The parameters behind the block table that a shape has."""
+    return [(name, "*fp32") for name, has in _extras(shape) if has]
 
 
 def _state(shape: AttentionShape) -> list[tuple[str, str]]:
@@ -183,7 +195,7 @@ def _sizes(shape: AttentionShape) -> dict[str, Any]:
 
 def options(shape: AttentionShape, keys: int, x_dtype: str, *, stored: bool = True) -> dict[str, Any]:
     """Constants of the scores, with blocks of `keys` keys; `stored` if the kernel takes codes."""
-    apart = shape.softcap or shape.slopes or shape.scale <= 0
+    apart = shape.softcap or shape.slopes or shape.distances or shape.scale <= 0
     return {
         "BN": keys,
         "FLOAT32": in_float32(shape, x_dtype),
@@ -195,6 +207,7 @@ def options(shape: AttentionShape, keys: int, x_dtype: str, *, stored: bool = Tr
         "SINK_KEYS": shape.sink_keys or 0,
         **({"STORED": shape.stored or ""} if stored else {}),
         "PREDICATE": None if shape.predicate is None else predicates.tree(shape.predicate),
+        "DISTANCES": shape.distances,
     }
 
 
@@ -214,18 +227,22 @@ def prefill_blocks(shape: AttentionShape, x_dtype: str, arch: int) -> tuple[int,
     """Most rows and keys of a block, warps and stages, such that nothing spills.
 
     sm_90 and sm_100 keep operands in shared memory, of which they have much; others keep them in registers.
+    A learned bias has an address for every score of a block: half as many keys.
     """
     ample = 90 <= arch < 120
     wide, float32 = _wide(shape), in_float32(shape, x_dtype)
-    if float32:  # three products of tf32 each, of operands in two parts
-        if wide > 128:
-            return (16, 16, 8, 2)
-        return (64, 32, 8, 2) if wide <= 64 and ample else (32, 32, 8, 2)
-    if wide <= 64:
-        return (128, 64, 8, 3)
-    if wide <= 128:
-        return (128, 64, 8, 2) if ample else (128, 32, 8, 3)
-    return (64, 64, 8, 2) if ample else (64, 32, 8, 2)
+    if float32 and wide > 128:  # three products of tf32 each, of operands in two parts
+        found = (16, 16, 8, 2)
+    elif float32:
+        found = (64, 32, 8, 2) if wide <= 64 and ample else (32, 32, 8, 2)
+    elif wide <= 64:
+        found = (128, 64, 8, 3)
+    elif wide <= 128:
+        found = (128, 64, 8, 2) if ample else (128, 32, 8, 3)
+    else:
+        found = (64, 64, 8, 2) if ample else (64, 32, 8, 2)
+    rows, keys, warps, stages = found
+    return rows, max(keys // 2, 16) if shape.distances else keys, warps, stages
 
 
 def decode_blocks(shape: AttentionShape, x_dtype: str) -> tuple[int, int, int]:

@@ -13,12 +13,12 @@ from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, Remade
 from kvc_passes.weight_format import WeightFormat
 
-from ..attention import AttentionShape
+from ..attention import AttentionShape, extras
 from ..emit import Emitter, argument, size_var
 from ..shapes import attention_shape
 from . import attention, rekeyed, remade, shared
 from .device import DeviceKernel
-from .host_pages import LONGEST, PAGE_SIZE, CudaPages
+from .host_pages import LONGEST, PAGE_SIZE, CudaPages, parts_of
 from .knobs import Knobs
 from .launches import Variants
 from .remade import Making
@@ -111,7 +111,7 @@ class CudaAttention(CudaPages):
             "positions": argument("positions", (rows,), "int64"),
             **({} if decodes else {"tiles": argument("tiles", (t, 3), "int32")}),
             "table": argument("block_table", (b, m), "int32"),
-            **_extras(shape),
+            **extras(shape),
             **made,
         }
         out = argument("out", (1, rows, shape.heads, shape.value_dim), dtype)
@@ -120,9 +120,8 @@ class CudaAttention(CudaPages):
         if not decodes:
             self.variants.launch(e, kernel, values, (t, programs))
             return e.function([*given, out], given, [out])
-        part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
-        self.variants.launch(e, kernel, {**values, "part": part}, (b, programs, splits))
-        self._merge(e, shape, splits, dtype, part, out)
+        values["part"] = part = parts_of(shape, splits, b)
+        self._in_shares(e, shape, splits, dtype, kernel, programs, values)
         return e.function([*given, part, out], given, [part, out])
 
     def operations(self, site: AttentionSite, *, decodes: bool) -> int:
@@ -177,7 +176,7 @@ class CudaAttention(CudaPages):
             "positions": argument("positions", (n,), "int64"),
             "tiles": argument("tiles", (t, 3), "int32"),
             "table": argument("block_table", (b, m), "int32"),
-            **_extras(shape),
+            **extras(shape),
         }
         kind = attention.out_dtype(shape, dtype)
         out = argument("out", (1, n, shape.heads, shape.value_dim), kind)
@@ -203,13 +202,12 @@ class CudaAttention(CudaPages):
             **self._pools(site, pages),
             "positions": argument("positions", (b,), "int64"),
             "table": argument("block_table", (b, m), "int32"),
-            **_extras(shape),
+            **extras(shape),
         }
-        part = argument("part", (b, splits, shape.heads, shape.value_dim + 2))
+        part = parts_of(shape, splits, b)
         out = argument("out", (1, b, shape.heads, shape.value_dim), attention.out_dtype(shape, dtype))
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
-        self.variants.launch(e, kernel, values, (b, programs, splits))
-        self._merge(e, shape, splits, dtype, part, out)
+        self._in_shares(e, shape, splits, dtype, kernel, programs, values)
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
 
 
@@ -222,12 +220,6 @@ def _tile(site: AttentionSite, arch: int) -> int:
     if site.shared and site.remade is None:  # keys and values are made again, for one KV head
         return attention.choose_tile(1)
     return attention.choose_tile(site.group, max(site.head_dim, site.value_dim))
-
-
-def _extras(shape: AttentionShape) -> dict[str, Any]:
-    """Further arguments, in the order of kernel_sets.AttentionKernels."""
-    wanted = [("slopes", shape.slopes), ("sinks", shape.sink_scores)]
-    return {name: argument(name, (shape.heads,)) for name, has in wanted if has}
 
 
 def _made_of(shape: AttentionShape, making: Making, dtype: str) -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx import PrimFunc
 
 from kvc_passes.sites import AttentionSite
 
 from ..attention import AttentionShape
-from ..emit import Emitter, Expr, argument, size_var
+from ..emit import Emitter, Expr, argument, i64, size_var
 from ..rekeyed import row_of
 from ..shapes import attention_shape
 from . import attention, remade, shared
+from .device import DeviceKernel
 from .launches import Variants, parts
 
 PAGE_SIZE = 64  # tokens; a block of keys of most kernels, and a tile that Hopper's copy engine can fetch
@@ -22,6 +24,8 @@ _WORTH = 128
 """Keys for which a block of threads is worth starting."""
 FULL = 132 * 2
 """Blocks that fill a large GPU: two for each of an H100's processors."""
+_FEW = 4
+"""Shares up to which they are put together by a kernel of their own."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,16 @@ class CudaPages:
     keys_transposed: bool = False
     usual_tile: int = 0
 
+    def workspace(self, site: AttentionSite, sequences: Expr) -> tuple[Expr, ...]:
+        return (most_parts(self.splits(site), sequences),)
+
     def splits(self, site: AttentionSite) -> int:
-        """Shares of a sequence's keys."""
+        """Shares of the keys of a sequence that is alone."""
         shape, usual = attention_shape(site, self.page_size), self.usual_splits(site)
         return self.variants.knobs.decode(self.variants.arch, shape, usual).splits or usual
 
     def usual_splits(self, site: AttentionSite) -> int:
-        """Shares for one sequence to fill the GPU, as far as they have keys worth a block of threads."""
+        """Shares for a sequence alone to fill the GPU, as far as they have keys worth a block of threads."""
         rows = LONGEST if site.mask.reach.memory else self.context  # of an encoder's output: any number
         seen = min(rows, site.mask.window or LONGEST, site.mask.chunk or LONGEST)
         return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
@@ -90,11 +97,32 @@ class CudaPages:
         self.variants.launch(e, shared.append_kernel(shape, dtype), values, grid)
         return e.function([x, slots, *state.values()], [x, slots], list(state.values()))
 
-    def _merge(self, e: Emitter, shape: AttentionShape, splits: int, dtype: str, part: Any, out: Any) -> None:
-        """The shares of a decode put together."""
-        b, kernel = part.shape[0], attention.merge_kernel(shape, splits, dtype)
-        grid = (b, shape.heads, attention.merge_blocks(shape, splits))
-        self.variants.launch(e, kernel, {"part": part, "out": out, "b": b}, grid)
+    def _in_shares(
+        self,
+        e: Emitter,
+        shape: AttentionShape,
+        splits: int,
+        dtype: str,
+        kernel: DeviceKernel,
+        programs: int,
+        values: dict[str, Any],
+    ) -> None:
+        """Launch a decode kernel of so many programs a share, and what puts the shares together."""
+        b, shares = values["b"], shares_of(splits, values["b"])
+        self.variants.launch(e, kernel, values, (b, programs, shares))
+
+        def merge(most: int) -> None:
+            grid = (b, shape.heads, attention.merge_blocks(shape, most))
+            merging = attention.merge_kernel(shape, most, dtype)
+            self.variants.launch(e, merging, {**values, "shares": shares}, grid)
+
+        if splits <= _FEW:
+            merge(splits)
+        else:
+            with e.when(shares <= _FEW):
+                merge(_FEW)
+            with e.when(shares > _FEW):
+                merge(splits)
 
     def _pools(self, site: AttentionSite, pages: Expr) -> dict[str, Any]:
         """The pools as arguments, by the names that kernels have for them."""
@@ -102,3 +130,21 @@ class CudaPages:
         # Those of another site are as this one's would be.
         state = replace(site, owner=None).state(self.page_size, self.keys_transposed)
         return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
+
+
+def shares_of(splits: int, sequences: Expr) -> Expr:
+    """Shares of every sequence's keys in a decode, where one sequence alone has `splits`.
+
+    In all as many as fill the GPU twice, since sequences differ in length, and no fewer than one each.
+    """
+    return tirx.min(i64(splits), tirx.floordiv(sequences + (2 * splits - 1), sequences))
+
+
+def most_parts(splits: int, sequences: Any) -> Any:
+    """What the shares of all sequences are together at most: a sum that grows with their number."""
+    return sequences + (2 * splits - 1)
+
+
+def parts_of(shape: AttentionShape, splits: int, sequences: Expr) -> Any:
+    """The workspace of a decode."""
+    return argument("part", (most_parts(splits, sequences), shape.heads, shape.value_dim + 2))

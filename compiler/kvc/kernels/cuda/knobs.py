@@ -72,7 +72,7 @@ class DecodeKnobs:
     """Attributes:
     keys: of a block.
     warps, stages: as of products.
-    splits: shares that a sequence's keys are split into; the same for all architectures of an artifact.
+    splits: shares of the keys of a sequence that is alone; the same for all architectures of an artifact.
     """
 
     keys: int = 0

@@ -73,6 +73,7 @@ def _prefill_blocks(shape: AttentionShape, x_dtype: str, arch: int) -> tuple[int
         rows, keys, values, deep = (64, 32, 512, 32) if wide else (64, 64, 128, 32)
     else:
         rows, keys, values, deep = (32, 32, 512, 16) if wide else (64, 32, 128, 32)
+    keys = min(keys, 32) if shape.distances else keys  # as attention.prefill_blocks
     return max(rows, power(shape.group)), keys, _values(shape, values), deep
 
 

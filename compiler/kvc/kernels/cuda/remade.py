@@ -92,7 +92,8 @@ def prefill_rows(shape: AttentionShape, making: Making, x_dtype: str, arch: int)
     costly = (
         _wide(shape, making),
         bool(half) and shape.head_dim > 2 * half and not ample,  # keys in three parts
-        shape.slopes or shape.sink_scores or bool(shape.softcap) or any(m is not None for m in masks),
+        bool(shape.slopes or shape.sink_scores or shape.softcap or shape.distances)
+        or any(m is not None for m in masks),
     )
     return max(rows >> sum(costly), power(shape.group), 16)
 

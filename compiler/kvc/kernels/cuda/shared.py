@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvc.kernels.attention import AttentionShape
 
-from .attention import TRITON_TYPES, attention_kernel, in_float32, options, out_dtype, power
+from .attention import TRITON_TYPES, attention_kernel, extras, in_float32, options, out_dtype, power
 from .device import DeviceKernel
 
 APPEND_TOKENS = 16
@@ -52,7 +52,8 @@ def prefill_kernel(shape: AttentionShape, x_dtype: str, arch: int = 80) -> tuple
         **_sizes(shape, block, 128 if ample else 32 if float32 else 64),
         "BM": rows,
         "BH": heads,
-        **options(shape, 64 if ample else 32, x_dtype, stored=False),
+        # A learned bias has an address for every score of a block.
+        **options(shape, 64 if ample and not shape.distances else 32, x_dtype, stored=False),
         "GUARDED": shape.guarded,
         "WHOLE": shape.whole,
         "SLICED": _sliced(shape),
@@ -142,10 +143,8 @@ def inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, str
         ("positions", "*i64"): True,
         ("tiles", "*i32"): tiles,
         ("table", "*i32"): True,
-        ("slopes", "*fp32"): shape.slopes,
-        ("sinks", "*fp32"): shape.sink_scores,
     }
-    return [parameter for parameter, has in wanted.items() if has]
+    return [*(parameter for parameter, has in wanted.items() if has), *extras(shape)]
 
 
 def _sizes(shape: AttentionShape, block: int, deep: int) -> dict[str, int]:

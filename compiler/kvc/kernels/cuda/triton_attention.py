@@ -10,7 +10,7 @@ table's entries for other pages anything.
 D and DV are padded to powers of two DP and DVP. Matrices are multiplied in the queries' type or, for FLOAT32,
 in float32. kscale and vscale are None where pools hold floats (STORED ""). Scores are in units of which
 FACTOR make 1 in base 2: with nothing to add to the products, their scale is applied together with the
-subtraction of the maximum. SOFTCAP 0, WINDOW 0, CHUNK 0, SINK_KEYS 0 and PREDICATE None are none.
+subtraction of the maximum. SOFTCAP 0, WINDOW 0, CHUNK 0, SINK_KEYS 0, PREDICATE None, DISTANCES 0 are none.
 With WHOLE, tokens are all at one position: they see the same keys, those of an encoder's output.
 """
 
@@ -41,12 +41,12 @@ def append(
 
 @triton.jit
 def prefill(
-    q, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, out, n, width,
+    q, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, bias, out, n, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    STORED: tl.constexpr,
+    DISTANCES: tl.constexpr, STORED: tl.constexpr,
     GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of at most TILE query tokens and a KV head, BM rows at a time."""
@@ -58,28 +58,28 @@ def prefill(
     tokens = tl.load(tiles + 2)
     if TILE <= STEP:
         prefill_rows(
-            q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first, tokens,
+            q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, out, n, first, tokens,
             H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-            WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT, WHOLE,
+            WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE,
         )  # fmt: skip
     else:
         for done in range(0, tokens, STEP):
             prefill_rows(
-                q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first + done,
-                tl.minimum(tokens - done, STEP),
+                q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, out, n,
+                first + done, tl.minimum(tokens - done, STEP),
                 H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-                WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED, GUARDED, SPLIT, WHOLE,
+                WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE,
             )  # fmt: skip
 
 
 @triton.jit
 def prefill_rows(
-    q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, out, n, first, tokens,
+    q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, out, n, first, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    STORED: tl.constexpr,
+    DISTANCES: tl.constexpr, STORED: tl.constexpr,
     GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Attention of `tokens` query tokens from `first` and a KV head, in at most BM rows.
@@ -108,6 +108,9 @@ def prefill_rows(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + h, mask=inside, other=0.0)
+    line = None
+    if bias is not None:
+        line = bias + tl.where(inside, h, 0) * DISTANCES
     acc = tl.zeros((BM, DVP), tl.float32)
     if sinks is not None:
         top = tl.load(sinks + h, mask=inside, other=0.0) * (LOG2E / FACTOR)
@@ -123,10 +126,10 @@ def prefill_rows(
     if SINK_KEYS > 0:
         apart = tl.minimum(tl.cdiv(SINK_KEYS, BN), end)
         acc, total, top = attend_blocks(
-            acc, total, top, query, position, h, slope,
+            acc, total, top, query, position, h, slope, line,
             kpool, vpool, kscale, vscale, columns, head, 0, apart, low, high,
             HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
         )  # fmt: skip
         block = tl.maximum(block, apart)
     if SPLIT:
@@ -137,22 +140,22 @@ def prefill_rows(
             whole = tl.minimum(whole, end)
             rest = tl.minimum(rest, end)
             acc, total, top = attend_blocks(
-                acc, total, top, query, position, h, slope, kpool, vpool, kscale, vscale, columns, head,
+                acc, total, top, query, position, h, slope, line, kpool, vpool, kscale, vscale, columns, head,
                 block, whole, low, high, HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
             )  # fmt: skip
         acc, total, top = attend_blocks(
-            acc, total, top, query, position, h, slope,
+            acc, total, top, query, position, h, slope, line,
             kpool, vpool, kscale, vscale, columns, head, whole, rest, low, high,
             HKV, D, DV, DP, DVP, PG, BN, False, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
         )  # fmt: skip
         block = rest
     acc, total, top = attend_blocks(
-        acc, total, top, query, position, h, slope,
+        acc, total, top, query, position, h, slope, line,
         kpool, vpool, kscale, vscale, columns, head, block, end, low, high,
         HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-        SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
+        SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
     )  # fmt: skip
     result = normalized(acc, total[:, None], GUARDED)
     there = inside[:, None]
@@ -163,12 +166,12 @@ def prefill_rows(
 
 @triton.jit
 def decode(
-    q, kpool, vpool, kscale, vscale, positions, table, slopes, sinks, part, b, width,
+    q, kpool, vpool, kscale, vscale, positions, table, slopes, sinks, bias, part, b, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    STORED: tl.constexpr,
+    DISTANCES: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """A share of the attention of a sequence's token and a KV head, not normalised.
 
@@ -196,6 +199,9 @@ def decode(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + h, mask=inside, other=0.0)
+    line = None
+    if bias is not None:
+        line = bias + tl.where(inside, h, 0) * DISTANCES
     acc = tl.zeros((BM, DVP), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -221,10 +227,10 @@ def decode(
         if SINK_KEYS > 0:
             start += tl.where(j >= tl.cdiv(SINK_KEYS, BN), hole * BN, 0)
         acc, total, top = attend(
-            acc, total, top, query, position, h, slope,
+            acc, total, top, query, position, h, slope, line,
             kpool, vpool, kscale, vscale, columns, head, start, low, high,
             HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
         )  # fmt: skip
     part += ((sequence.to(tl.int64) * shares + share) * H + h) * (DV + 2)
     tl.store(part + DV, top * FACTOR, mask=inside)
@@ -237,18 +243,17 @@ def decode(
 
 @triton.jit
 def merge(
-    part, out, b,
-    H: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr,
-    SPLITS: tl.constexpr, SP: tl.constexpr, GUARDED: tl.constexpr,
+    part, out, b, shares,
+    H: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, SP: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """The shares of a sequence's token and a head put together, VB elements of them."""
+    """The shares, SP at most, of a sequence's token and a head put together, VB elements of them."""
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     rs = tl.arange(0, SP)
     rv = tl.program_id(2) * VB + tl.arange(0, VB)
-    share = part + ((sequence.to(tl.int64) * SPLITS + rs) * H + h) * (DV + 2)
-    top = tl.load(share + DV, mask=rs < SPLITS, other=float("-inf"))
-    total = tl.load(share + DV + 1, mask=rs < SPLITS, other=0.0)
+    share = part + ((sequence.to(tl.int64) * shares + rs) * H + h) * (DV + 2)
+    top = tl.load(share + DV, mask=rs < shares, other=float("-inf"))
+    total = tl.load(share + DV + 1, mask=rs < shares, other=0.0)
     highest = tl.max(top, 0)
     weight = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
     # The values of a share without keys were not written. A sum of NaN is not 0.

@@ -41,13 +41,13 @@ def append(
 
 @triton.jit
 def attend(
-    acc, total, top, query, inside, position, h, slope, xpool, wkey, wvalue, bkey, bvalue,
+    acc, total, top, query, inside, position, h, slope, line, xpool, wkey, wvalue, bkey, bvalue,
     factors, columns, head, block, start, low, high,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, VB: tl.constexpr,
     PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, MASKED: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    SLICED: tl.constexpr, MADE: tl.constexpr, REKEYED: tl.constexpr,
+    DISTANCES: tl.constexpr, SLICED: tl.constexpr, MADE: tl.constexpr, REKEYED: tl.constexpr,
 ):  # fmt: skip
     """Take the block of keys from `start` into elements block * VB .. of the rows' values, sums and maxima.
 
@@ -96,6 +96,7 @@ def attend(
         key,
         h,
         slope,
+        line,
         MASKED,
         SCALE,
         FACTOR,
@@ -104,6 +105,7 @@ def attend(
         CHUNK,
         SINK_KEYS,
         PREDICATE,
+        DISTANCES,
     )
     if MADE is not None:
         values = made_values(xpool, row, there, wvalue, bvalue, own, MADE, D, DV, VB, BN, MASKED, TYPE)
@@ -120,13 +122,14 @@ def attend(
 
 @triton.jit
 def prefill(
-    q, xpool, positions, tiles, table, slopes, sinks, wkey, wvalue, bkey, bvalue, factors, out, n, width,
+    q, xpool, positions, tiles, table, slopes, sinks, bias, wkey, wvalue, bkey, bvalue, factors, out,
+    n, width,
     H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
     VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
     GUARDED: tl.constexpr, WHOLE: tl.constexpr, SLICED: tl.constexpr, MADE: tl.constexpr,
-    REKEYED: tl.constexpr,
+    REKEYED: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of query tokens and BH heads, BM // BH tokens at a time, and VB elements of it."""
     STEP: tl.constexpr = BM // BH
@@ -151,6 +154,9 @@ def prefill(
         slope = None
         if slopes is not None:
             slope = tl.load(slopes + h, mask=inside, other=0.0)
+        line = None
+        if bias is not None:
+            line = bias + tl.where(inside, h, 0) * DISTANCES
         acc = tl.zeros((BM, VB), tl.float32)
         if sinks is not None:
             top = tl.load(sinks + h, mask=inside, other=0.0) * (LOG2E / FACTOR)
@@ -166,10 +172,11 @@ def prefill(
             apart = tl.minimum(tl.cdiv(SINK_KEYS, BN), end)
             for j in range(0, apart):
                 acc, total, top = attend(
-                    acc, total, top, query, inside, position, h, slope,
+                    acc, total, top, query, inside, position, h, slope, line,
                     xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, j * BN, low, high,
                     H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES,
+                    SLICED, MADE, REKEYED,
                 )  # fmt: skip
             at = tl.maximum(at, apart)
         if PREDICATE is None and WINDOW == 0 and CHUNK == 0:
@@ -177,18 +184,19 @@ def prefill(
             whole = (begin + 1) // BN
             for j in range(at, whole):
                 acc, total, top = attend(
-                    acc, total, top, query, inside, position, h, slope,
+                    acc, total, top, query, inside, position, h, slope, line,
                     xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, j * BN, low, high,
                     H, D, DV, DC, VB, PG, BM, BN, BH, False, FLOAT32,
-                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
+                    SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES,
+                    SLICED, MADE, REKEYED,
                 )  # fmt: skip
             at = whole
         for j in range(at, end):
             acc, total, top = attend(
-                acc, total, top, query, inside, position, h, slope,
+                acc, total, top, query, inside, position, h, slope, line,
                 xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, j * BN, low, high,
                 H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, SLICED, MADE, REKEYED,
             )  # fmt: skip
         result = normalized(acc, total[:, None], GUARDED)
         there = inside[:, None] & (rv < DV)[None, :]
@@ -199,12 +207,12 @@ def prefill(
 
 @triton.jit
 def decode(
-    q, xpool, positions, table, slopes, sinks, wkey, wvalue, bkey, bvalue, factors, part, b, width,
+    q, xpool, positions, table, slopes, sinks, bias, wkey, wvalue, bkey, bvalue, factors, part, b, width,
     H: tl.constexpr, D: tl.constexpr, QD: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr,
     VB: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    SLICED: tl.constexpr, MADE: tl.constexpr, REKEYED: tl.constexpr,
+    DISTANCES: tl.constexpr, SLICED: tl.constexpr, MADE: tl.constexpr, REKEYED: tl.constexpr,
 ):  # fmt: skip
     """A share of the attention of a sequence's token and BH heads, VB elements of it, not normalised.
 
@@ -227,6 +235,9 @@ def decode(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + h, mask=inside, other=0.0)
+    line = None
+    if bias is not None:
+        line = bias + tl.where(inside, h, 0) * DISTANCES
     acc = tl.zeros((BM, VB), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -250,10 +261,10 @@ def decode(
         if SINK_KEYS > 0:
             start += tl.where(j >= tl.cdiv(SINK_KEYS, BN), hole * BN, 0)
         acc, total, top = attend(
-            acc, total, top, query, inside, position, h, slope,
+            acc, total, top, query, inside, position, h, slope, line,
             xpool, wkey, wvalue, bkey, bvalue, factors, columns, head, block, start, low, high,
             H, D, DV, DC, VB, PG, BM, BN, BH, True, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, SLICED, MADE, REKEYED,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, SLICED, MADE, REKEYED,
         )  # fmt: skip
     part += ((sequence.to(tl.int64) * shares + share) * H + h) * (DV + 2)
     if block == 0:

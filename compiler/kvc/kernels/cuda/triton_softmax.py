@@ -13,11 +13,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def weigh(
-    x, total, top, position, key, h, slope,
+    x, total, top, position, key, h, slope, line,
     MASKED: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
+    DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Products x [M, N] of rows and keys as weights; what rows had fades by `fade`; new sums and maxima."""
+    """Products x [M, N] of rows and keys as weights; what rows had fades by `fade`; new sums and maxima.
+
+    slope: of each row's head, or None. line: pointers [M] to the rows' biases, one for each of DISTANCES
+    distances of a key, the last for all further ones; or None.
+    """
     if SOFTCAP > 0:
         # tanh(y) is 1 - 2 / (e^2y + 1)
         x = tl.exp2(x * (SCALE / SOFTCAP * 2.0 * LOG2E))
@@ -26,6 +31,9 @@ def weigh(
         x = x * (SCALE * LOG2E)
     if slope is not None:
         x += (slope * LOG2E)[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+    if line is not None:
+        behind = tl.maximum(position[:, None] - key[None, :], 0)
+        x += tl.load(line[:, None] + tl.minimum(behind, DISTANCES - 1)) * LOG2E
     if MASKED:
         visible = seen(position[:, None], key[None, :], h[:, None], WINDOW, CHUNK, SINK_KEYS, PREDICATE)
         x = tl.where(visible, x, float("-inf"))
@@ -40,11 +48,13 @@ def weigh(
 
 @triton.jit
 def attend(
-    acc, total, top, query, position, h, slope, kpool, vpool, kscale, vscale, columns, head, start, low, high,
+    acc, total, top, query, position, h, slope, line, kpool, vpool, kscale, vscale, columns, head,
+    start, low, high,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PG: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
     SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, STORED: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, DISTANCES: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """Take the block of keys from `start` into the rows' values, sums and maxima.
 
@@ -80,6 +90,7 @@ def attend(
         key,
         h,
         slope,
+        line,
         MASKED,
         SCALE,
         FACTOR,
@@ -88,6 +99,7 @@ def attend(
         CHUNK,
         SINK_KEYS,
         PREDICATE,
+        DISTANCES,
     )
     values = load(vpool, row[:, None], rv[None, :], there[:, None], DV, DV < DVP, MASKED, STORED, TYPE)
     if STORED != "":
@@ -99,20 +111,21 @@ def attend(
 
 @triton.jit
 def attend_blocks(
-    acc, total, top, query, position, h, slope,
+    acc, total, top, query, position, h, slope, line,
     kpool, vpool, kscale, vscale, columns, head, begin, end, low, high,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PG: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr,
     SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, STORED: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, DISTANCES: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """Take blocks begin .. end - 1 of BN keys each, as `attend` does."""
     for block in range(begin, end):
         acc, total, top = attend(
-            acc, total, top, query, position, h, slope,
+            acc, total, top, query, position, h, slope, line,
             kpool, vpool, kscale, vscale, columns, head, block * BN, low, high,
             HKV, D, DV, DP, DVP, PG, BN, MASKED, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, STORED,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
         )  # fmt: skip
     return acc, total, top
 

@@ -35,6 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "chunks": {"chunk": 8192},
     "softcap, guarded": {"softcap": 30.0, "guarded": True},
     "slopes": {"slopes": True},
+    "learned bias": {"distances": 129},
     "an encoder's output": {"whole": True},
     "predicate": {"predicate": "k <= q and ((k + h) % 3 < 2 or (q - k) // 7 == 1)"},
 }
@@ -116,6 +117,7 @@ SHARED = {
     "DeepSeek-V3": AttentionShape(128, 1, 576, 512, 0.07, shared=True),
     "Whisper-small": AttentionShape(12, 1, 768, 768, 0.125, shared=True, whole=True),
     "BLOOM-560M": AttentionShape(16, 1, 1024, 1024, 0.125, slopes=True, shared=True),
+    "T5-base": AttentionShape(12, 1, 768, 768, 1.0, distances=129, shared=True),
 }
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from tvm import IRModule, tirx
 from tvm.ir import Call
 from tvm_ffi import structural_walk
 
 from kvc.kernels.cuda.host_attention import CudaAttention
+from kvc.kernels.cuda.host_pages import most_parts, shares_of
 from kvc.kernels.cuda.host_products import CudaProducts
 from kvc.kernels.cuda.launches import SHARED, VARIANT, Variants
+from kvc.kernels.emit import size_var
+from kvc_passes.place_arena import evaluate
 from kvc_passes.sites import Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
 from support import site
@@ -71,10 +75,36 @@ def test_a_layer_reads_what_another_one_keeps() -> None:
 
 def test_decode_splits_what_is_worth_it() -> None:
     kernels = CudaAttention.for_sites((WIDE,), CONTEXT, Variants(80))
-    assert len(launches(kernels.decode(WIDE, "float16"))) == 2  # shares, then their merge
+    # Shares, then their merge: of few, or of more.
+    assert [name.rsplit("_", 1)[0] for name in names(kernels.decode(WIDE, "float16"))] == [
+        "kvc_attention_decode",
+        "kvc_attention_merge",
+        "kvc_attention_merge",
+    ]
     assert kernels.splits(WIDE) == 33
     assert CudaAttention.for_sites((WIDE,), 300, Variants(80)).splits(WIDE) == 2
     assert CudaAttention.for_sites((WIDE,), 64, Variants(80)).splits(WIDE) == 1
+
+
+def test_shares_fit_the_number_of_sequences() -> None:
+    b = size_var("b")
+    shares = [evaluate(shares_of(33, b), {"b": count}) for count in (1, 2, 3, 8, 32, 65, 66, 256)]
+    assert shares == [33, 33, 22, 9, 3, 2, 1, 1]
+    for splits in (1, 2, 33, 64):
+        places = [evaluate(most_parts(splits, b), {"b": count}) for count in range(1, 300)]
+        needed = [count * evaluate(shares_of(splits, b), {"b": count}) for count in range(1, 300)]
+        # Workspace that is planned for the largest batch holds what a smaller one takes.
+        assert all(here >= most for here, most in zip(places, np.maximum.accumulate(needed)))
+        assert places == sorted(places)
+
+
+def test_a_decodes_workspace_is_as_large_as_its_caller_makes_it() -> None:
+    kernels = CudaAttention.for_sites((WIDE,), CONTEXT, Variants(80))
+    *_, part, out = kernels.decode(WIDE, "float16").params
+    (places,) = kernels.workspace(WIDE, size_var("b"))
+    assert evaluate(part.shape[0], {"b": 7}) == evaluate(places, {"b": 7}) == 7 + 65
+    assert list(part.shape)[1:] == [32, 130]
+    assert list(out.shape)[2:] == [32, 128]
 
 
 def test_operations_are_counted_with_those_that_programs_repeat() -> None:

@@ -61,7 +61,7 @@ def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndar
         *(part, count, case.table.shape[1]),
     )
     grid = (count, shape.heads, merge_blocks(shape, splits))
-    run(merge_kernel(shape, splits, case.dtype), grid, part, out, count)
+    run(merge_kernel(shape, splits, case.dtype), grid, part, out, count, splits)
     return q[0].transpose(0, 1), out[0], positions
 
 

@@ -48,6 +48,11 @@ SHAPES = {
     "int8": AttentionShape(8, 2, 64, 72, 0.125, stored="int8", page_size=32),
     "fp8, window": AttentionShape(4, 4, 72, 48, 0.12, window=37, stored="fp8"),
     "int4, wide group": AttentionShape(16, 1, 128, 80, 0.09, stored="int4", page_size=64),
+    "learned bias": AttentionShape(6, 2, 64, 64, 0.2, distances=45, sink_scores=True, page_size=64),
+    "learned bias, predicate": AttentionShape(4, 4, 40, 48, 0.2, distances=9, predicate=PREDICATE),
+    "shared, learned bias, window": AttentionShape(
+        5, 1, 72, 48, 0.12, window=37, distances=20, softcap=15.0, shared=True
+    ),
     "shared": AttentionShape(12, 1, 160, 160, 0.08, shared=True, page_size=32),
     "shared, latent, sink keys": AttentionShape(
         5, 1, 72, 48, 0.12, window=37, sink_keys=19, shared=True, slopes=True
@@ -102,7 +107,9 @@ class Case:
         self.random = torch.Generator().manual_seed(seed)
         self.slopes = torch.rand(shape.heads, generator=self.random) / 2
         self.sinks = torch.rand(shape.heads, generator=self.random) * 11 - 3
-        self.extras = [a for a, has in ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores)) if has]
+        self.bias = torch.rand(shape.heads, shape.distances, generator=self.random) * 4 - 2
+        wanted = ((self.slopes, shape.slopes), (self.sinks, shape.sink_scores), (self.bias, shape.distances))
+        self.extras = [each.flatten() for each, has in wanted if has]
         page = shape.page_size
         count = POOL_TOKENS // page
         order = torch.randperm(count - 1, generator=self.random).tolist()
@@ -233,6 +240,10 @@ class Case:
             if shape.slopes:  # the slope in base 2, the product and the sum are rounded
                 s = s + float(self.slopes[h]) * behind
                 slack += 3 * 2.0**-24 * np.abs(float(self.slopes[h]) * behind) + 2.0**-24 * np.abs(s)
+            if shape.distances:  # as a slope
+                bias = self.bias[h].double().numpy()[np.clip(-behind, 0, shape.distances - 1)]
+                s = s + bias
+                slack += 3 * 2.0**-24 * np.abs(bias) + 2.0**-24 * np.abs(s)
             s = np.where(seen, s, -np.inf)
             sink = np.full((len(s), 1), float(self.sinks[h]) if shape.sink_scores else -np.inf)
             top = np.maximum(s.max(axis=1, keepdims=True), sink)

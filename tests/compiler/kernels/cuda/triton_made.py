@@ -23,7 +23,11 @@ MADE = {
         Remade(72, 10, True),
         (True, True),
     ),
-    "not turned": (AttentionShape(3, 3, 24, 72, 0.2, page_size=64), Remade(136, 0, False), (False, True)),
+    "not turned, learned bias": (
+        AttentionShape(3, 3, 24, 72, 0.2, distances=30, page_size=64),
+        Remade(136, 0, False),
+        (False, True),
+    ),
     "latent": (AttentionShape(4, 2, 64, 48, 0.12, slopes=True), Remade(72, 0, False), (False, False)),
 }
 """Attention over keys and values that are made, what they are made of, and their biases."""
@@ -32,7 +36,7 @@ LATENT = {"latent": 24}
 REKEYED = {
     "as Gemma-4": (AttentionShape(8, 2, 64, 64, 0.125, page_size=64), Rekeyed(2, 64, 32, 8, True, True)),
     "odd, turned whole, chunks": (
-        AttentionShape(3, 3, 35, 35, 0.2, chunk=50, page_size=32),
+        AttentionShape(3, 3, 35, 35, 0.2, chunk=50, distances=12, page_size=32),
         Rekeyed(3, 35, 11, 11, True, False),
     ),
     "not turned, everything else": (
