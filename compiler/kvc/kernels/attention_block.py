@@ -159,10 +159,12 @@ class BlockKernel:
         if self.ahead:
             self._following = self.page(tirx.Min(page + self.ahead, last))
 
-    def _fetch(self, pool: str, *at: Expr) -> None:
-        """Fetch what will be read at the same place of a later page."""
+    def _fetch(self, pool: str, head: Expr, rows: int, columns: Sequence[int]) -> None:
+        """Fetch what will be read at the same places of a later page."""
         if self._following is not None:
-            self.e.prefetch(self.pools[pool], self._following, *at)
+            with self.e.loop("f", rows) as row:
+                for column in columns:
+                    self.e.prefetch(self.pools[pool], self._following, head, row, i64(column))
 
     @contextmanager
     def _blocks(self, page: Expr, pages: Expr, first: Expr, last: Expr) -> Iterator[tuple[Expr, ...]]:
@@ -211,11 +213,10 @@ class BlockKernel:
                 with e.unrolled("i", splits * height) as i:
                     for v in range(width):
                         e.store(acc, splat(f32(0), lanes), at(i, v))
+                self._fetch("k", head, depth, [offset for _, offset in vectors[sub : sub + width]])
                 with e.loop("d", depth // splits) as d:
                     for s in range(splits):
                         inner = d * splits + s
-                        for _, offset in vectors[sub : sub + width]:
-                            self._fetch("k", head, inner, i64(offset))
                         raw = [
                             self._loaded(self.pools["k"][page, head, inner, vec(i64(offset), lanes)])
                             for page, offset in vectors[sub : sub + width]
@@ -260,9 +261,8 @@ class BlockKernel:
                     e.store(a, self.output[vec((row + i) * dim + offset, width)], vec(i * width, width))
             with e.loop("p", count) as p:
                 page = self.page(start + p)
+                self._fetch("x" if self.shape.shared else "v", head, size, [at for at, _ in group])
                 with e.loop("k", tirx.Min(keys - p * size, i64(size))) as k:
-                    for offset, _ in group:
-                        self._fetch("x" if self.shape.shared else "v", head, k, i64(offset))
                     values = self._loaded_values(page, head, k, group)
                     scale = None
                     if self.form.name is not None:

@@ -207,9 +207,13 @@ class Emitter:
         self.add(tirx.BufferStore(buffer, value, list(indices)))
 
     def prefetch(self, buffer: Any, *indices: Expr) -> None:
-        """Fetch the cache line of an element; it need not be read after all."""
+        """Fetch the cache line of an element into the second-level cache; it need not be read after all.
+
+        It is dear in a loop that sums up in registers: LLVM takes it for something that may read the sums,
+        and stores all of them in every iteration. The first-level cache fetches few lines at a time.
+        """
         at = tirx.address_of(buffer[tuple(indices)])
-        hint = [tirx.const(value, "int32") for value in (0, 3, 1)]  # to read, into all caches, data
+        hint = [tirx.const(value, "int32") for value in (0, 2, 1)]  # to read, from the second level on, data
         self.add(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", at, *hint)))
 
     def function(self, params: Sequence[Any], reads: Sequence[Any], writes: Sequence[Any]) -> tirx.PrimFunc:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 from tvm import tirx
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _KEYS = 4
 """Keys of a register tile."""
+_VECTORS = 6
+"""Vectors of each key, at most, between two times of fetching."""
 
 
 class SharedKeys:
@@ -74,15 +76,21 @@ class SharedKeys:
         with e.unrolled("i", rows) as i:
             for v in range(_KEYS):
                 e.store(acc, splat(f32(0), lanes), at(i, v))
-        with e.loop("d", whole) as d:
+
+        def products(d: Expr) -> None:
             keys = [element(v, d * lanes, lanes) for v in range(_KEYS)]
-            if ahead is not None:
-                for v in range(_KEYS):
-                    e.prefetch(pool, ahead[0], head, ahead[1] + v, d * lanes)
             with e.unrolled("i", rows) as i:
                 qv = e.bind("qv", block.query[vec((row + i) * dim + d * lanes, lanes)])
                 for v in range(_KEYS):
                     e.store(acc, acc[at(i, v)] + keys[v] * qv, at(i, v))
+
+        stride = whole if ahead is None else _stride(whole)
+        with e.loop("part", whole // max(stride, 1)) as part:
+            if ahead is not None:
+                for n, v in product(range(stride), range(_KEYS)):
+                    e.prefetch(pool, ahead[0], head, ahead[1] + v, (part * stride + n) * lanes)
+            with e.loop("d", stride) as d:
+                products(part * stride + d)
         with e.unrolled("i", rows) as i:
             for v in range(0, _KEYS, 4):
                 totals = fold_four(e, [acc[at(i, v + j)] for j in range(4)])
@@ -96,3 +104,8 @@ class SharedKeys:
                     query = block.query[vec((row + i) * dim + whole * lanes + offset, width)]
                     total = total + fold(key * query, lambda a, b: a + b)
                 e.store(block.scores, total, to)
+
+
+def _stride(vectors: int) -> int:
+    """The largest divisor of a number of vectors that is at most _VECTORS."""
+    return next((n for n in range(_VECTORS, 1, -1) if vectors % n == 0), 1)

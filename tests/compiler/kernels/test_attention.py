@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_machines import MACHINES, Machine, baseline
 from page_cases import check_codes, numbers, numpy_type, poisoned
+from tvm import tirx
+from tvm_ffi import structural_walk
 
 from kvc.kernels.append import append_kv
 from kvc.kernels.attention import (
@@ -247,3 +249,27 @@ def test_a_page_that_no_vector_fits_is_refused(machine: Machine) -> None:
 def test_a_mask_that_is_none_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_attention(AttentionShape(2, 1, 16, 16, 0.25, **options), MACHINES["native"].traits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "knobs"),
+    [
+        (AttentionShape(12, 1, 768, 768, 0.1, shared=True), DECODE),
+        (AttentionShape(16, 1, 40, 32, 0.1, shared=True), DECODE),
+        (AttentionShape(8, 2, 64, 64, 0.1), DecodeKnobs(ahead=1)),
+    ],
+)
+def test_sums_stay_in_registers_where_keys_are_fetched(shape: AttentionShape, knobs: DecodeKnobs) -> None:
+    """LLVM stores sums in every iteration of a loop that fetches, too."""
+    innermost: list[str] = []
+
+    def look(loop: tirx.For) -> None:
+        text = str(loop.body)
+        if loop.kind != tirx.ForKind.UNROLLED and " in range(" not in text:
+            innermost.append(text)
+
+    structural_walk(decode_attention(shape, baseline().traits, knobs).body, [(tirx.For, look)])
+    assert any("acc" in text for text in innermost)
+    fetching = [text for text in innermost if "prefetch" in text]
+    assert fetching or shape.shared  # whose fetches stand before the loop of sums
+    assert not [text for text in fetching if "acc" in text]
