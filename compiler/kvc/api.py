@@ -29,11 +29,12 @@ from tvm import IRModule
 
 from kvc_passes.state_forms import KEYS
 
-from .compilation import build_libraries, forced_forms, judged, packed_weights, read_model
+from .compilation import build_libraries, packed_weights, read_model
 from .configuration import assets_of
 from .encoder import read_encoder
 from .frontend.importer import import_onnx
 from .frontend.reader import require_file
+from .layer_forms import forced_forms, judged
 from .machine import Machine
 from .pipeline import FunctionName, Runner
 from .planning.available import available
@@ -78,7 +79,8 @@ def compile(
         target: "cpu" (this machine's), "cpu:<LLVM name of a CPU>", such as "cpu:x86-64-v3", or "cuda" and
             "cuda:sm_80,sm_90" for GPUs, whose memory is then what the budget counts.
         allow: permissions to change results beyond rounding, none by default: "window=4096,sinks=4",
-            "kv-int8", ...: all are in permissions.KNOWN.
+            "kv-int8", ...: all are in permissions.KNOWN. Codes are for as few layers as must be in them, or
+            where they gain enough time; with `state` "kv-int8" for all.
         state: the form that all layers keep their state in, one of STATE_FORMS, or one for attention over
             the model's own tokens and "encoder_output": "x_absorbed,encoder_output"; "v_only,paged_kv" keeps
             K and V in layers where values alone are not legal. By default the exact forms and the prefill

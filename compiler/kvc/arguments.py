@@ -16,8 +16,8 @@ def add_model(parser: argparse.ArgumentParser, metavar: str = "MODEL.onnx") -> N
         action="append",
         default=[],
         metavar="NAME",
-        help="permissions to change results beyond rounding: window=N, sinks=N, kv-int8, kv-fp8, kv-int4, "
-        "token-scales",
+        help="permissions to change results beyond rounding: window=N, sinks=N, token-scales; kv-int8, "
+        "kv-fp8, kv-int4: for layers that must be in codes to fit, or gain enough by it",
     )
 
 
@@ -59,8 +59,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--state",
         metavar="FORM",
         help="keep the state of all layers in one form: paged_kv, x_absorbed, mla_latent, v_only, k_only, "
-        "k_plus_r, x_gemm; of cross-attention: encoder_output; v_only,paged_kv: K and V where it is not "
-        "legal (the fastest that fits)",
+        "k_plus_r, x_gemm, and what is allowed of kv-int8, kv-fp8, kv-int4; of cross-attention: "
+        "encoder_output; v_only,paged_kv: K and V where it is not legal (the fastest that fits)",
     )
     parser.add_argument(
         "--target",

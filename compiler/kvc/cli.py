@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from kvc_passes.errors import Error, InputError, PlanningError
 from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan
 
 from . import __version__
 from .arguments import (
@@ -205,14 +206,19 @@ def _print(*tables: object) -> None:
         console.print(table)
 
 
-def _notes(facts: ModelFacts) -> None:
-    """What a person should know about how the model was understood."""
-    from .permissions import explain
+def _notes(facts: ModelFacts, plan: Plan | None = None) -> None:
+    """What a person should know about how the model was understood, and what a plan uses of permissions."""
+    from .permissions import explain, unused
+    from .report import ranges
 
     for text in facts.warnings:
         print(f"kvc: note: {text}", file=sys.stderr)
     for name in facts.allowed:
-        print(f"kvc: allowed: {name}: {explain(name)}", file=sys.stderr)
+        layers = [site for site, form in enumerate(plan.forms) if form == name] if plan is not None else []
+        where = f", in layers {ranges(layers)}" if layers else ""
+        print(f"kvc: allowed: {name}: {explain(name)}{where}", file=sys.stderr)
+    for name in unused(facts, plan) if plan is not None else ():
+        print(f"kvc: allowed: {name}: not used: no layer needs it, or gains enough by it", file=sys.stderr)
 
 
 def _compile(options: argparse.Namespace) -> int:
@@ -249,7 +255,7 @@ def _compile(options: argparse.Namespace) -> int:
     if kernels:
         _print(kernels_table(kernels))
     _print(*plan_tables(artifact.plan, artifact.facts.name))
-    _notes(artifact.facts)
+    _notes(artifact.facts, artifact.plan)
     print(f"{artifact.path}: compiled in {time.perf_counter() - start:.1f} s")
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 from tvm import IRModule, tirx
 
-from kvc_passes.errors import InputError, PlanningError
-from kvc_passes.facts import ModelFacts, StateForm
+from kvc_passes.errors import PlanningError
+from kvc_passes.facts import ModelFacts
 from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
 from kvc_passes.plans import Plan
 from kvc_passes.row_segments import segments_of
 from kvc_passes.row_slices import Segment
-from kvc_passes.sites import FormName
-from kvc_passes.state_forms import ABSORBED, KEYS, LAST, UNJUDGED, VALUES
 from kvc_passes.weights import WeightPart
 
 from .codegen.lower import allocated, finish, join, lower, to_vm
@@ -32,19 +30,14 @@ from .pipeline import (
     Phase,
     Runner,
     Understood,
-    absorb,
     forms_of,
-    keep_keys,
-    keep_values,
-    key_weights,
     prepare,
-    remake,
     serve,
     tables_of,
     understand,
 )
 from .planning.budget import Costs
-from .reconstruction import WithKeyWeights, decided, solver_of
+from .reconstruction import WithKeyWeights
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
@@ -98,105 +91,18 @@ class Lowered:
 def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner) -> Model:
     """Prove what serving needs, then change what is allowed, for pages of `page` tokens.
 
+    Keys and values in codes are forms that layers may have then, no more.
+
     Raises UnsupportedModel, and InputError for a permission that does not apply.
     """
     proved = understand(imported, runner)
     facts = facts_of(imported, proved)  # with what config.json says of the graph itself
     sites = allow.applied(proved.sites, page)
     understood = replace(proved, sites=sites)
-    forms = forms_of(understood, imported.names, tables_of(imported))
+    forms = forms_of(understood, imported.names, tables_of(imported), allow.codes)
+    allow.check(forms)
     facts = replace(facts, sites=sites, allowed=allow.used(imported.allowed), forms=forms)
     return Model(imported, understood, facts)
-
-
-def judged(model: Model, runner: Runner) -> Model:
-    """The model with forms decided that depend on the rounding of the real weights."""
-    facts, weights = model.facts, model.imported.weights
-    forms = [list(forms) for forms in facts.forms]
-    for layer in key_weights(model.understood):
-        runner.report(f"measure the rounding of layer {layer.index}")
-        kept = model.facts.sites[layer.index]
-        judgement = solver_of(layer, weights).judge(kept.kv_dtype, kept.kv_heads)
-        forms[layer.index] = [
-            decided(form, judgement, kept.kv_dtype) if form.name in KEYS else form
-            for form in forms[layer.index]
-        ]
-    return replace(model, facts=replace(facts, forms=tuple(map(tuple, forms))))
-
-
-def forced_forms(model: Model, names: Sequence[FormName]) -> tuple[StateForm, ...]:
-    """The form of every layer where they are asked for, of a model that was judged if one needs that.
-
-    names: one for attention over the model's own tokens, one for that over an encoder's output, or both;
-        layers of the other kind keep K and V. With paged_kv beside them, so do layers that a form is not
-        legal for, unless it is for none. Raises InputError where a form is not legal for a layer.
-    """
-    others = [name for name in names if name != "paged_kv"]
-    wanted = {"encoder_output" if name == "encoder_output" else "tokens": name for name in others}
-    if "encoder_output" in names and not model.facts.reads_memory:
-        raise InputError("--state encoder_output: no layer of the model reads an encoder's output")
-    asked: list[FormName] = [
-        wanted.get("encoder_output" if site.mask.reach.memory else "tokens", "paged_kv")
-        for site in model.facts.sites
-    ]
-    legal = [{form.name for form in forms if form.legal} for forms in model.facts.forms]
-    if "paged_kv" in names:
-        possible = set().union(*legal)
-        asked = [n if n in own or n not in possible else "paged_kv" for n, own in zip(asked, legal)]
-    return legal_forms(model, asked, "--state {}")
-
-
-def legal_forms(model: Model, asked: Sequence[FormName], who: str) -> tuple[StateForm, ...]:
-    """The form of every layer by name. Raises InputError, which begins with `who`, where one is not legal."""
-    chosen = []
-    for site, forms, name in zip(model.facts.sites, model.facts.forms, asked, strict=True):
-        form = next(form for form in forms if form.name == name)
-        if not form.legal:
-            raise InputError(
-                f"{who.format(name)}: layer {site.index}, attention at node '{site.node}', cannot be kept "
-                f"so: {form.detail}"
-            )
-        chosen.append(form)
-    return tuple(chosen)
-
-
-def most_saved(model: Model, only: Container[FormName], *, memory: bool = False) -> int:
-    """Bytes of a token that forms of `only` save at most, those whose weights were not judged among them.
-
-    memory: of a row of the encoder's output instead.
-    """
-    saved = 0
-    for site, forms in zip(model.facts.sites, model.facts.forms):
-        if site.mask.reach.memory != memory:
-            continue
-        possible = [f for f in forms if f.name in only and (f.legal or f.detail.endswith(UNJUDGED))]
-        saved += forms[0].token_bytes - min(f.token_bytes for f in possible)
-    return saved
-
-
-def smallest_forms(model: Model, only: Container[FormName]) -> tuple[StateForm, ...]:
-    """The smallest legal form of `only` for every layer."""
-    legal = ([f for f in forms if f.legal and f.name in only] for forms in model.facts.forms)
-    return tuple(min(forms, key=lambda form: form.token_bytes) for forms in legal)
-
-
-def kept_in(model: Model, chosen: Sequence[StateForm], runner: Runner) -> Model:
-    """The model with the state of each layer in its chosen form."""
-    understood = model.understood
-    by_site = {site.index: form for site, form in zip(model.facts.sites, chosen)}
-    absorbed = frozenset(i for i, form in by_site.items() if form.name in ABSORBED)
-    keys = {i: form.rest for i, form in by_site.items() if form.name in KEYS}
-    if absorbed:
-        understood = absorb(understood, absorbed, runner)
-    if keys:
-        understood = keep_keys(understood, keys, runner)
-    values = frozenset(i for i, form in by_site.items() if form.name == VALUES)
-    if values:
-        understood = keep_values(understood, values, tables_of(model.imported), runner)
-    remade = frozenset(i for i, form in by_site.items() if form.name == LAST)
-    if remade:
-        understood = remake(understood, remade, runner)
-    return replace(model, understood=understood, facts=replace(model.facts, sites=understood.sites))
 
 
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from kvc_passes.errors import InputError
-from kvc_passes.sites import AttentionSite, MaskFact, StoredName
+from kvc_passes.facts import ModelFacts, StateForm
+from kvc_passes.plans import Plan
+from kvc_passes.sites import CODES, AttentionSite, FormName, MaskFact
 
 KNOWN: Final = {
     "token-scales": "activations that a graph quantizes by one scale for all tokens get one for each token",
@@ -18,7 +20,6 @@ KNOWN: Final = {
     "kv-fp8": "keys and values are kept as 8-bit floats (e4m3), with a scale for every token and head",
     "kv-int4": "keys and values are kept in 4 bits, with a scale for every token and head",
 }
-_STORED: Final[dict[str, StoredName]] = {"kv-int8": "int8", "kv-fp8": "fp8", "kv-int4": "int4"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Permissions:
     token_scales: bool = False
     window: int | None = None
     sinks: int = 0
-    stored: StoredName | None = None
-    """What keys and values are kept in."""
+    codes: tuple[FormName, ...] = ()
+    """Forms of sites.CODES that layers may have; a plan says which do."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -37,23 +38,19 @@ class Permissions:
         return frozenset({"token-scales"} if self.token_scales else ())
 
     def applied(self, sites: Sequence[AttentionSite], page: int) -> tuple[AttentionSite, ...]:
-        """The sites as they are allowed to be, with pages of `page` tokens.
+        """The sites with the masks that are allowed, with pages of `page` tokens.
 
         Raises:
-            InputError: a permission that applies to no layer, or to one that cannot have it.
+            InputError: a window that applies to no layer, or is too small.
         """
-        result = tuple(sites)
-        if self.window is not None:
-            result = self._windowed(result, page)
-        if self.stored is not None:
-            for site in result:
-                if self.stored == "int4" and (site.head_dim % 2 or site.value_dim % 2):
-                    raise InputError(
-                        f"--allow kv-int4 needs heads of an even size; those at node '{site.node}' have "
-                        f"{site.head_dim} and {site.value_dim} elements"
-                    )
-            result = tuple(replace(site, stored=self.stored) for site in result)
-        return result
+        return tuple(sites) if self.window is None else self._windowed(tuple(sites), page)
+
+    def check(self, forms: Sequence[Sequence[StateForm]]) -> None:
+        """Raises InputError where a form in codes is allowed that no layer can have."""
+        for name in self.codes:
+            own = [form for each in forms for form in each if form.name == name]
+            if not any(form.legal for form in own):
+                raise InputError(f"--allow {name} applies to no layer: {own[0].detail}")
 
     def _windowed(self, sites: tuple[AttentionSite, ...], page: int) -> tuple[AttentionSite, ...]:
         assert self.window is not None
@@ -77,16 +74,22 @@ class Permissions:
         return tuple(replace(site, mask=mask) if site.mask.kind == "causal" else site for site in sites)
 
     def used(self, imported: Iterable[str]) -> tuple[str, ...]:
-        """All that was used, as the user writes it; `imported` is what the importer used."""
+        """All that holds for every plan, as the user writes it; `imported` is what the importer used."""
         names = list(imported)
         if self.window is not None:
             names += [f"window={self.window}"] + ([f"sinks={self.sinks}"] if self.sinks else [])
-        return (*names, *(name for name, stored in _STORED.items() if stored == self.stored))
+        return tuple(names)
 
 
 def explain(name: str) -> str:
     """What a permission that was used changes."""
     return KNOWN.get(name) or KNOWN[name.partition("=")[0] + "=N"].replace("N", name.partition("=")[2])
+
+
+def unused(facts: ModelFacts, plan: Plan) -> tuple[FormName, ...]:
+    """Forms in codes that are allowed and that no layer of a plan has."""
+    legal = {form.name for forms in facts.forms for form in forms if form.legal}
+    return tuple(name for name in CODES if name in legal - set(plan.forms))
 
 
 def parse_permissions(text: str | Iterable[str]) -> Permissions:
@@ -98,21 +101,15 @@ def parse_permissions(text: str | Iterable[str]) -> Permissions:
     parts = [text] if isinstance(text, str) else list(text)
     given = [name for part in parts for name in map(str.strip, part.split(",")) if name]
     numbers: dict[str, int] = {}
-    stored: StoredName | None = None
     for name in given:
         sized = re.fullmatch(r"(window|sinks)=(\d{1,9})", name)
         if sized:
             if numbers.setdefault(sized[1], int(sized[2])) != int(sized[2]):
                 raise InputError(f"--allow {name}: {sized[1]}={numbers[sized[1]]} is allowed, too; give one")
-        elif name in _STORED:
-            if stored not in (None, _STORED[name]):
-                raise InputError(
-                    f"--allow {name}: keys and values are kept in one form; another is allowed too"
-                )
-            stored = _STORED[name]
-        elif name != "token-scales":
+        elif name not in ("token-scales", *CODES):
             raise InputError(f"there is no permission '{name}'; there are: {', '.join(KNOWN)}")
-    result = Permissions("token-scales" in given, numbers.get("window"), numbers.get("sinks", 0), stored)
+    codes = tuple(name for name in CODES if name in given)
+    result = Permissions("token-scales" in given, numbers.get("window"), numbers.get("sinks", 0), codes)
     _check(result)
     return result
 

@@ -8,7 +8,7 @@ Nothing here knows a model by name.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.remake_keys import RemakeKeys
 from kvc_passes.select_rows import SelectRows
 from kvc_passes.simplify_powers import SimplifyPowers
-from kvc_passes.sites import AttentionSite
+from kvc_passes.sites import AttentionSite, FormName
 from kvc_passes.state_forms import Forms, Illegal
 from kvc_passes.weights import PackedWeight, WeightPart
 from kvc_passes.write_logits import WriteLogits
@@ -164,10 +164,13 @@ def tables_of(imported: Imported) -> dict[str, np.ndarray]:
 
 
 def forms_of(
-    model: Understood, names: NodeNames, tables: Mapping[str, np.ndarray]
+    model: Understood, names: NodeNames, tables: Mapping[str, np.ndarray], allowed: Container[FormName] = ()
 ) -> tuple[tuple[StateForm, ...], ...]:
-    """For every site, the forms that its state may be kept in, and why others are not legal."""
-    forms = Forms(graph_of(model.module["main"]), names, tables)
+    """For every site, the forms that its state may be kept in, and why others are not legal.
+
+    allowed: those of codes that are.
+    """
+    forms = Forms(graph_of(model.module["main"]), names, tables, allowed)
     markers = forms.markers()
     return tuple(forms.of(markers[site.index], site) for site in model.sites)
 

@@ -132,7 +132,7 @@ def comparison_table(name: str, columns: Sequence[tuple[int, Plan | BudgetError]
     line("tokens a sequence", lambda p: f"{p.max_context:,}", lacks)
     line("one request", lambda p: f"{p.capacities[0].context:,} tokens", lacks)
     line("at once", lambda p: "; ".join(f"{w.batch:,} x {w.context:,}" for w in p.capacities[1:]), lacks)
-    line("predicted", lambda p: f"{sum(t.seconds for t in p.times):.2f} s", lacks)
+    line("predicted", lambda p: f"{p.seconds:.2f} s", lacks)
     return table
 
 
@@ -152,15 +152,13 @@ def reason_tables(plan: Plan, why: Explanation) -> list[Table]:
     for point in why.curve[:: max(1, len(why.curve) // 8)]:
         size = format_size(point.bytes)
         add_row(curve, point.forms, chunk_text(point.chunk, point.ffn), size, f"{point.seconds:.2f} s")
-    curve.caption, curve.caption_justify = Text(_gap_text(why.gap)), "left"
-    gains = _titled("what permissions would buy", ("--allow", "bytes less", "tokens of one request"), 1)
+    curve.caption, curve.caption_justify = Text(why.bound), "left"
+    columns = ("--allow", "bytes less", "tokens of one request", "predicted")
+    gains = _titled("what permissions would buy", columns, 1)
     for gain in why.gains:
-        add_row(gains, gain.allow, format_size(gain.saved), f"{gain.context:,}")
+        cells = (format_size(gain.saved), f"{gain.context:,}", f"{gain.seconds:.2f} s")
+        add_row(gains, gain.allow, *cells)
     return [_times(plan), reasons, curve, *([gains] if why.gains else [])]
-
-
-def _gap_text(gap: float) -> str:
-    return f"no choice is faster by more than {gap:.2%}" if gap else "no choice is faster: gap 0%"
 
 
 def _times(plan: Plan) -> Table:
@@ -195,5 +193,8 @@ def rates_table(rates: Rates, title: str) -> Table:
     for name, pair in (("K and V", rates.attention), ("one key for all heads", rates.shared)):
         text = f"{pair[0] / 1e9:.0f} GFLOP/s in prefill, {pair[1] / 1e9:.0f} in decode"
         add_row(table, f"attention over {name}", text)
+    for name, pair in rates.codes.items():
+        text = f"{pair[0]:.2f} of that speed in prefill, {pair[1]:.2f} of the bytes a second in decode"
+        add_row(table, f"attention over codes, kv-{name}", text)
     add_row(table, "other kernels", f"{rates.element / 1e9:.1f} GB/s, {rates.call * 1e6:.1f} us a call")
     return table

@@ -138,6 +138,11 @@ class Plan:
     """Of the encoder in the same artifact."""
 
     @property
+    def seconds(self) -> float:
+        """What all alternatives of the workload are predicted to take."""
+        return sum(each.seconds for each in self.times)
+
+    @property
     def table_width(self) -> int:
         """Columns of the block table."""
         return self.table_columns(False)

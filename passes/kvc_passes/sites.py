@@ -14,9 +14,21 @@ from typing import Literal, get_args
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
 FormName = Literal[
-    "paged_kv", "x_absorbed", "mla_latent", "v_only", "k_only", "k_plus_r", "x_gemm", "encoder_output"
+    "paged_kv",
+    "x_absorbed",
+    "mla_latent",
+    "v_only",
+    "k_only",
+    "k_plus_r",
+    "x_gemm",
+    "encoder_output",
+    "kv-int8",
+    "kv-fp8",
+    "kv-int4",
 ]
 STATE_FORMS: tuple[FormName, ...] = get_args(FormName)
+CODES: dict[FormName, StoredName] = {"kv-int8": "int8", "kv-fp8": "fp8", "kv-int4": "int4"}
+"""Forms that change results beyond rounding, each named as the permission that it needs."""
 FLOAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_BYTES: dict[str, int] = {**FLOAT_BYTES, "int8": 1, "uint8": 1}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,7 +18,7 @@ from .nodes import NodeNames
 from .provenance import Piece, Projection, Provenance
 from .rekeying import rekeying
 from .rotations import Rotation, Rotations
-from .sites import FLOAT_BYTES, AttentionSite, FloatName, FormName, Rekeyed
+from .sites import CODES, FLOAT_BYTES, AttentionSite, FloatName, FormName, Rekeyed
 from .weights import weight_of
 
 ABSORBED: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", "encoder_output")
@@ -31,6 +31,7 @@ EXACT: Final[tuple[FormName, ...]] = (*ABSORBED, VALUES)
 OF_TOKENS: Final[tuple[FormName, ...]] = ("x_absorbed", "mla_latent", VALUES, *KEYS, LAST)
 """Forms of what attention over the model's own tokens keeps, other than K and V."""
 UNJUDGED: Final = "the rounding of its weights was not measured"
+UNASKED: Final = "it changes results beyond rounding, and was not allowed"
 
 
 class Illegal(Exception):
@@ -45,9 +46,10 @@ class Forms:
         graph: Graph,
         names: NodeNames = NodeNames(),  # noqa: B008  it is frozen
         tables: Mapping[str, np.ndarray] = {},
+        allowed: Container[FormName] = (),
     ) -> None:
-        """tables: numbers of parameters, which may be frequencies of rotations."""
-        self.graph, self.names, self.tables = graph, names, tables
+        """tables: numbers of parameters, which may be frequencies of rotations. allowed: forms of CODES."""
+        self.graph, self.names, self.tables, self.allowed = graph, names, tables, allowed
         self.provenance = Provenance(graph)
         self._owners: dict[relax.Var, int] = {}
         self._rotations: dict[relax.Expr, Rotation | str] = {}
@@ -60,13 +62,26 @@ class Forms:
     def of(self, marker: relax.Call, site: AttentionSite) -> tuple[StateForm, ...]:
         """All forms of a site, the legal ones first as they are to be preferred."""
         plain = StateForm("paged_kv", site.token_bytes(), f"K and V of {site.kv_heads} heads")
+        codes = tuple(self._codes_form(site, name) for name in CODES)
         if site.mask.reach.memory:
             others = _illegal(OF_TOKENS, "it reads an encoder's output")
-            return plain, self._memory_form(marker, site), *others
+            return plain, self._memory_form(marker, site), *codes, *others
         others = _illegal(("encoder_output",), "it reads the model's own tokens")
         latents, keys = self._latent_forms(marker, site), self._key_forms(marker, site)
         values, last = self._values_form(marker, site), self._remade_form(marker, site)
-        return plain, *latents, values, *keys, last, *others
+        return plain, *latents, values, *keys, last, *codes, *others
+
+    def _codes_form(self, site: AttentionSite, name: FormName) -> StateForm:
+        size = replace(site, stored=CODES[name]).token_bytes()
+        if name == "kv-int4" and (site.head_dim % 2 or site.value_dim % 2):
+            odd = f"heads have {site.head_dim} and {site.value_dim} elements, and two codes share a byte"
+            return StateForm(name, 0, odd, False)
+        if size >= site.token_bytes():
+            large = f"codes and scales, {size} bytes, are no smaller than keys and values"
+            return StateForm(name, size, large, False)
+        if name not in self.allowed:
+            return StateForm(name, size, f"--allow {name} would permit it: {UNASKED}", False)
+        return StateForm(name, size, "K and V in codes, as it is allowed")
 
     def _memory_form(self, marker: relax.Call, site: AttentionSite) -> StateForm:
         try:
@@ -111,7 +126,6 @@ class Forms:
     def values(self, marker: relax.Call, site: AttentionSite) -> Values:
         """Values that keys can be made of. Raises Illegal with the reason."""
         _, key, value, _ = marker.args[1:]
-        self._check_floats(site)
         if site.head_dim != site.value_dim:
             raise Illegal(f"K has {site.head_dim} elements a head, V {site.value_dim}")
         try:
@@ -145,7 +159,6 @@ class Forms:
         """K and its pieces, and V, which has to be one projection. Raises Illegal with the reason."""
         _, key, value, _ = marker.args[1:]
         key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
-        self._check_floats(site)
         v = value_pieces[0].projection
         if len(value_pieces) != 1 or v is None:
             raise Illegal("V is not one projection of one value")
@@ -188,10 +201,6 @@ class Forms:
         self._check_smaller(found.kept.width, found.dtype, site)
         return found
 
-    def _check_floats(self, site: AttentionSite) -> None:
-        if site.stored is not None:
-            raise Illegal(f"keys and values are kept in {site.stored}, as it is allowed")
-
     def _check_smaller(self, width: int, dtype: FloatName, site: AttentionSite) -> None:
         size = width * FLOAT_BYTES[dtype]
         if size >= site.token_bytes():
@@ -212,7 +221,6 @@ class Forms:
         """The value that keys and values are projections of. Raises Illegal with the reason."""
         _, key, value, _ = marker.args[1:]
         key_pieces, value_pieces = self._pieces(key, "K"), self._pieces(value, "V")
-        self._check_floats(site)
         of_key = [p for p in key_pieces if p.projection is not None]
         shared = tuple(p for p in key_pieces if p.projection is None)
         for piece in shared:

@@ -142,15 +142,15 @@ def test_windows_and_codes_on_a_pretend_gpu(model_file: ModelFile, libraries: Pa
 
     Rounding of activations to 16 bits moves some codes by one: a step of 1/127 of the largest element.
     """
-    model, allow = model_file("gemma2", True, "float16"), "kv-int8"
+    model, codes = model_file("gemma2", True, "float16"), {"allow": "kv-int8", "state": "kv-int8"}
     built = Built(model, tmp_path / "m.kvc", tmp_path / "dump")
     artifact = kvc.compile(
-        model, target="cuda:sm_90", allow=allow, output=built.artifact, dump=built.dump, **OPTIONS
+        model, target="cuda:sm_90", output=built.artifact, dump=built.dump, **codes, **OPTIONS
     )
     assert len(artifact.plan.groups) == 2
     done = run(built, libraries)
     assert done.returncode == 0, done.stderr
-    cpu = kvc.compile(model, allow=allow, output=tmp_path / "cpu.kvc", **OPTIONS)
+    cpu = kvc.compile(model, output=tmp_path / "cpu.kvc", **codes, **OPTIONS)
     assert from_cpu(built, cpu) < 3 * LIMITS["float16"]
 
 

@@ -119,9 +119,6 @@ def test_a_layer_that_it_is_not_legal_for_is_refused(
     message = "--state x_gemm: layer 0, attention at node '.*', cannot be kept so: 128 elements .* no smaller"
     with pytest.raises(InputError, match=message):
         kvc.plan(model_file("llama"), budget="400MB", workload="1x64", state="x_gemm")
-    message = "kept in int8, as it is allowed"
-    with pytest.raises(InputError, match=message):
-        kvc.plan(models("phi"), budget="400MB", workload="1x64", state="x_gemm", allow="kv-int8")
 
 
 def test_the_smallest_budget_is_that_of_the_last_resort(models: Callable[..., Path]) -> None:

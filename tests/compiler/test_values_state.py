@@ -97,8 +97,6 @@ def test_a_layer_that_it_is_not_legal_for_is_refused(model_file: ModelFile) -> N
         kvc.plan(model, budget="400MB", workload="1x64", state="v_only")
     with pytest.raises(InputError, match=r"layer 0, .* K is not made of what V is"):
         kvc.plan(model_file("llama"), budget="400MB", workload="1x64", state=STATE)
-    with pytest.raises(InputError, match="kept in int8, as it is allowed"):
-        kvc.plan(model, budget="400MB", workload="1x64", state=STATE, allow="kv-int8")
 
 
 def test_inspect_and_plan_say_it(model_file: ModelFile, run: Callable[..., Result]) -> None:

@@ -118,7 +118,6 @@ def test_queries_keys_and_values_of_one_product(bias: bool, tail: int, wide: boo
         ({"between": op.tanh}, {}, "K is no projection: value 'tanh_14_n14_' comes between"),
         ({}, {"softcap": 5.0}, "K has a bias, which a softcap or a learned score does not cancel"),
         ({}, {"sinks": (1.0,) * HEADS}, "K has a bias"),
-        ({}, {"stored": "int8"}, "kept in int8, as it is allowed"),
     ],
 )
 def test_what_makes_the_form_illegal(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:

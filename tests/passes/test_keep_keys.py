@@ -58,7 +58,6 @@ def test_finer_angles_where_what_is_kept_has_fewer_bits() -> None:
     [
         ({"width": 60}, {}, "K has 24 elements, fewer than the 60 that V is a projection of"),
         ({}, {"sinks": (1.0,) * HEADS}, "with a learned score the weights do not sum to 1"),
-        ({}, {"stored": "fp8"}, "kept in fp8, as it is allowed"),
         ({"turn": lambda emit, x, c, s: emit(op.tanh(x))}, {}, "K goes through tanh"),
     ],
 )

@@ -72,7 +72,6 @@ def test_only_the_chosen_sites_change() -> None:
     ("options", "changes", "message"),
     [
         ({"kv_heads": 1}, {}, "24 elements of float32, 96 bytes, are no smaller than keys and values, 96"),
-        ({}, {"stored": "fp8"}, "kept in fp8, as it is allowed"),
         ({}, {"head_dim": DIM + 4}, "K has 16 elements a head, V 12"),
         ({}, {"kv_dtype": "float16"}, "48 elements of float16, 96 bytes, are no smaller"),
         ({"change": lambda emit, x, w: op.tanh(x)}, {}, "K goes through tanh"),

@@ -98,7 +98,6 @@ def test_only_the_chosen_sites_change() -> None:
     [
         ({"width": 48}, {}, "48 elements of float32, 192 bytes, are no smaller than keys and values, 192"),
         ({"width": 42}, {}, "50 elements of float32, 200 bytes, are no smaller than keys and values, 192"),
-        ({}, {"stored": "fp8"}, "kept in fp8, as it is allowed"),
         ({"turn": lambda emit, x, c, s: emit(op.tanh(x))}, {}, "K goes through tanh"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,11 +11,12 @@ from typing import Final
 from kvc_passes.errors import BudgetError
 from kvc_passes.kernel_sets import AttentionKernels
 from kvc_passes.plans import Plan, Workload
-from kvc_passes.sites import AttentionSite, FormName
+from kvc_passes.sites import CODES, AttentionSite, FormName
 from kvc_passes.state_forms import EXACT, KEYS, LAST, UNJUDGED
 
-from ..compilation import Model, costs, judged, kept_in, lower_model, most_saved, smallest_forms
+from ..compilation import Model, costs, lower_model
 from ..encoder import Encoder
+from ..layer_forms import judged, kept_in, most_saved, smallest_forms
 from ..machine import Machine
 from ..pipeline import Runner
 from .budget import Draft, capacities, check_workload, planned, refused, useful_chunks
@@ -136,11 +137,19 @@ class Planner:
         return found.bytes
 
     def usual(self) -> list[Chosen]:
-        """Forms whose legality does not depend on the rounding of weights, or those that are forced."""
+        """Forms whose legality does not depend on the rounding of weights, or those that are forced.
+
+        What changes results is legal where it is allowed: each such form where a layer may have it, and last
+        the smallest of all.
+        """
         if self.forced:
             return [self.forced]
-        smallest = smallest_forms(self.model, [f for f in self.machine.forms if f in ("paged_kv", *EXACT)])
-        return list(dict.fromkeys([self._paged, smallest]))
+        legal = {form.name for forms in self.model.facts.forms for form in forms if form.legal}
+        exact = [f for f in self.machine.forms if f in ("paged_kv", *EXACT)]
+        codes = [f for f in self.machine.forms if f in CODES and f in legal]
+        each = [smallest_forms(self.model, ("paged_kv", name)) for name in codes]
+        smallest = [smallest_forms(self.model, only) for only in (exact, [*exact, *codes])]
+        return list(dict.fromkeys([self._paged, smallest[0], *each, smallest[1]]))
 
     def _ladder(self, budget: int, workload: tuple[Workload, ...]) -> Iterator[list[Chosen]]:
         """Forms to choose from, further ones where those before do not fit."""
@@ -172,12 +181,13 @@ class Planner:
         self, budget: int, workload: tuple[Workload, ...], known: Sequence[Chosen]
     ) -> Decision | None:
         """The best choice among what the layers of `known` are, lowered and counted byte by byte."""
-        first = self.estimate(budget, workload, known)
+        unit = self._unit(budget, workload, known)
+        first = self._weighed(budget, workload, known, unit)
         # `known` itself is lowered already: what is said of it is exact.
-        whole = self.estimate(budget, workload, known, mixed=False)
+        whole = self._weighed(budget, workload, known, unit, mixed=False)
         best, limit = first, budget
         for _ in range(_ATTEMPTS):
-            if best is None or (whole is not None and whole.seconds < best.seconds):
+            if best is None or (whole is not None and whole.cost < best.cost):
                 break
             decision = self.plan_of(best.chosen, best.chunk, budget, workload, best.ffn)
             if decision is not None:
@@ -185,38 +195,64 @@ class Planner:
             draft = Draft(self.variant(best.chosen).costs, budget, workload, best.chunk, best.ffn)
             # A mix of forms may take more than its parts.
             limit -= max(draft.smallest().bytes.total - best.bytes, 1)
-            best = self.estimate(limit, workload, known)
+            best = self._weighed(limit, workload, known, unit)
         if whole is None:
             return None
         decision = self.plan_of(whole.chosen, whole.chunk, budget, workload, whole.ffn)
         return None if decision is None else replace(decision, gap=_gap(whole, first))
 
     def estimate(
+        self, limit: int | None, workload: tuple[Workload, ...], known: Sequence[Chosen]
+    ) -> Estimate | None:
+        """The best choice of at most `limit` bytes, None if there is none; of None the smallest.
+
+        The best is the fastest, where forms that change results are charged their price.
+        """
+        return self._weighed(limit, workload, known, self._unit(limit, workload, known))
+
+    def _unit(self, limit: int | None, workload: tuple[Workload, ...], known: Sequence[Chosen]) -> float:
+        """Seconds that a layer is charged, times its form's price: a share of the least time that fits."""
+        if limit is None or not any(map(changes, known)):
+            return 0.0
+        fastest = self._weighed(limit, workload, known, 0.0)
+        return 0.0 if fastest is None else fastest.seconds / len(fastest.chosen)
+
+    def _weighed(
         self,
         limit: int | None,
         workload: tuple[Workload, ...],
         known: Sequence[Chosen],
+        unit: float,
         *,
         mixed: bool = True,
     ) -> Estimate | None:
-        """The fastest choice of at most `limit` bytes, None if there is none; of None the smallest.
+        """As `estimate`, with prices of `unit` seconds; mixed: layers may be of several of `known`."""
+        found: list[Estimate] = []
 
-        mixed: whether layers may be of several of `known`.
-        """
+        def parts(chunk: int, ffn: int) -> list[Parts]:
+            return [self._part(chosen, workload, chunk, ffn) for chosen in known]
+
+        def worth(chunk: int, ffn: int) -> bool:
+            """Whether a call could cost less than what was found."""
+            best = min((e.cost for e in found), default=math.inf)
+            return limit is None or least_seconds(parts(chunk, ffn)) < best
+
         chunks = self.chunks(workload)
-        whole = [[self._part(chosen, workload, chunk, 0) for chosen in known] for chunk in chunks]
-        found = [each for parts in whole for each in mixes(parts, limit, mixed)]
-        for chunk, parts in zip(chunks, whole, strict=True):
-            best = min((e.seconds for e in found), default=math.inf)
-            if limit is not None and best <= least_seconds(parts):
-                continue  # slices are never faster than the whole
-            for ffn in self._slices(chunk, workload, known):
-                some = [self._part(chosen, workload, chunk, ffn) for chosen in known]
-                found += mixes(some, limit, mixed)
+        for chunk in chunks:
+            found += mixes(parts(chunk, 0), limit, mixed, unit) if worth(chunk, 0) else ()
+        for chunk in chunks:  # slices are never faster than the whole
+            for ffn in self._slices(chunk, workload, known) if worth(chunk, 0) else ():
+                found += mixes(parts(chunk, ffn), limit, mixed, unit) if worth(chunk, ffn) else ()
         if limit is None:
             return min(found, key=lambda e: e.bytes)
-        # Of equal times the first is taken: whole, the larger chunk, K and V.
-        return min(found, key=lambda e: e.seconds, default=None)
+        # Of equal costs the first is taken: whole, the larger chunk, K and V.
+        return min(found, key=lambda e: e.cost, default=None)
+
+    def assuming(self, variants: Mapping[Chosen, Variant]) -> Planner:
+        """The same with these variants in the place of those that would be lowered."""
+        other = copy(self)
+        other._variants, other._parts = {**self._variants, **variants}, {}
+        return other
 
     def _slices(self, chunk: int, workload: tuple[Workload, ...], known: Sequence[Chosen]) -> list[int]:
         """Slices of a chunk that are worth trying for one of `known`, the largest first."""
@@ -240,14 +276,15 @@ class Planner:
             clock = Clock(
                 prefill=work_of(lowered.functions["prefill"], lowered.segments),
                 decode=work_of(lowered.functions["decode"]),
-                sites=tuple(self._site(kept, graph, lowered.attention) for kept, graph in pairs),
+                sites=tuple(self.site_of(kept, graph, lowered.attention) for kept, graph in pairs),
                 rates=self.machine.rates,
             )
             weighed = replace(costs(model, lowered, self.runtime), encoder=self.encoder)
             self._variants[chosen] = Variant(model, lowered, weighed, clock)
         return self._variants[chosen]
 
-    def _site(self, kept: AttentionSite, graph: AttentionSite, kernels: AttentionKernels) -> Site:
+    def site_of(self, kept: AttentionSite, graph: AttentionSite, kernels: AttentionKernels) -> Site:
+        """What the times of a layer follow from, as it is kept and as it stands in the graph."""
         operations = (kernels.operations(kept, decodes=False), kernels.operations(kept, decodes=True))
         shared = kept.head_dim - kept.value_dim if kept.kept == "mla_latent" else 0  # by all heads
         sizes = (graph.head_dim - shared, graph.value_dim, kept.kv_dtype)
@@ -257,5 +294,10 @@ class Planner:
 
 
 def _gap(best: Estimate, first: Estimate | None) -> float:
-    """How much longer `best` takes than the first choice, by the same estimates; that has the least time."""
-    return max(0.0, best.seconds / first.seconds - 1) if first is not None and first.seconds else 0.0
+    """How much more `best` costs than the first choice, by the same estimates; that costs the least."""
+    return max(0.0, best.cost / first.cost - 1) if first is not None and first.cost else 0.0
+
+
+def changes(chosen: Chosen) -> bool:
+    """Whether a layer's form changes results beyond rounding."""
+    return any(form.name in CODES for form in chosen)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from tvm import IRModule
 
-from kvc_passes.errors import InputError
 from kvc_passes.facts import StateForm
 from kvc_passes.place_arena import Arena
 from kvc_passes.plans import Plan, Workload, chunk_text
 from kvc_passes.row_slices import Segment
+from kvc_passes.sites import CODES
 from kvc_passes.state_forms import LAST, UNJUDGED
 
 from ..options import format_size
-from ..permissions import parse_permissions
-from .budget import LONGEST, MOST_REQUESTS, Costs, Draft, fits, most_of
-from .decide import Decision, Planner
-from .mixes import Chosen, Estimate
+from .budget import LONGEST, MOST_REQUESTS, fits, most_of
+from .decide import Decision, Planner, changes
+from .gains import Gain, gains
+from .mixes import PRICES, Chosen, Estimate
 
 _POINTS: Final = 24
-_TRIED: Final = ("kv-int8", "kv-fp8", "kv-int4", "window=4096,sinks=4")
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What a permission would buy."""
-
-    allow: str
-    saved: int
-    """Bytes less for the same workload."""
-    context: int
-    """Most tokens of one request within the budget, instead of the plan's."""
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Everything that a person may ask of a plan."""
 
@@ -61,9 +49,17 @@ class Explanation:
     curve: tuple[Point, ...]
     gains: tuple[Gain, ...]
     gap: float
-    """How much longer the plan takes, as a share, than the least that any choice could."""
+    """How much more the plan costs, as a share, than the least that any choice could; see Estimate.cost."""
+    codes: bool = False
+    """Whether forms that change results were weighed."""
     slices: str = ""
     """Why feed-forward parts are in slices of a chunk, or whole."""
+
+    @property
+    def bound(self) -> str:
+        """The gap in words."""
+        what = "no choice is faster" + (", nor gains what codes have to" if self.codes else "")
+        return f"{what}, by more than {self.gap:.2%}" if self.gap else f"{what}: gap 0%"
 
 
 def explain(planner: Planner, decision: Decision) -> Explanation:
@@ -72,8 +68,9 @@ def explain(planner: Planner, decision: Decision) -> Explanation:
     return Explanation(
         reasons=_reasons(planner, plan),
         curve=curve(planner, plan.workload),
-        gains=_gains(planner, plan),
+        gains=gains(planner, decision),
         gap=decision.gap,
+        codes=not planner.forced and any(map(changes, planner.usual())),
         slices=_slices(decision),
     )
 
@@ -90,7 +87,7 @@ def _slices(decision: Decision) -> str:
 
 
 def curve(planner: Planner, workload: tuple[Workload, ...]) -> tuple[Point, ...]:
-    """Plans that no other beats in bytes and in time, in ascending bytes; about _POINTS at most."""
+    """The best plans that are faster than smaller ones, or change less, in ascending bytes; about _POINTS."""
     known = planner.usual()
     least, fastest = (planner.estimate(limit, workload, known) for limit in (None, LONGEST << 30))
     assert least is not None
@@ -99,10 +96,20 @@ def curve(planner: Planner, workload: tuple[Workload, ...]) -> tuple[Point, ...]
     limits = [least.bytes + round(step * i) for i in range(_POINTS)]
     found = [planner.estimate(limit, workload, known) for limit in limits]
     points: list[Point] = []
+    best: Estimate | None = None
     for each in found:
-        if each is not None and (not points or each.seconds < points[-1].seconds):
+        if each is not None and _better(each, best):
+            best = each
             points.append(Point(each.bytes, each.seconds, each.chunk, each.ffn, _forms(each)))
     return tuple(points)
+
+
+def _better(one: Estimate, other: Estimate | None) -> bool:
+    return other is None or one.seconds < other.seconds or _prices(one) < _prices(other)
+
+
+def _prices(estimate: Estimate) -> float:
+    return sum(PRICES.get(form.name, 0.0) for form in estimate.chosen)
 
 
 def _forms(estimate: Estimate) -> str:
@@ -139,67 +146,60 @@ def _reasons(planner: Planner, plan: Plan) -> tuple[tuple[str, str, str], ...]:
     """For layers alike: the form, and why it is no other."""
     from ..report import ranges
 
-    forms = planner.model.facts.forms
+    changed = _why_changed(planner, plan)
     runs: dict[tuple[str, str], list[int]] = {}
     for site, name in enumerate(plan.forms):
-        legal = [f for f in forms[site] if f.legal and f.name in planner.machine.forms]
+        legal = [f for f in planner.model.facts.forms[site] if f.legal and f.name in planner.machine.forms]
         (own,) = [f for f in legal if f.name == name]
-        smaller = [f for f in legal if f.token_bytes < own.token_bytes and f.name != LAST]
+        others = [f for f in legal if f.token_bytes < own.token_bytes and f.name != LAST]
+        smaller = [f for f in others if f.name not in CODES]
         if planner.forced:
             why = "asked for"
         elif name == LAST:
             why = "no other form fits; a step makes all keys and values again"
+        elif name in CODES:
+            why = f"{_share(planner, site, own):.2f} of the bytes of K and V, as it is allowed; {changed}"
         elif name != "paged_kv":
-            first = forms[site][0].token_bytes
-            share = own.token_bytes / first if first else 1.0
+            share = _share(planner, site, own)
             why = f"{share:.2f} of the bytes of K and V; all layers as K and V would be slower or not fit"
         elif smaller:
             names = ", ".join(f"{f.name} ({f.token_bytes} bytes a token)" for f in smaller)
             why = f"it fits, and is predicted to be faster than {names}"
         else:
-            why = _none_smaller(forms[site], own, planner.machine.forms)
+            why = _none_smaller(planner.model.facts.forms[site], own, planner.machine.forms)
+        if not planner.forced and name not in CODES and len(others) > len(smaller):
+            allowed = ", ".join(f.name for f in others if f.name in CODES)
+            why += f"; {allowed}: allowed, and not needed here, nor would it gain what it has to"
         runs.setdefault((name, why), []).append(site)
     return tuple((ranges(sites), name, why) for (name, why), sites in runs.items())
 
 
+def _share(planner: Planner, site: int, own: StateForm) -> float:
+    """Of the bytes of K and V."""
+    first = planner.model.facts.forms[site][0].token_bytes
+    return own.token_bytes / first if first else 1.0
+
+
+def _why_changed(planner: Planner, plan: Plan) -> str:
+    """Why some layers may change results: what the best plan of exact layers would take."""
+    if planner.forced or not set(plan.forms) & set(CODES):
+        return ""
+    exact = [chosen for chosen in planner.usual() if not changes(chosen)]
+    other = planner.estimate(plan.budget, plan.workload, exact)
+    if other is None:
+        return "exact forms alone do not fit"
+    longer = other.seconds / plan.seconds - 1
+    return f"exact forms alone would take {longer:.0%} longer, as predicted"
+
+
 def _none_smaller(forms: Sequence[StateForm], own: StateForm, usable: Sequence[str]) -> str:
-    """Why there is no smaller form, as far as that is known."""
+    """Why there is no smaller exact form, as far as that is known."""
     last = any(f.name == LAST and f.legal and f.token_bytes < own.token_bytes for f in forms)
     none = f"no smaller form but {LAST}, for where nothing else fits," if last else "no smaller form"
     open_ = (f for f in forms if f.name in usable and f.detail.endswith(UNJUDGED))
     if any(f.token_bytes < own.token_bytes for f in open_):
         return f"{none} is known to be legal; keys alone were not measured: --state k_plus_r would"
     return f"{none} is legal (kvc inspect says why)"
-
-
-def _gains(planner: Planner, plan: Plan) -> tuple[Gain, ...]:
-    """Permissions that are not used yet, by the bytes of pages alone."""
-    if planner.forced or any(name != "paged_kv" for name in plan.forms):
-        return ()
-    costs = planner.variant(tuple(f[0] for f in planner.model.facts.forms)).costs
-    used = set(planner.model.facts.allowed)
-    now = Draft(costs, plan.budget, plan.workload, plan.chunk, plan.ffn_chunk).smallest().bytes.total
-    found = []
-    for text in _TRIED:
-        if used & set(text.split(",")) or any(name.startswith("kv-") for name in used):
-            continue
-        try:
-            sites = parse_permissions(text).applied(costs.facts.sites, costs.page_size)
-        except InputError:
-            continue
-        changed = replace(costs, facts=replace(costs.facts, sites=sites))
-        then = Draft(changed, plan.budget, plan.workload, plan.chunk, plan.ffn_chunk).smallest().bytes.total
-        context = _longest_alone(changed, plan)
-        if then < now or context > plan.capacities[0].context:
-            found.append(Gain(text, now - then, context))
-    return tuple(found)
-
-
-def _longest_alone(costs: Costs, plan: Plan) -> int:
-    def within(context: int) -> bool:
-        return fits(costs, plan.budget, Workload(1, context, memory=plan.max_memory))
-
-    return most_of(costs.facts.context or LONGEST, within)
 
 
 def timeline(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import product
+from typing import Final
 
 from kvc_passes.facts import StateForm
 from kvc_passes.plans import Workload
+from kvc_passes.sites import FormName
 
 from ..compilation import Lowered, Model
 from .budget import Costs, Draft
@@ -16,6 +18,9 @@ from .times import Clock
 
 Chosen = tuple[StateForm, ...]
 """The form of every layer."""
+PRICES: Final[dict[FormName, float]] = {"kv-int8": 0.05, "kv-fp8": 0.10, "kv-int4": 0.15}
+"""What a form that changes results has to gain in all layers, as a share of the least time of what fits; the
+more it changes, the more."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,13 @@ class Estimate:
     """Tokens of a slice of feed-forward parts, 0 for the whole chunk."""
     bytes: int
     seconds: float
+    price: float = 0.0
+    """Seconds that it has to gain over choices that change results less."""
+
+    @property
+    def cost(self) -> float:
+        """What is weighed: the least is chosen."""
+        return self.seconds + self.price
 
 
 class Parts:
@@ -61,13 +73,25 @@ class Parts:
         self.memory = [site.mask.reach.memory for site in sites]
 
 
-def mixes(parts: Sequence[Parts], limit: int | None, mixed: bool) -> Iterator[Estimate]:
-    """The best of each of several variants, and of their mixes where layers may differ."""
-    for count in range(1, len(parts) + 1 if mixed else 2):
-        for some in combinations(parts, count):
-            estimate = _best(some, limit)
-            if estimate is not None:
-                yield estimate
+def mixes(parts: Sequence[Parts], limit: int | None, mixed: bool, unit: float = 0.0) -> Iterator[Estimate]:
+    """The best of each of several variants, and of their mixes where layers may differ.
+
+    unit: seconds that a layer of a form is charged, times its price.
+    """
+    subsets: list[tuple[Parts, ...]] = [(each,) for each in parts]
+    if mixed:
+        subsets += _subsets(parts)
+    for some in subsets:
+        estimate = _best(some, parts[0] if len(some) > 1 else some[0], limit, unit)
+        if estimate is not None:
+            yield estimate
+
+
+def _subsets(parts: Sequence[Parts]) -> list[tuple[Parts, ...]]:
+    """All of `parts` whose temporaries and tables are within the largest of some of them: two or more."""
+    limits = product({p.arena for p in parts}, {p.others for p in parts})
+    found = (tuple(p for p in parts if p.arena <= a and p.others <= o) for a, o in limits)
+    return [some for some in dict.fromkeys(found) if len(some) > 1]
 
 
 def least_seconds(parts: Sequence[Parts]) -> float:
@@ -79,24 +103,13 @@ def least_seconds(parts: Sequence[Parts]) -> float:
     return rest
 
 
-def _best(parts: Sequence[Parts], limit: int | None) -> Estimate | None:
-    """The fastest mix of layers of several variants, with temporaries and tables of the largest.
+def _best(parts: Sequence[Parts], first: Parts, limit: int | None, unit: float) -> Estimate | None:
+    """The choice of the least cost among layers of several variants, with the largest's temporaries.
 
     What a variant's other kernels and weights take more than the first's is laid on its layers, equally.
     """
-    first, count = parts[0], len(parts[0].chosen)
     fixed = first.weights + max(p.others for p in parts) + max(p.arena for p in parts)
-    options: list[tuple[Option, ...]] = []
-    for site in range(count):
-        mine = []
-        for p in parts:
-            changed = max(1, sum(a.name != b.name for a, b in zip(p.chosen, first.chosen)))
-            differs = p.chosen[site].name != first.chosen[site].name
-            share = (1 / changed if differs else 0.0) if p is not first else 0.0
-            weights = round((p.weights - first.weights) * share)
-            mine.append(Option(p.pools[site] + weights, p.seconds[site] + (p.rest - first.rest) * share))
-        options.append(tuple(mine))
-    groups = _alike(options, first.memory)
+    groups = _alike(list(zip(*(_options(p, first, unit) for p in parts))), first.memory)
     items = [Item(key, len(sites)) for key, sites in groups]
     choice = smallest(items) if limit is None else solve(items, limit - fixed)
     if choice is None:
@@ -107,7 +120,21 @@ def _best(parts: Sequence[Parts], limit: int | None) -> Estimate | None:
         for together, p in zip(members, which, strict=True):
             for site in together:
                 chosen[site] = p.chosen[site]
-    return Estimate(tuple(chosen), first.chunk, first.ffn, fixed + choice.bytes, first.rest + choice.seconds)
+    price = sum(PRICES.get(form.name, 0.0) for form in chosen) * unit
+    bytes_, seconds = fixed + choice.bytes, first.rest + choice.seconds - price
+    return Estimate(tuple(chosen), first.chunk, first.ffn, bytes_, seconds, price)
+
+
+def _options(p: Parts, first: Parts, unit: float) -> list[Option]:
+    """What each layer takes as it is in a variant."""
+    differs = [a.name != b.name for a, b in zip(p.chosen, first.chosen)]
+    share = 1 / max(1, sum(differs))
+    weights, rest = round((p.weights - first.weights) * share), (p.rest - first.rest) * share
+    prices = [PRICES.get(form.name, 0.0) * unit for form in p.chosen]
+    return [
+        Option(pool + weights * more, seconds + rest * more + price)
+        for pool, seconds, price, more in zip(p.pools, p.seconds, prices, differs, strict=True)
+    ]
 
 
 def _alike(

@@ -25,7 +25,14 @@ _COLOURS: Final = {
     "encoder": "#c44e52",
     "process": "#937860",
 }
-_SHAPES: Final = {"paged_kv": "#dd8452", "x_absorbed": "#4c72b0", "mla_latent": "#55a868"}
+_SHAPES: Final = {
+    "paged_kv": "#dd8452",
+    "x_absorbed": "#4c72b0",
+    "mla_latent": "#55a868",
+    "kv-int8": "#c44e52",
+    "kv-fp8": "#937860",
+    "kv-int4": "#8c8c8c",
+}
 _OTHER: Final = "#8172b3"
 _PLAIN: Final = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 """Nothing that differs from run to run, or that a page does not need."""
@@ -147,8 +154,9 @@ def _curve(why: Explanation, plan: Plan) -> Any:
     x, y = [p.bytes / 1e9 for p in why.curve], [p.seconds for p in why.curve]
     axes.step(x, y, where="post", color=_COLOURS["weights"])
     axes.plot(x, y, "o", color=_COLOURS["weights"], markersize=4, label="plans for this workload")
-    chosen = sum(t.seconds for t in plan.times)
-    axes.plot([plan.budget / 1e9], [chosen], "D", color=_COLOURS["KV pages"], label="this plan, its budget")
+    axes.plot(
+        [plan.budget / 1e9], [plan.seconds], "D", color=_COLOURS["KV pages"], label="this plan, its budget"
+    )
     axes.set_xlabel("budget, GB")
     axes.set_ylabel("predicted seconds")
     axes.set_ylim(bottom=0)

@@ -6,7 +6,8 @@ import datetime
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any, Final, cast
 
 import numpy as np
 import tvm
@@ -15,6 +16,7 @@ from tvm import IRModule, relax, runtime, tirx
 from tvm.script import tirx as T
 
 from kvc_passes.kernel_sets import TensorType
+from kvc_passes.sites import StoredName
 from kvc_passes.weight_format import FLOAT32, WeightFormat
 
 from ..codegen.schedule_kernels import ScheduleKernels
@@ -32,7 +34,7 @@ from ..kernels.packing import packed_tensors
 from ..machine import CpuMachine
 from ..runtime.host_memory import placed
 from ..runtime.library import use_threads
-from .rates import ROWS, Rates
+from .rates import CODES, ROWS, Rates
 
 _SIDE: Final = 4096
 _FORMATS: Final = {
@@ -60,10 +62,17 @@ def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
         products[bits] = _products(machine, format)
     report("attention over keys and values")
     grouped = AttentionShape(16, 4, 128, 128, 0.1)
+    many = AttentionShape(32, 2, 128, 128, 0.1)  # so many queries share a key that memory does not decide
     plain = AttentionShape(8, 8, 128, 128, 0.1)
     shared = AttentionShape(12, 1, 768, 768, 0.1, shared=True)
     read = _decode(machine, plain)[0]
-    attention = (_prefill(machine, grouped), _decode(machine, grouped)[1])
+    attention = (_prefill(machine, grouped), _decode(machine, many)[1])
+    report("attention over codes")
+    codes = {}
+    for name in CODES:
+        coded = replace(plain, stored=cast(StoredName, name))
+        slower = _prefill(machine, replace(grouped, stored=coded.stored)) / attention[0]
+        codes[name] = (min(1.0, slower), min(1.0, _decode(machine, coded)[0] / read))
     report("attention over one key for all heads")
     of_shared = (_prefill(machine, shared), _decode(machine, shared)[1])
     report("other kernels")
@@ -78,6 +87,7 @@ def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
         rebuild=2 / (products[32][-2] / ROWS[-2]),
         element=element,
         call=call,
+        codes=codes,
     )
 
 

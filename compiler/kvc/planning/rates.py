@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ ROWS: Final = (1, 4, 8, 16, 32, 128, 512)
 _HERTZ: Final = 3.0e9
 _CPU_READ: Final = 13e9
 """Bytes a second and thread."""
+CODES: Final[dict[str, tuple[float, float]]] = {"int8": (0.9, 0.75), "fp8": (0.65, 0.5), "int4": (0.55, 0.35)}
+"""Rates.codes where they were not measured: what a CPU with AVX-512 has."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Rates:
         rebuild: operations a second of products that make keys and values again in prefill.
         element: bytes a second that all other kernels read and write.
         call: seconds that a kernel takes beside that.
+        codes: by what keys and values are kept in, how fast attention is, as a share of what it is over
+            floats: operations of prefill, bytes that decode reads.
     """
 
     source: str
@@ -43,6 +48,7 @@ class Rates:
     rebuild: float
     element: float
     call: float
+    codes: Mapping[str, tuple[float, float]] = field(default_factory=lambda: CODES)
 
     def product(self, bits: int, weights: int, rows: int) -> float:
         """Seconds of y = x w^T for `rows` rows of x and so many weights of `bits` bits."""
@@ -139,8 +145,11 @@ def measured(key: str) -> Rates | None:
         if any(len(row) != len(ROWS) for row in products.values()):
             return None
         pairs = {name: (float(data[name][0]), float(data[name][1])) for name in ("attention", "shared")}
-        return Rates(**{**data, **pairs, "products": products})
-    except (KeyError, TypeError, ValueError, IndexError):
+        codes = {name: (float(pair[0]), float(pair[1])) for name, pair in data.get("codes", CODES).items()}
+        if set(codes) != set(CODES):
+            return None
+        return Rates(**{**data, **pairs, "products": products, "codes": codes})
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         return None
 
 

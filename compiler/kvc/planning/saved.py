@@ -13,7 +13,7 @@ from kvc_passes.plans import Plan, Workload, plan_from_json
 from kvc_passes.sites import STATE_FORMS, FormName
 from kvc_passes.state_forms import KEYS
 
-from ..compilation import judged, legal_forms
+from ..layer_forms import judged, legal_forms
 from ..options import format_size, parse_workload
 from .budget import Draft, check_workload
 from .decide import Decision, Planner

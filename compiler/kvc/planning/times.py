@@ -55,7 +55,8 @@ class Site:
         flops = (self._pair(1) + 2 * more * (kept.query_dim + kept.value_dim)) * keys * batch
         rate = (rates.shared if kept.shared and kept.row is None else rates.attention)[1]
         made = _products(kept, kept.remade.depth) * keys * batch if kept.remade is not None else 0.0
-        read = kept.token_bytes() * keys * batch / rates.read
+        share = rates.codes[kept.stored][1] if kept.stored else 1.0
+        read = kept.token_bytes() * keys * batch / (rates.read * share)
         return (rates.call + made / rates.rebuild + max(read, flops / rate)) * self.factors[1]
 
     def prefill(self, rates: Rates, pairs: float, rebuilt: float) -> float:
@@ -68,6 +69,7 @@ class Site:
             pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
             return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
         rate = (rates.shared if site.shared and site.row is None else rates.attention)[0]
+        rate *= rates.codes[site.stored][0] if site.stored else 1.0
         seconds = rates.call + self._pair(0) * pairs / rate
         return seconds * self.factors[0]
 

@@ -19,7 +19,7 @@ from .target import targets_of
 from .tasks import find_tasks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TunedRates(Rates):
     """Rates that know what products of some weights take.
 

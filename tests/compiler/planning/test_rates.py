@@ -70,6 +70,17 @@ def test_what_was_measured_is_kept_by_target() -> None:
     assert measured("c, 2 threads") is None
 
 
+def test_rates_from_before_codes_were_measured_are_of_use() -> None:
+    save(RATES, "a")
+    data = json.loads(profile_file().read_text())
+    del data["a"]["codes"]
+    profile_file().write_text(json.dumps(data))
+    assert measured("a") == RATES
+    data["a"]["codes"] = {"int8": [1.0, 1.0]}
+    profile_file().write_text(json.dumps(data))
+    assert measured("a") is None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 3}', '{"a": {"source": "x"}}'])
 def test_a_damaged_file_has_no_rates(text: str) -> None:
     profile_file().parent.mkdir(parents=True)
@@ -106,9 +117,10 @@ def test_a_machine_is_measured_with_all_its_threads(monkeypatch: pytest.MonkeyPa
     threads = machine.products.traits.threads
     assert os.environ["TVM_NUM_THREADS"] == str(threads)
     assert f"{threads} threads" in rates.source
-    assert len(stages) == 7
+    assert len(stages) == 8
     numbers = [rates.read, *rates.attention, *rates.shared, rates.rebuild, rates.element, rates.call]
     assert all(number > 0 for number in [*numbers, *(t for row in rates.products.values() for t in row)])
+    assert all(0 < share <= 1 for pair in rates.codes.values() for share in pair)
     assert isinstance(rates, Rates)
     save(rates, machine.key)
     assert CpuMachine(machine.target).rates == rates

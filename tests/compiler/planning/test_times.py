@@ -76,6 +76,16 @@ def test_keys_that_are_made_of_values_take_as_long_as_two_queries_more() -> None
     assert clock(made, slow).times(work, 1000).decode_seconds == pytest.approx(read / 1e6)
 
 
+def test_codes_are_fewer_bytes_that_are_read_more_slowly() -> None:
+    codes, work = replace(SITE, stored="int8"), Workload(3, 1000)
+    shares = {"int8": (0.5, 0.25)}
+    slow = replace(RATES, read=1e6, call=0.0, codes=shares)
+    times, plain = (clock(site, slow).times(work, 1000) for site in (codes, SITE))
+    share = codes.token_bytes() / SITE.token_bytes()
+    assert times.decode_seconds == pytest.approx(plain.decode_seconds * share / 0.25)
+    assert times.prefill_seconds == pytest.approx(plain.prefill_seconds / 0.5)
+
+
 @pytest.mark.parametrize(
     ("mask", "pairs"),
     [
