@@ -136,6 +136,18 @@ SIZED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "first_k_dense_replace": 4,
         },
     ),
+    "phi15-slice": (
+        "two layers of Phi-1.5's shapes: attention beside the feed-forward part",
+        {
+            "model_type": "phi",
+            "vocab_size": 8192,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "gemma4-slice": (
         "four layers of a Gemma-4's attention, with a dense feed-forward part: in every other one keys and "
         "values are one projection",

@@ -1,0 +1,147 @@
+"""How much the order of kernels, and computing temporaries again, could lower the arena of decoders.
+
+Of each model's prefill, lowered for a CPU (chunks of 512 tokens) and a GPU (chunks of 8192), in bytes:
+
+    arena      of temporaries as plans count them, where PlaceArena puts them
+    alive      the most that is alive at once, in the order of the graph
+    lowest     the same in the best order that the search of `kvc_passes.remat` reaches, computing again at
+               any cost; and that cost, by a roofline, as a share of computing everything once
+    floor      what no order and no recomputation goes below: the kernel that needs most, with what it reads
+    over       `lowest` where kernels may write over what they read (OverwriteInputs), which is neither
+    instead    what plans choose from already: the fastest smaller chunk, or slices of feed-forward parts,
+               that takes no more than `lowest`; and how much longer prefill of 32 requests of 1024 takes
+
+Nothing is run: costs are those of a roofline, and of the rates of `kvc profile` or nominal ones.
+
+python -m benchmarks.decoder_order [--only gpt2-124m ...] [--quick]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.common import destination, parser, show, write_results
+from benchmarks.plan_times import exported
+
+MODELS: Final = ("smollm2-135m", "gpt2-124m", "phi15-slice")
+TARGETS: Final = {"cpu": 512, "cuda:sm_90": 8192}
+BATCH: Final = 32
+CONTEXT: Final = 1024
+SECONDS: Final = 60.0
+
+
+def measured(name: str, model: Path, targets: dict[str, int]) -> list[dict[str, Any]]:
+    """Prefill of one model on all targets."""
+    from kvc.codegen.lower import allocated
+    from kvc.compilation import bounds_of, read_model
+    from kvc.frontend.importer import import_onnx
+    from kvc.permissions import Permissions
+    from kvc.pipeline import Runner
+    from kvc.planning.decide import Planner
+    from kvc.targets import parse_target
+    from kvc_passes.base import Pass, Result
+    from kvc_passes.place_arena import Arena
+
+    @dataclass
+    class Recording(Runner):
+        """Keeps what every function was before and after its last pass, which schedules it."""
+
+        last: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+        def apply(self, mod: Any, step: Pass, label: str = "") -> Result:
+            result = super().apply(mod, step, label)
+            self.last[label] = mod, result.module
+            return result
+
+    rows = []
+    for target, chunk in targets.items():
+        runner, machine = Recording(), parse_target(target)
+        imported = import_onnx(exported(name, model), frozenset())
+        planner = Planner(read_model(imported, Permissions(), machine.page_size, runner), machine, 0, runner)
+        variant = planner.variant(planner.usual()[0])
+        before, after = runner.last["prefill-"]
+        bounds = bounds_of("prefill", chunk, BATCH)
+        arena = Arena.of(allocated(after, Runner())).size(bounds)
+        row: dict[str, Any] = {"model": name, "target": target, "chunk": chunk, "arena": arena} | lowest(
+            before, bounds
+        )
+        rows.append(row | instead(variant, chunk, row["lowest"]))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def lowest(mod: Any, bounds: dict[str, int]) -> dict[str, Any]:
+    """What is alive in the order of the graph, and in the best that is found."""
+    from kvc_passes.remat.lowest import least_conceivable, lowest_peak
+    from kvc_passes.remat.memory import given_order, peak
+    from kvc_passes.remat.views import without_views
+    from kvc_passes.rematerialize import Operations
+
+    others = {"t": bounds["n"], "m": 64} | {f"pages_{group}": 1024 for group in range(4)}
+    over = Operations(mod, others | bounds, {}).problem  # costs see pages, sizes do not
+    plain = replace(over, overwrites=(-1,) * len(over.overwrites))
+    found = lowest_peak(plain, deadline=time.perf_counter() + SECONDS)
+    best = lowest_peak(over, deadline=time.perf_counter() + SECONDS)
+    return {
+        "alive": peak(plain, given_order(plain)),
+        "lowest": peak(plain, found),
+        "cost": round(found.cost(plain) / plain.cost - 1, 4),
+        "floor": least_conceivable(without_views(plain)),
+        "over": peak(over, best),
+        "over_cost": round(best.cost(over) / over.cost - 1, 4),
+        "operations": len(plain.sizes),
+    }
+
+
+def instead(variant: Any, chunk: int, most: int) -> dict[str, Any]:
+    """The fastest call of at most `most` bytes of temporaries that plans may choose."""
+    from kvc.planning.budget import calls
+    from kvc_passes.plans import Workload
+
+    work = Workload(BATCH, CONTEXT)
+
+    def seconds(call: tuple[int, int]) -> float:
+        return float(variant.clock.times(work, *call).prefill_seconds)
+
+    fitting = [c for c in calls(variant.costs, (work,)) if variant.costs.arena(c[0], BATCH, c[1]) <= most]
+    best = min(fitting, key=seconds)
+    return {
+        "instead": {"chunk": best[0], "ffn_chunk": best[1]},
+        "instead_arena": variant.costs.arena(best[0], BATCH, best[1]),
+        "instead_cost": round(seconds(best) / seconds((chunk, 0)) - 1, 4),
+    }
+
+
+def main() -> None:
+    command = parser(__doc__, "decoder_order")
+    command.add_argument("--only", nargs="+", default=MODELS, choices=MODELS)
+    options = command.parse_args()
+    target = destination(options, "decoder_order")
+    known = json.loads(target.read_text())["rows"] if target.is_file() else []
+    for name in options.only:
+        targets = {"cpu": TARGETS["cpu"]} if options.quick else TARGETS
+        known = [row for row in known if row["model"] != name] + measured(name, options.model, targets)
+        write_results("decoder_order", {"workload": f"{BATCH}x{CONTEXT}", "rows": known}, target)
+    table = [
+        (
+            f"{row['model']}, {row['target']}, chunk {row['chunk']}",
+            f"{row['arena'] / 1e6:.1f} MB",
+            *(f"{row[key] / row['arena']:.3f}" for key in ("floor", "lowest")),
+            f"{row['cost']:+.1%}",
+            f"{row['over'] / row['arena']:.3f}",
+            f"{row['over_cost']:+.1%}",
+            f"{row['instead_arena'] / row['arena']:.3f}",
+            f"{row['instead_cost']:+.1%}",
+        )
+        for row in known
+    ]
+    columns = ("model", "arena", "floor", "lowest", "cost", "over", "cost", "instead", "cost")
+    show("order and recomputation in prefill, as shares of the arena", columns, table)
+
+
+if __name__ == "__main__":
+    main()
