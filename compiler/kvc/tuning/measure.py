@@ -36,6 +36,22 @@ class Measured:
     wrong: str = ""
 
 
+class Here:
+    """This machine's CPU in the place of a session of TVM's RPC, which would copy operands elsewhere."""
+
+    def upload(self, path: str) -> None:
+        self._folder = Path(path).parent
+
+    def load_module(self, name: str) -> Any:
+        return runtime.load_module(str(self._folder / name))
+
+    def remove(self, name: str) -> None:
+        """Nothing was copied."""
+
+    def cpu(self, number: int) -> Any:
+        return runtime.cpu(number)
+
+
 class Bench:
     """Builds kernels for a target, and measures them where `open_session` says."""
 
@@ -117,9 +133,10 @@ class Bench:
 
 def _copies(type_: TensorType, count: int, device: Any) -> list[Any]:
     """Tensors of a type; what goes to another machine goes once."""
-    first = _tensor(filled(type_), type_.dtype, device)
+    values = filled(type_)
     if _is_here(device):
-        return [first, *(_tensor(filled(type_), type_.dtype, device) for _ in range(count - 1))]
+        return [_tensor(values, type_.dtype, device) for _ in range(count)]
+    first = _tensor(values, type_.dtype, device)
     return [first, *(first.copyto(runtime.empty(first.shape, first.dtype, device)) for _ in range(count - 1))]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tvm import relax, rpc
+from tvm import relax
 
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.product import Product
+from kvc.runtime import host_memory
 from kvc.targets import parse_target
 from kvc.tuning import measure, programs, worker
 from kvc.tuning.measure import Bench, Measured, compared
@@ -31,8 +32,7 @@ MACHINE = parse_target("cpu")
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     """A bench on which a timing takes no longer than it has to."""
-    session = rpc.LocalSession()
-    return Bench(targets_of(MACHINE)[0], lambda: session)
+    return Bench(targets_of(MACHINE)[0], worker._sessions({"target": MACHINE.description}))
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +143,33 @@ def test_the_default_is_given_numbers_that_show_differences(bench: Bench) -> Non
             if array.dtype == np.float32:
                 assert np.isfinite(array).all()
                 assert array.std() > 0.01
+
+
+def test_operands_are_in_memory_like_the_runtimes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them; and the kernel reads them there."""
+    task, arrays = TASKS["decode"], list[np.ndarray]()
+
+    class Noted(host_memory.Region):
+        def array(self, dtype: Any, shape: tuple[int, ...]) -> Any:
+            arrays.append(super().array(dtype, shape))
+            return arrays[-1]
+
+    results: list[np.ndarray] = []
+    invoke = relax.VirtualMachine.invoke_stateful
+
+    def twice(self: Any, function: str) -> None:
+        for _ in range(2):
+            invoke(self, function)
+            results.append(self.get_outputs(function)[-1].numpy().copy())
+            for array in arrays:
+                if array.dtype == np.float32:
+                    np.multiply(array, 2, out=array)
+
+    monkeypatch.setattr(host_memory, "Region", Noted)
+    monkeypatch.setattr(relax.VirtualMachine, "invoke_stateful", twice)
+    bench.measure(task, {}, 1)
+    assert len(arrays) > 3
+    assert not np.array_equal(results[0], results[1])
 
 
 def test_operands_are_the_same_whatever_the_parameters_are(bench: Bench) -> None:
