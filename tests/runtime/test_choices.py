@@ -37,6 +37,8 @@ def test_extreme_values_fit_their_words() -> None:
     ((temperature, top_k, drop, _),) = words(hot)
     assert np.uint32(temperature).view(np.float32) == np.float32(1e-6)
     assert (top_k, drop) == (2**31 - 1, 2**64 - 1)
+    ((temperature, *_),) = words(SamplingParams(temperature=1e300))
+    assert np.uint32(temperature).view(np.float32) == np.float32(1e38)
     ((_, _, drop, _),) = words(SamplingParams(temperature=1.0, top_p=1 - 1e-16))
     assert drop > 0  # 0 would be no top-p
 

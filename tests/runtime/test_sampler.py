@@ -74,9 +74,10 @@ def test_limits_are_greedy(params: dict[str, Any]) -> None:
         assert sample(row.copy(), SamplingParams(**params), np.random.default_rng()) == 1
 
 
-def test_minus_infinity_is_never_drawn() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 1e300])
+def test_minus_infinity_is_never_drawn(temperature: float) -> None:
     logits = [float("-inf"), 0.0, float("-inf"), 0.0]
-    found = _draw(logits, SamplingParams(temperature=1.0, seed=1), 400)
+    found = _draw(logits, SamplingParams(temperature=temperature, seed=1), 400)
     assert found[0] == found[2] == 0
     assert found[1] > 0.3
 

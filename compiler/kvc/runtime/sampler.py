@@ -108,8 +108,8 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
 
 
 def temperature_of(params: SamplingParams) -> np.float32:
-    """What logits are divided by; below 1e-6 it is greedy anyway."""
-    return np.float32(max(params.temperature, 1e-6))
+    """What logits are divided by; below 1e-6 it is greedy anyway, from 1e38 on uniform."""
+    return np.float32(min(max(params.temperature, 1e-6), 1e38))
 
 
 def not_finite(peak: object) -> Error:

@@ -11,7 +11,6 @@ weights below 2^-shift of the largest, are lost in sums, which are of integers a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Final
 
 from tvm import IRModule, relax, tirx
@@ -22,7 +21,6 @@ from kvc.runtime.choices import BLOCK, CHOSEN, WORDS, blocks_of
 from ..emit import Emitter, argument, size_var
 from .attention import power
 from .device import DeviceKernel
-from .knobs import Knobs
 from .launches import Variants
 
 _CHUNK: Final = 4096
@@ -72,8 +70,9 @@ def choose_kernel(vocab: int, columns: int) -> DeviceKernel:
 
 def choosing(vocab: int, columns: int, variants: Variants) -> IRModule:
     """`main(logits f32[r, columns], parts, draws, chosen) -> chosen`, written in place."""
-    make = partial(_function, vocab, columns, variants)
-    kernel = variants.function(("choose", vocab, columns), lambda arch, knobs: make(knobs))
+    kernel = variants.function(
+        ("choose", vocab, columns), lambda arch, knobs: _function(vocab, columns, variants)
+    )
     r = tirx.Var("r", "int64")
     shapes = {
         "logits": ((r, columns), "float32"),
@@ -90,7 +89,7 @@ def choosing(vocab: int, columns: int, variants: Variants) -> IRModule:
     return builder.get()
 
 
-def _function(vocab: int, columns: int, variants: Variants, knobs: Knobs) -> PrimFunc:
+def _function(vocab: int, columns: int, variants: Variants) -> PrimFunc:
     e, r = Emitter(), size_var("r")
     values: dict[str, Any] = {
         "logits": argument("logits", (r, columns)),
