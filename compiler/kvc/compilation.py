@@ -131,7 +131,7 @@ def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
     }
     takes = {phase: list(each) for phase, each in zip(functions, recipes)}
     segments = segments_of(functions["prefill"])
-    choosing = machine.choosing(model.facts.vocab, model.facts.logits)
+    choosing = machine.choosing(model.facts.choices, model.facts.logits)
     return Lowered(functions, together, tensors, takes, attention, machine, segments, choosing)
 
 

@@ -103,6 +103,11 @@ class ModelFacts:
     """The encoder in the same artifact, if there is one."""
 
     @property
+    def choices(self) -> int:
+        """Tokens that can be chosen, the first ones: embedding tables can have rows that no logit is for."""
+        return min(self.vocab, self.logits)
+
+    @property
     def reads_memory(self) -> bool:
         """Whether requests come with an encoder's output."""
         return any(s.mask.reach.memory for s in self.sites)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from kvc.runtime.choices import BLOCK, CHOSEN, WORDS, blocks_of, choice_shapes, read_choices, write_draws
+from kvc.runtime.executor import choice_bytes
 from kvc.runtime.sampler import Draw, SamplingParams, sample
 from kvc_passes.errors import Error
+from kvc_passes.facts import ModelFacts
+from kvc_passes.plans import Plan
 
 
 def words(*params: SamplingParams, seed: int = 3) -> list[list[int]]:
@@ -70,3 +76,14 @@ def test_shapes_are_those_of_the_largest_call() -> None:
         "chosen": ("int32", (5, CHOSEN)),
     }
     assert blocks_of(BLOCK) == 1
+
+
+@pytest.mark.parametrize(("vocab", "logits"), [(2 * BLOCK + 1, BLOCK), (BLOCK, 2 * BLOCK + 1)])
+def test_tokens_without_a_logit_and_logits_without_a_token_are_not_chosen(
+    make_facts: Callable[..., ModelFacts], make_plan: Callable[..., Plan], vocab: int, logits: int
+) -> None:
+    """A kernel would read and write behind the last row where the embedding table is the larger one."""
+    facts = make_facts(vocab=vocab, logits=logits)
+    assert facts.choices == BLOCK
+    plan = replace(make_plan(), target={"kind": "cuda"})
+    assert choice_bytes(plan, facts) == choice_bytes(plan, make_facts(vocab=BLOCK, logits=BLOCK))

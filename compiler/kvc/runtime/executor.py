@@ -111,7 +111,7 @@ def choice_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes that choosing tokens takes beside logits (the rest of Bytes.outputs)."""
     if plan.target["kind"] != "cuda":
         return scratch_bytes(facts.logits)
-    return sum(padded(*each) for each in choice_shapes(plan.max_batch, facts.vocab).values())
+    return sum(padded(*each) for each in choice_shapes(plan.max_batch, facts.choices).values())
 
 
 def pool_bytes(plan: Plan, facts: ModelFacts) -> int:
@@ -139,7 +139,7 @@ class Executor:
         self._memory: Memory
         self._on_device = self.plan.target["kind"] == "cuda"
         if self._on_device:
-            inputs |= choice_shapes(self.plan.max_batch, self.facts.vocab)
+            inputs |= choice_shapes(self.plan.max_batch, self.facts.choices)
             self._memory = DeviceMemory(artifact, inputs, pools)
         else:
             self._memory = HostMemory(artifact, inputs, pools, threads)
@@ -240,7 +240,7 @@ class Executor:
         """The next token after each row of logits of the last call, which are used up."""
         count, memory = len(draws), self._memory
         if not self._on_device:
-            return choose(memory.arrays["logits"][:count, : self.facts.vocab], draws)
+            return choose(memory.arrays["logits"][:count, : self.facts.choices], draws)
         write_draws(memory.arrays["draws"][:count], draws)
         arguments = [
             *(memory.place(name, count) for name in ("logits", "parts")),
