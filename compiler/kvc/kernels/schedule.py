@@ -55,19 +55,23 @@ def _with_input_apart(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """A function whose output holds an input when it starts, with that as another first parameter.
 
     What is read before it is written, in one block or in several, cannot be scheduled. It may be that one
-    buffer again in any schedule, since an element is read only for the element at the same place.
+    buffer again in any schedule, since an element is read only for the element at the same place. What a
+    block reads that an earlier one wrote is no input: such a function stays as it is.
     """
     if not func.params or not tirx.is_buffer_var(func.params[-1]):
         return func
     output = func.params[-1]
-    found: list[Any] = []
+    writes: list[bool] = []
+    inputs: list[bool] = []
 
     def look(block: Any) -> None:
-        if block.init is None and isinstance(block.body, tirx.BufferStore):
-            found.extend(r for r in block.reads if r.source.same_as(output))
+        if isinstance(block.body, tirx.BufferStore):
+            if block.init is None and any(r.source.same_as(output) for r in block.reads):
+                inputs.append(not any(writes))
+            writes.append(block.body.buffer.same_as(output))
 
     structural_walk(func.body, [(s_tir.SBlock, look)])
-    if not found:
+    if not inputs or not all(inputs):
         return func
     before = tirx.decl_buffer(output.shape, str(output.dtype), "before")
 

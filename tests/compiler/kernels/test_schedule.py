@@ -5,6 +5,7 @@ import tvm
 from kernel_machines import Machine
 from tvm import relax, tirx
 from tvm.relax import op
+from tvm.script import tirx as T
 
 from kvc.codegen.schedule_kernels import own_buffers
 from kvc.kernels.emit import compiled
@@ -243,3 +244,21 @@ def test_a_product_over_what_it_adds_is_tiles_too(machine: Machine) -> None:
     got = machine.call(compiled(scheduled, machine.target), x, w, r)[-1]
     expected = x.astype(np.float64) @ w.astype(np.float64) + r
     np.testing.assert_allclose(got, expected, rtol=22 * 2.0**-24)
+
+
+def test_what_an_earlier_block_wrote_is_no_input(machine: Machine) -> None:
+    @T.prim_func(private=True, s_tir=True)
+    def twice(x: T.Buffer((8, 32)), y: T.Buffer((8, 32))) -> None:
+        for i, j in T.grid(8, 32):
+            with T.sblock("first"):
+                v, w = T.axis.remap("SS", [i, j])
+                y[v, w] = x[v, w] * T.float32(2.0)
+        for i, j in T.grid(8, 32):
+            with T.sblock("second"):
+                v, w = T.axis.remap("SS", [i, j])
+                y[v, w] = y[v, w] + x[v, w]
+
+    func = schedule_elementwise(twice, machine.traits, False)
+    x = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+    got = machine.call(compiled(func, machine.target), x, np.full_like(x, np.nan))[-1]
+    np.testing.assert_array_equal(got, x * 2 + x)
