@@ -11,12 +11,13 @@ from typing import Final
 from tvm import IRModule, relax
 
 from kvc_passes.compute_in_float32 import ComputeInFloat32
-from kvc_passes.errors import BudgetError, InputError, PlanningError, TargetError, UnsupportedModel
+from kvc_passes.errors import BudgetError, InputError, PlanningError, UnsupportedModel
 from kvc_passes.expand_markers import ExpandMarkers
 from kvc_passes.facts import EncoderFacts, ModelFacts
 from kvc_passes.graph import dims, graph_of, op_name
 from kvc_passes.kernel_sets import TensorType
 from kvc_passes.merge_products import MergeProducts
+from kvc_passes.narrow_products import NarrowProducts
 from kvc_passes.pack_matmuls import PackMatmuls
 from kvc_passes.place_arena import ALIGNMENT, Arena
 from kvc_passes.plans import EncoderPlan, Plan, Workload
@@ -29,7 +30,7 @@ from .compilation import Weight
 from .encoder_facts import Extents, prove_encoder
 from .frontend.encoders import ImportedEncoder, import_encoder
 from .graphs import LoweredGraph, Lowering, Search, within
-from .machine import CpuMachine, Machine
+from .machine import Machine
 from .pipeline import Runner
 
 PREFIX: Final = "encoder."
@@ -56,7 +57,7 @@ class Encoder:
     module: IRModule
     recipes: Mapping[str, WeightPart]
     tensors: Mapping[str, TensorType]
-    machine: CpuMachine
+    machine: Machine
     runner: Runner
     made: LoweredGraph | None = None
 
@@ -169,10 +170,7 @@ def read_encoder(
     Raises:
         InputError: the file cannot be read, the output is not what the decoder reads, an extent has no bound.
         UnsupportedModel: an operator that cannot be imported, a proof that fails.
-        TargetError: the target is no CPU.
     """
-    if not isinstance(machine, CpuMachine):
-        raise TargetError("encoders are compiled for CPUs alone, yet")
     runner.report("import the encoder")
     imported = import_encoder(path, wanted, fixed)
     mod = runner.apply_tvm(
@@ -185,7 +183,7 @@ def read_encoder(
     mod = runner.apply(mod, SimplifyPowers(), "encoder-").module
     mod = runner.apply(mod, ExpandMarkers(), "encoder-").module
     facts, extents = prove_encoder(imported, mod, decoder)
-    mod = runner.apply(mod, ComputeInFloat32(), "encoder-").module
+    mod = runner.apply(mod, ComputeInFloat32() if machine.widens else NarrowProducts(), "encoder-").module
     mod = runner.apply(mod, MergeProducts(machine.products.panel), "encoder-").module
     packed = runner.apply(mod, PackMatmuls(machine.products), "encoder-")
     mod = drop_unused(packed.module, len(imported.inputs))
@@ -195,6 +193,8 @@ def read_encoder(
     tensors = {
         p.name: TensorType(str(p.ty.dtype.dtype), tuple(int(d.value) for d in dims(p))) for p in params
     }
+    for step in machine.fuse:
+        mod = runner.apply(mod, step, "encoder-").module
     lowered = fused(mod, machine.target, runner, "encoder-")
     return Encoder(imported, facts, extents, lowered, recipes, tensors, machine, runner)
 

@@ -19,8 +19,8 @@ from kvc_passes.rematerialize import Operations, Rematerialize, tensors_of
 from kvc_passes.split_chains import SplitChains, Splits
 
 from .codegen.lower import allocated, fused, to_vm
-from .codegen.workspaces import HEADER, PAGE, pool_bytes, thread_buffers, whole_pages
-from .machine import CpuMachine
+from .codegen.workspaces import HEADER, PAGE, whole_pages
+from .machine import CpuMachine, Machine
 from .options import parse_size
 from .pipeline import Runner
 from .targets import parse_target
@@ -125,15 +125,13 @@ class LoweredGraph:
 class Lowering:
     """From kernel calls in their final order to the bytes that they take."""
 
-    machine: CpuMachine
+    machine: Machine
     bounds: Mapping[str, int]
     runner: Runner
     outputs: int
 
     @classmethod
-    def of_graph(
-        cls, machine: CpuMachine, bounds: Mapping[str, int], runner: Runner, mod: IRModule
-    ) -> Lowering:
+    def of_graph(cls, machine: Machine, bounds: Mapping[str, int], runner: Runner, mod: IRModule) -> Lowering:
         """For a module that returns what `mod` does."""
         outputs = sum(whole_pages(_bytes(t, bounds)) for t in tensors_of(mod["main"].ret_ty))
         return cls(machine, bounds, runner, outputs)
@@ -144,7 +142,7 @@ class Lowering:
             kernels = self.runner.apply(mod, self.machine.schedule("prefill")).module
         if overwriting:
             kernels = self.runner.apply(kernels, OverwriteInputs(self.bounds, mod)).module
-        workspace = self.machine.products.traits.threads * pool_bytes(thread_buffers([kernels], self.bounds))
+        workspace = self.machine.workspace_bytes([kernels], self.bounds)
         return LoweredGraph(mod, kernels, self.arena(kernels), workspace, self.outputs)
 
     def arena(self, mod: IRModule) -> int:

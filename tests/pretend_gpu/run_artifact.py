@@ -4,7 +4,8 @@
 
 DUMP is the folder that `kvc compile --dump` wrote the generated CUDA text to, FOLDER keeps compiled
 libraries, OUT.npz gets the logits: of two prompts in a ragged call that goes on with one of them, and of
-steps after them; and the tokens that are chosen from them on the device.
+steps after them; the tokens that are chosen from them on the device; and what they have of an encoder's
+output, which the encoder makes where there is one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,17 @@ def memories_of(width: int) -> list[Any]:
     return [random.standard_normal((rows, width)).astype(np.float32) for rows in ROWS]
 
 
+def inputs_of(encoder: Any, longest: int) -> list[Any]:
+    """What both sequences have of an encoder's inputs: of facts.encoder, `longest` at most."""
+    import numpy as np
+
+    from kvc.runtime.encoder import random_inputs
+
+    random = np.random.default_rng(2)
+    extents = (longest, (encoder.least + longest) // 2)
+    return [random_inputs(encoder, extent, random) for extent in extents]
+
+
 def add_kernels(launches: Launches, built: Path, text: Path, arch: str, folder: Path) -> None:
     """What Triton's and TVM's kernels of a built library do, by its kernels.json and the text."""
     from kvc.kernels.cuda.device import DeviceKernel
@@ -86,12 +98,17 @@ def main() -> None:
     executor = Executor(opened, warm=False)
     tokens = tokens_of(executor.facts.vocab)
     pages = [[each] * len(executor.plan.groups) for each in ([3, 1], [0, 2])]
-    memory = (0, 0)
+    memories: list[Any] = []
     if executor.facts.memory is not None:
-        memory = ROWS
+        memories, encoder = memories_of(executor.facts.memory[0]), executor.facts.encoder
+        if encoder is not None:
+            assert executor.plan.encoder is not None
+            given = inputs_of(encoder, executor.plan.encoder.longest)
+            memories = [executor.run_encoder(each) for each in given]
         (group,) = (g for g, each in enumerate(executor.plan.groups) if each.reach.memory)
-        for given, own in zip(memories_of(executor.facts.memory[0]), pages):
-            executor.encode(given, own[group])
+        for each, own in zip(memories, pages):
+            executor.encode(each, own[group])
+    memory = [len(each) for each in memories] or [0, 0]
     rows: list[np.ndarray] = []
     chosen: list[Any] = []
     first = [Segment(tokens[0][: CHUNKS[0]], 0, pages[0], wanted=False, memory=memory[0])]
@@ -112,7 +129,8 @@ def main() -> None:
     launches.check()
     # The first call launches kernels, the second records them; that and all others are one launch each.
     assert driver.pretend_graph_launches() == (STEPS - 1) + STEPS
-    np.savez(out, logits=np.stack(rows), chosen=chosen, launches=len(launches.log))
+    encoded = {f"memory_{i}": each for i, each in enumerate(memories)}
+    np.savez(out, logits=np.stack(rows), chosen=chosen, launches=len(launches.log), **encoded)
 
 
 if __name__ == "__main__":

@@ -70,13 +70,14 @@ def import_encoder(path: Path, wanted: str | None, fixed: Mapping[str, int]) -> 
     if not inputs:
         raise UnsupportedModel(f"{path}: the encoder has no inputs")
     masks, open_ = _set_extents(inputs, fixed, path)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)
     _widen_inputs(file.graph, inputs)
+    _widen_output(file.graph, output)
     importer = Importer(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stock importer warns about every renamed input
         module = importer.from_onnx(file.graph, file.opset)
     names = NodeNames(tuple((n.name or f"#{i}", n.op_type) for i, n in enumerate(file.graph.node)))
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)
     return ImportedEncoder(
         module,
         file,
@@ -183,3 +184,18 @@ def _widen_inputs(graph: onnx.GraphProto, inputs: Sequence[onnx.ValueInfoProto])
         cast = onnx.helper.make_node("Cast", [value.name], [narrow], to=kind.elem_type)
         graph.node.insert(0, cast)
         kind.elem_type = onnx.TensorProto.FLOAT
+
+
+def _widen_output(graph: onnx.GraphProto, output: onnx.ValueInfoProto) -> None:
+    """An output of 16-bit floats is cast to float32, in place, as the function `encode` takes it."""
+    kind = output.type.tensor_type
+    if kind.elem_type not in _NARROW:
+        return
+    narrow = f"{output.name}_as_computed"
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name == output.name:
+                    names[place] = narrow
+    graph.node.append(onnx.helper.make_node("Cast", [narrow], [output.name], to=onnx.TensorProto.FLOAT))
+    kind.elem_type = onnx.TensorProto.FLOAT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -66,15 +67,19 @@ class DeviceMemory:
         self._to_device(tensor, _pointer(array), array.nbytes)
         return tensor
 
+    def shaped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The first elements of an input of one dimension, on the device as a tensor of another shape."""
+        tensor, array = self._viewed(name, shape), self.arrays[name][: math.prod(shape)]
+        self._to_device(tensor, _pointer(array), array.nbytes)
+        return tensor
+
     def place(self, name: str, count: int) -> Any:
         """The first `count` rows of what the function writes."""
-        array = self.arrays[name]
-        return self._view(
-            self._inputs[name],
-            self._ffi.Shape((count, *array.shape[1:])),
-            self._ffi.dtype(str(array.dtype)),
-            0,
-        )
+        return self._viewed(name, (count, *self.arrays[name].shape[1:]))
+
+    def _viewed(self, name: str, shape: tuple[int, ...]) -> Any:
+        dtype = self._ffi.dtype(str(self.arrays[name].dtype))
+        return self._view(self._inputs[name], self._ffi.Shape(shape), dtype, 0)
 
     def take(self, name: str, count: int) -> NDArray[Any]:
         """What the function wrote there."""
@@ -82,14 +87,23 @@ class DeviceMemory:
         self._to_host(self.place(name, count), _pointer(array), array.nbytes)
         return array
 
-    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> None:
-        """Call a function and wait for it; calls of the same `shape` become a CUDA graph."""
+    def read(self, tensor: Any, array: NDArray[Any]) -> None:
+        """Copy a tensor into an array of the host, of its type and shape."""
+        self._to_host(tensor, _pointer(array), array.nbytes)
+
+    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> Any:
+        """Call a function and wait for it; calls of the same `shape` become a CUDA graph.
+
+        What it returns, if `shape` is None.
+        """
         self._use_stream(self._device, self._stream)  # another model may have set its own
+        result = None
         if shape is None:
-            function(*arguments)
+            result = function(*arguments)
         else:
             self._graphs.run(shape, lambda: function(*arguments))
         self._wait(self._device, self._stream)
+        return result
 
     def close(self) -> None:
         """Free what was recorded."""

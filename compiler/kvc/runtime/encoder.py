@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc.runtime.host_memory import HostMemory, Region, Shapes, padded
+from kvc.runtime.host_memory import Region, Shapes, padded
 from kvc_passes.errors import InputError
 from kvc_passes.facts import EncoderFacts, EncoderInput, ModelFacts
 from kvc_passes.plans import Plan
@@ -32,17 +32,36 @@ def encoder_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Bytes of the encoder's inputs: its own, and those that requests came with (Bytes.encoder).
 
     A page for every request on top: what the encoder made for it, counted with the tables, fills whole pages.
+    On a GPU requests have neither in the memory that is counted.
     """
     if facts.encoder is None:
         return 0
     inputs = sum(padded(*each) for each in encoder_shapes(plan, facts).values())
+    if plan.target["kind"] == "cuda":
+        return inputs
     return (1 + plan.max_batch) * inputs + plan.max_batch * _PAGE
+
+
+class EncoderMemory(Protocol):
+    """What is needed of an executor's memory."""
+
+    vm: Any
+    arrays: dict[str, NDArray[Any]]
+
+    def shaped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The first elements of an input of one dimension, as a tensor of another shape."""
+
+    def run(self, function: Any, arguments: Sequence[Any], shape: None) -> Any:
+        """Call a function; what it returns."""
+
+    def read(self, tensor: Any, array: NDArray[Any]) -> None:
+        """Copy a tensor into an array of its type and shape."""
 
 
 class EncoderCall:
     """The compiled encoder of a loaded model."""
 
-    def __init__(self, memory: HostMemory, weights: Sequence[Any], plan: Plan, facts: ModelFacts) -> None:
+    def __init__(self, memory: EncoderMemory, weights: Sequence[Any], plan: Plan, facts: ModelFacts) -> None:
         assert facts.encoder is not None
         assert plan.encoder is not None
         self._memory, self._weights = memory, weights
@@ -50,18 +69,18 @@ class EncoderCall:
         self._function = memory.vm["encoder"]
 
     def __call__(self, inputs: Inputs) -> NDArray[np.float32]:
-        """Rows [rows, width] of a request's inputs, in memory that is given back with the array."""
+        """Rows [rows, width] of a request's inputs, in memory of the host that goes back with the array."""
         given, extent = [], _extent(inputs, self._facts)
         for each in self._facts.inputs:
             shape = _shape(each, extent)
             place = self._memory.arrays[_name(each)][: math.prod(shape)].reshape(shape)
             place[...] = 1 if each.mask else inputs[each.name]
             given.append(self._memory.shaped(_name(each), shape))
-        result = self._function(*given, *self._weights)
-        rows = np.from_dlpack(result)[0]
-        kept = Region(rows.nbytes).array("float32", rows.shape)
-        kept[...] = rows  # what the function returned lies in the memory of the next call
-        return kept
+        result = self._memory.run(self._function, [*given, *self._weights], None)
+        kept = Region(4 * math.prod(result.shape)).array("float32", tuple(result.shape))
+        self._memory.read(result, kept)  # it lies in the memory of the next call
+        rows: NDArray[np.float32] = kept[0]
+        return rows
 
     def largest(self) -> Inputs:
         """Inputs of the largest call."""

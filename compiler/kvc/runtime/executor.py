@@ -62,8 +62,17 @@ class Memory(Protocol):
     def take(self, name: str, count: int) -> NDArray[Any]:
         """What a function wrote there."""
 
-    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> None:
-        """Call a function; calls of the same `shape` differ in nothing but what inputs hold."""
+    def shaped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The first elements of an input of one dimension, as a tensor of another shape."""
+
+    def read(self, tensor: Any, array: NDArray[Any]) -> None:
+        """Copy a tensor into an array of the host, of its type and shape."""
+
+    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> Any:
+        """Call a function; calls of the same `shape` differ in nothing but what inputs hold.
+
+        What it returns, if `shape` is None.
+        """
 
     def close(self) -> None:
         """Release what is held beside memory."""
@@ -165,7 +174,6 @@ class Executor:
             self._state["encode"] = state("encode", of_memory)
         self._encoder: EncoderCall | None = None
         if self.facts.encoder is not None:
-            assert isinstance(self._memory, HostMemory)
             taken = [weights[name] for name in artifact.takes("encoder")]
             self._encoder = EncoderCall(self._memory, taken, self.plan, self.facts)
         if warm:

@@ -59,9 +59,13 @@ class HostMemory:
         """What the function wrote there."""
         return self.arrays[name][:count]
 
-    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> None:
-        """Call a function."""
-        function(*arguments)
+    def read(self, tensor: Any, array: NDArray[Any]) -> None:
+        """Copy a tensor into an array of its type and shape."""
+        array[...] = np.from_dlpack(tensor)
+
+    def run(self, function: Any, arguments: Sequence[Any], shape: Key | None) -> Any:
+        """Call a function; what it returns."""
+        return function(*arguments)
 
     def close(self) -> None:
         """Nothing is held but memory."""
