@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kvc
+from kvc.runtime.host_memory import padded
 from kvc.widen import widen
 from kvc_passes.errors import BudgetError
 from pretend_gpu.run_artifact import LENGTHS, ROWS, STEPS, inputs_of, tokens_of
@@ -60,7 +61,7 @@ def test_what_is_counted_of_it(model_file: ModelFile) -> None:
     options = {"encoder": encoder, "workload": WORKLOAD, "target": "cuda:sm_90"}
     plan = kvc.plan(model_file("tiny-bart"), budget="2GB", **options)
     assert plan.encoder is not None
-    assert plan.bytes.encoder == 2 * 8 * plan.encoder.longest  # ids and mask, int64
+    assert plan.bytes.encoder == 2 * padded("int64", (plan.encoder.longest,))  # ids and mask
     assert plan.bytes.arena >= plan.encoder.arena
     with pytest.raises(BudgetError) as refused:
         kvc.plan(model_file("tiny-bart"), budget="1MB", **options)

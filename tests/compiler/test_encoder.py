@@ -17,7 +17,7 @@ from kvc.encoder import PREFIX, Encoder, read_encoder
 from kvc.pipeline import Runner
 from kvc.runtime.encoder import random_inputs
 from kvc.targets import parse_target
-from kvc_passes.errors import BudgetError, InputError, TargetError, UnsupportedModel
+from kvc_passes.errors import BudgetError, InputError, UnsupportedModel
 from kvc_passes.facts import EncoderInput, ModelFacts
 from kvc_passes.plans import Plan, Workload
 from support import OnnxRuntime
@@ -207,9 +207,3 @@ def test_a_workload_without_room_is_refused(tmp_path: Path) -> None:
     encoder = read(wide(tmp_path / "wide.onnx", 40, WIDTH))
     with pytest.raises(InputError, match=r"has 40 rows; the workload 2x64\+39 has room for 39"):
         encoder.plan(workload(39))
-
-
-def test_it_is_compiled_for_cpus(tmp_path: Path) -> None:
-    path = wide(tmp_path / "wide.onnx", 40, WIDTH)
-    with pytest.raises(TargetError, match="for CPUs alone"):
-        read_encoder(path, decoder(), None, {}, parse_target("cuda:sm_90"), Runner())
