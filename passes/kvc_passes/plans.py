@@ -63,7 +63,7 @@ class Bytes:
     workspaces: int = 0
     """Local buffers of kernels, of every thread."""
     encoder: int = 0
-    """An encoder's inputs: of a call, and those that requests came with."""
+    """An encoder's inputs: of a call, and on a CPU those that requests came with."""
 
     @property
     def total(self) -> int:
