@@ -119,7 +119,7 @@ def compile(
         made, bounds = decision.encoder, dict[str, int]()
         more: dict[FunctionName, IRModule] = {}
         if made is not None:
-            more, bounds = {"encoder": made.finished(decision.plan)}, made.bounds(decision.plan)
+            more, bounds = made.functions(decision.plan), made.bounds(decision.plan)
         for library in build_libraries(lowered, decision.plan, writer.folder, runner, more, bounds):
             writer.add(library)
         weights = packed_weights(model, lowered, runner)

@@ -26,7 +26,7 @@ from kvc_passes.plans import Plan, plan_from_json
 
 from .weights_file import TensorSpec, map_weights, read_layout
 
-FORMAT: Final = 7
+FORMAT: Final = 8
 
 REQUIRED: Final = ("weights.safetensors", "plan.json", "facts.json")
 

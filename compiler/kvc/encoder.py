@@ -25,13 +25,13 @@ from kvc_passes.rebuild import drop_unused
 from kvc_passes.simplify_powers import SimplifyPowers
 from kvc_passes.weights import PackedWeight, WeightPart
 
-from .codegen.lower import allocated, finish, fused
+from .codegen.lower import allocated, finish, fused, to_vm
 from .compilation import Weight
 from .encoder_facts import Extents, prove_encoder
 from .frontend.encoders import ImportedEncoder, import_encoder
 from .graphs import LoweredGraph, Lowering, Search, within
 from .machine import Machine
-from .pipeline import Runner
+from .pipeline import FunctionName, Runner
 
 PREFIX: Final = "encoder."
 """Of the names of its weights in the artifact."""
@@ -89,6 +89,17 @@ class Encoder:
             except BudgetError as error:  # the least that it names may leave out gaps between places
                 room = max(error.needed, room + room // 16)
         raise PlanningError(f"the encoder {self.facts.name} does not fit the memory that it was said to fit")
+
+    def functions(self, plan: Plan) -> dict[FunctionName, IRModule]:
+        """The function, and one that returns nothing.
+
+        TVM's virtual machine holds what it returned last, here the arena, until another call has returned;
+        that one takes no arena of its own.
+        """
+        builder = relax.BlockBuilder()
+        with builder.function("main", []):
+            builder.emit_func_output(relax.Tuple([]))
+        return {"encoder": self.finished(plan), "release": to_vm(builder.get(), self.runner, "release-")}
 
     def finished(self, plan: Plan) -> IRModule:
         """The function `encoder` with its temporaries, the output among them, in the plan's arena."""

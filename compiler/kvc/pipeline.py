@@ -51,8 +51,8 @@ from .frontend.importer import Imported
 
 Phase = Literal["prefill", "decode", "encode"]
 """A compiled function. encode: of an encoder's output, where the model reads one."""
-FunctionName = Phase | Literal["encoder", "choose"]
-"""A function of the library; the encoder makes what the function encode keeps."""
+FunctionName = Phase | Literal["encoder", "release", "choose"]
+"""A function of the library. encoder: makes what `encode` keeps; release: gives its memory back."""
 _LARGEST_TABLE = 1 << 20  # elements
 
 

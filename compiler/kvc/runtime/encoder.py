@@ -66,7 +66,7 @@ class EncoderCall:
         assert plan.encoder is not None
         self._memory, self._weights = memory, weights
         self._facts, self._longest = facts.encoder, plan.encoder.longest
-        self._function = memory.vm["encoder"]
+        self._function, self._release = memory.vm["encoder"], memory.vm["release"]
 
     def __call__(self, inputs: Inputs) -> NDArray[np.float32]:
         """Rows [rows, width] of a request's inputs, in memory of the host that goes back with the array."""
@@ -77,8 +77,12 @@ class EncoderCall:
             place[...] = 1 if each.mask else inputs[each.name]
             given.append(self._memory.shaped(_name(each), shape))
         result = self._memory.run(self._function, [*given, *self._weights], None)
-        kept = Region(4 * math.prod(result.shape)).array("float32", tuple(result.shape))
-        self._memory.read(result, kept)  # it lies in the memory of the next call
+        try:
+            kept = Region(4 * math.prod(result.shape)).array("float32", tuple(result.shape))
+            self._memory.read(result, kept)
+        finally:
+            del result  # it lies in the arena, which the next call needs
+            self._memory.run(self._release, [], None)
         rows: NDArray[np.float32] = kept[0]
         return rows
 
