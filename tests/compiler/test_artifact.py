@@ -298,8 +298,8 @@ def test_another_format(artifact: Path, step: int, advice: str) -> None:
         "{}",
         '{"format": 3}',
         '{"format": "3", "files": {}}',
-        '{"format": 6, "functions": {}, "files": {"../x": {}}}',
-        '{"format": 6, "functions": {"prefill": [1]}, "files": {}}',
+        f'{{"format": {FORMAT}, "functions": {{}}, "files": {{"../x": {{}}}}}}',
+        f'{{"format": {FORMAT}, "functions": {{"prefill": [1]}}, "files": {{}}}}',
     ],
 )
 def test_damaged_manifest(artifact: Path, text: str) -> None:
