@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 import tvm
 import tvm_ffi
+from numpy.typing import NDArray
 from tvm import IRModule, relax, runtime, tirx
 from tvm.script import tirx as T
 
@@ -32,7 +34,7 @@ from ..kernels.emit import compiled
 from ..kernels.matmul import packed_matmul
 from ..kernels.packing import packed_tensors
 from ..machine import CpuMachine
-from ..runtime.host_memory import placed
+from ..runtime.host_memory import map_of, placed, storage, typed
 from ..runtime.library import use_threads
 from .rates import CODES, ROWS, Rates
 
@@ -104,15 +106,27 @@ def _fastest(kernel: Any, arguments: Sequence[Any], calls: int = 1) -> float:
 
 
 def _tensor(type_: TensorType) -> Any:
-    """Small numbers, or codes, or zeros of a type that numpy lacks, in memory like the runtime's."""
+    """Small numbers, or codes, or zeros, in memory like that of the runtime's pools."""
+    return placed(tvm_ffi, _numbers(type_), type_.dtype)
+
+
+def _weight(type_: TensorType) -> Any:
+    """The same in a file that is mapped, like the runtime's weights."""
+    with tempfile.TemporaryFile() as stream:
+        stream.write(_numbers(type_).data)
+        stream.flush()
+        data = np.frombuffer(map_of(stream), np.uint8)
+    return typed(tvm_ffi, data.view(storage(type_.dtype)).reshape(type_.shape), type_.dtype)
+
+
+def _numbers(type_: TensorType) -> NDArray[Any]:
+    """Small numbers, or codes, or zeros of a type that numpy lacks."""
     rng = np.random.default_rng(0)
     if type_.dtype == "bfloat16":
-        values = np.zeros(type_.shape, np.uint16)
-    elif type_.dtype.startswith("uint"):
-        values = rng.integers(0, 200, type_.shape, type_.dtype)
-    else:
-        values = (rng.standard_normal(type_.shape, np.float32) * 0.1).astype(type_.dtype)
-    return placed(tvm_ffi, values, type_.dtype)
+        return np.zeros(type_.shape, np.uint16)
+    if type_.dtype.startswith("uint"):
+        return rng.integers(0, 200, type_.shape, type_.dtype)
+    return (rng.standard_normal(type_.shape, np.float32) * 0.1).astype(type_.dtype)
 
 
 def _products(machine: CpuMachine, format: WeightFormat) -> tuple[float, ...]:
@@ -120,7 +134,7 @@ def _products(machine: CpuMachine, format: WeightFormat) -> tuple[float, ...]:
     traits = machine.products.traits
     kernel = compiled(packed_matmul(_SIDE, _SIDE, traits, format=format), machine.target)
     types = packed_tensors(_SIDE, _SIDE, format, traits.lanes)
-    weights = [[_tensor(t) for t in types] for _ in range(2)]
+    weights = [[_weight(t) for t in types] for _ in range(2)]
     found = []
     for rows in ROWS:
         x, y = (_tensor(TensorType("float32", (1, rows, _SIDE))) for _ in range(2))

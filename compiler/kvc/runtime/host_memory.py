@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,12 +121,17 @@ def mapped(file: Path, layout: Sequence[TensorSpec]) -> list[tuple[TensorSpec, N
     if not layout:
         return []
     with file.open("rb") as stream:
-        # Private, since numpy exports no read-only memory: nobody writes, so all pages stay shared.
-        memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = np.frombuffer(map_of(stream), dtype=np.uint8)
+    return [(spec, data[spec.offset : spec.offset + spec.bytes]) for spec in layout]
+
+
+def map_of(stream: IO[bytes]) -> mmap.mmap:
+    """A whole file in memory, populated."""
+    # Private, since numpy exports no read-only memory: nobody writes, so all pages stay shared.
+    memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     with contextlib.suppress(OSError):
         memory.madvise(_MADV_POPULATE_READ)
-    data = np.frombuffer(memory, dtype=np.uint8)
-    return [(spec, data[spec.offset : spec.offset + spec.bytes]) for spec in layout]
+    return memory
 
 
 def storage(dtype: str) -> np.dtype[Any]:
