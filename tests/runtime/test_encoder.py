@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvc.runtime.encoder import EncoderCall, batched, checked_inputs, encoder_shapes
-from kvc.runtime.host_memory import HostMemory
+from kvc.runtime.encoder import EncoderCall, EncoderMemory, batched, checked_inputs, encoder_shapes
 from kvc.runtime.sampler import SamplingParams
 from kvc.runtime.scheduler import Scheduler
 from kvc_passes.errors import InputError
@@ -44,7 +43,7 @@ def check(make_plan: Make) -> Callable[..., Any]:
 
 
 class Recorded:
-    """A call whose encoder notes what it is given."""
+    """A call whose encoder notes what it is given, and what happens to its result."""
 
     def __init__(self, plan: Plan, facts: EncoderFacts) -> None:
         model = cast(ModelFacts, SimpleNamespace(encoder=facts))
@@ -59,8 +58,17 @@ class Recorded:
         def shaped(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
             return arrays[name][: math.prod(shape)].reshape(shape)
 
-        memory = SimpleNamespace(vm={"encoder": encoder}, arrays=arrays, shaped=shaped)
-        self.call = EncoderCall(cast(HostMemory, memory), [], plan, model)
+        def run(function: Callable[..., Any], given: list[Any], shape: None) -> Any:
+            return function(*given)
+
+        def read(result: NDArray[np.float32], array: NDArray[np.float32]) -> None:
+            self.order.append("read")
+            array[...] = result
+
+        self.order: list[str] = []
+        vm = {"encoder": encoder, "release": lambda: self.order.append("release")}
+        memory = SimpleNamespace(vm=vm, arrays=arrays, shaped=shaped, run=run, read=read)
+        self.call = EncoderCall(cast(EncoderMemory, memory), [], plan, model)
 
 
 @pytest.mark.parametrize("ids", [IDS, IDS[0], IDS.astype(np.int32), [1, 2, 3]])
@@ -84,6 +92,7 @@ def test_inputs_are_not_copied_before_their_turn(make_plan: Make, check: Make) -
     recorded.call({"features": kept})
     np.testing.assert_array_equal(recorded.given[0], features[None])
     assert recorded.given[0].dtype == np.float32
+    assert recorded.order == ["read", "release"]  # the arena is free for the next call
 
 
 @pytest.mark.parametrize("given", ["inputs", "memory"])
