@@ -20,7 +20,7 @@ from .cli_fixtures import copy_artifact, edit_json, environment, seal
 _TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
 _SLOW = (
     "import time; from kvc.runtime.executor import Executor; decode = Executor.decode; "
-    "Executor.decode = lambda *a: (time.sleep(0.05), decode(*a))[1]; "
+    "Executor.decode = lambda *a, **k: (time.sleep(0.05), decode(*a, **k))[1]; "
 )
 _MAIN = "import sys; from kvc.cli import main; sys.exit(main())"
 Open = Callable[..., "Terminal"]
