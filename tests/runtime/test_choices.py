@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kvc.runtime.choices import BLOCK, CHOSEN, WORDS, blocks_of, choice_shapes, read_choices, write_draws
-from kvc.runtime.executor import choice_bytes
 from kvc.runtime.sampler import Draw, SamplingParams, sample
+from kvc.runtime.sizes import choice_bytes
 from kvc_passes.errors import Error
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Plan

@@ -19,7 +19,8 @@ PRELUDE = """
     import numpy as np
     import kvc.runtime
     from kvc.artifact import Artifact
-    from kvc.runtime.executor import Executor, Segment, logits_bytes, pool_bytes, table_bytes
+    from kvc.runtime.executor import Executor, Segment
+    from kvc.runtime.sizes import logits_bytes, pool_bytes, table_bytes
     from kvc_passes.errors import InputError, PlanningError, TargetError
 
     def mapped(name):

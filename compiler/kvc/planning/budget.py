@@ -15,7 +15,7 @@ from kvc_passes.sites import AttentionSite, Reach
 
 from ..options import format_size
 from ..runtime.encoder import encoder_bytes
-from ..runtime.executor import choice_bytes, logits_bytes, pool_bytes, table_bytes
+from ..runtime.sizes import choice_bytes, logits_bytes, pool_bytes, table_bytes
 
 LONGEST: Final = 1 << 30
 """Tokens; positions are computed with 32 bits."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvc.planning import budget as planner
 from kvc.planning.budget import Costs, Draft, make_plan
-from kvc.runtime.executor import input_shapes
+from kvc.runtime.sizes import input_shapes
 from kvc_passes.errors import BudgetError, InputError
 from kvc_passes.facts import ModelFacts
 from kvc_passes.plans import Plan, Workload
