@@ -169,7 +169,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
         arena=arena,
         slices=slices,
         page_size=lowered.attention.page_size,
-        tile=lowered.attention.tile,
+        tile=lowered.attention.tile_of,
         keys_transposed=lowered.attention.keys_transposed,
         workspaces=lowered.machine.workspace_bytes(lowered.functions.values()),
     )

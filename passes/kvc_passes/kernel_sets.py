@@ -39,7 +39,10 @@ class AttentionKernels(Protocol):
 
     @property
     def tile(self) -> int:
-        """Query tokens that one task of prefill handles."""
+        """Query tokens that one task of prefill handles, at most."""
+
+    def tile_of(self, chunk: int) -> int:
+        """Query tokens that a task should have in calls of `chunk` tokens."""
 
     @property
     def keys_transposed(self) -> bool:

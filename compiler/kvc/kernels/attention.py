@@ -7,7 +7,7 @@ those of a tile's window, so the table's other entries may be anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,27 @@ def choose_tile(group: int, traits: CpuTraits, dim: int = 128) -> int:
     return min(range(1, 129), key=cost)
 
 
+def call_tile(tile: int, tokens: int, shared: Sequence[tuple[int, int]], traits: CpuTraits) -> int:
+    """Query tokens, at most `tile`, of the tasks of calls of so many tokens of one sequence.
+
+    Threads take tasks in turn. Where a call has few, smaller ones keep all threads busy for more of the time.
+
+    shared: query heads of a KV head, and KV heads, of each attention; with none, `tile` it is.
+    """
+
+    def cost(size: int) -> float:
+        """Register tiles of the thread that has the most, and a little for keys that are read more often."""
+        sizes = [min(size, tokens - i) for i in range(0, tokens, size)]
+        most = 0
+        for group, heads in shared:
+            tasks = [-(-s * group // traits.tile_rows) for s in sizes for _ in range(heads)]
+            most += max(sum(tasks[i :: traits.threads]) for i in range(traits.threads))
+        return most * (1 + _REREAD * (tile / size - 1))
+
+    return min(range(tile, tile // 4, -1), key=cost)
+
+
+_REREAD = 0.05
 _TILE_BYTES = 768 * 1024
 
 

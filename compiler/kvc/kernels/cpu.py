@@ -35,15 +35,17 @@ class CpuAttention:
 
     Attributes:
         traits: vector width and threads.
-        tile: query tokens of one prefill task.
+        tile: query tokens of one prefill task, at most.
         page_size: tokens a page.
         knobs: what was tuned.
+        shared: query heads of a KV head, and KV heads, of every site; none where the tile is a tuned one.
     """
 
     traits: CpuTraits
     tile: int
     page_size: int = PAGE_SIZE
     knobs: Knobs = DEFAULTS
+    shared: tuple[tuple[int, int], ...] = ()
     keys_transposed = True
 
     @classmethod
@@ -56,7 +58,12 @@ class CpuAttention:
         tile = min(
             knobs.prefill(s).tile or attention.choose_tile(s.group, traits, s.head_dim) for s in shapes
         )
-        return cls(traits, tile, knobs=knobs)
+        tuned = any(knobs.prefill(s).tile for s in shapes)
+        shared = () if tuned else tuple((s.group, s.kv_heads) for s in shapes)
+        return cls(traits, tile, knobs=knobs, shared=shared)
+
+    def tile_of(self, chunk: int) -> int:
+        return attention.call_tile(self.tile, chunk, self.shared, self.traits)
 
     def rebuilds(self, key: int, value: int, dtype: str = "float32") -> bool:
         return True

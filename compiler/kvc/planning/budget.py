@@ -49,7 +49,7 @@ class Costs:
         slices: for (chunk, batch) the slices of feed-forward parts that are worth trying, in tokens: fewer
             and fewer, each with less alive.
         page_size: tokens a page.
-        tile: query tokens of one prefill task.
+        tile: query tokens of one prefill task in calls of so many tokens.
         keys_transposed: how a page holds its keys.
         encoder: of the encoder, if there is one.
     """
@@ -61,7 +61,7 @@ class Costs:
     runtime: int
     arena: Callable[[int, int, int], int]
     page_size: int
-    tile: int
+    tile: Callable[[int], int]
     keys_transposed: bool = True
     workspaces: int = 0
     slices: Callable[[int, int], tuple[int, ...]] = lambda chunk, batch: ()
@@ -251,7 +251,7 @@ class Draft:
             page_size=size,
             groups=groups,
             chunk=self.chunk,
-            tile=costs.tile,
+            tile=costs.tile(self.chunk),
             keys_transposed=costs.keys_transposed,
             max_batch=batch,
             max_context=_context(groups, size, context, costs.facts.context),

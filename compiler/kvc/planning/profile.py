@@ -46,7 +46,7 @@ _FORMATS: Final = {
     4: WeightFormat("uint4", 32, "float16"),
 }
 _PAGES: Final = 1024
-_REPEATS: Final = 3
+_REPEATS: Final = 5
 _CALLS: Final = 400
 Report = Callable[[str], None]
 

@@ -16,6 +16,7 @@ from kvc_passes.kernel_sets import TensorType
 
 from ..kernels.attention import (
     AttentionShape,
+    call_tile,
     choose_tile,
     decode_attention,
     decode_splits,
@@ -118,7 +119,8 @@ def operands(task: Task, bucket: Bucket, values: Mapping[str, int], traits: CpuT
         part = TensorType("float32", (tokens, splits, shape.heads, shape.value_dim + 2))
         order = ("q", *cold, "positions", "table", *more)
         return Operands({**warm, "table": table, **more}, cold, (part, result), order, True)
-    warm["tiles"] = tiles_of(own, _tile(shape, knobs.tile, traits))
+    tile = knobs.tile or call_tile(_tile(shape, 0, traits), max(own), [(shape.group, shape.kv_heads)], traits)
+    warm["tiles"] = tiles_of(own, tile)
     order = ("q", *cold, "positions", "tiles", "table", *more)
     return Operands({**warm, "table": table, **more}, cold, (result,), order, False)
 

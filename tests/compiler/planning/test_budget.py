@@ -34,7 +34,7 @@ def facts(context: int | None = 1024, layers: int = 2, heads: int = 2, dim: int 
 def costs(**changes: Any) -> Costs:
     values: dict[str, Any] = {"facts": facts(), "target": {"kind": "llvm"}, "weights": 3 * MIB}
     values |= {"runtime": 5 * MIB, "arena": lambda chunk, batch, ffn: 4096 * chunk + 512 * batch}
-    values |= {"page_size": 16, "tile": 4, "chunks": CHUNKS}
+    values |= {"page_size": 16, "tile": lambda chunk: 4, "chunks": CHUNKS}
     return Costs(**values | changes)
 
 
@@ -148,6 +148,7 @@ def test_a_refusal_says_what_takes_the_memory() -> None:
 @st.composite
 def _costs(draw: st.DrawFn) -> Costs:
     per_token, per_sequence = draw(st.integers(0, 10**5)), draw(st.integers(0, 10**5))
+    tile = draw(st.sampled_from([1, 4, 8]))
     wide, most = draw(st.integers(0, 10**5)), draw(st.integers(1, 4))  # of feed-forward parts, in slices
     return costs(
         facts=facts(draw(st.sampled_from([None, 64, 100, 2048])), draw(st.integers(1, 4))),
@@ -156,7 +157,7 @@ def _costs(draw: st.DrawFn) -> Costs:
         arena=lambda chunk, batch, ffn: chunk * per_token + batch * per_sequence + (ffn or chunk) * wide,
         slices=lambda chunk, batch: tuple(chunk >> k for k in range(1, most) if chunk >> k >= 8),
         page_size=draw(st.sampled_from([8, 16, 32])),
-        tile=draw(st.sampled_from([1, 4, 8])),
+        tile=lambda chunk: tile,
     )
 
 

@@ -47,6 +47,9 @@ class CudaPages:
     keys_transposed: bool = False
     usual_tile: int = 0
 
+    def tile_of(self, chunk: int) -> int:
+        return self.tile
+
     def workspace(self, site: AttentionSite, sequences: Expr) -> tuple[Expr, ...]:
         return (most_parts(self.splits(site), sequences),)
 
