@@ -1,14 +1,18 @@
-"""What a CPU can do at most: multiply-adds that stay in registers, and memory that is only read."""
+"""What a CPU can do at most: arithmetic that stays in registers, and memory that is only read."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm_ffi
 from tvm import runtime
 
+from kvc.kernels import vector_math
 from kvc.kernels.emit import Emitter, argument, compiled, f32, i64, splat, vec
 from kvc.machine import CpuMachine
 from kvc.runtime.host_memory import placed
@@ -17,8 +21,56 @@ _CHAINS = 12
 """Independent sums: more than the latency of a multiply-add times the units for it."""
 
 
-def flops(machine: CpuMachine, steps: int = 2_000_000) -> float:
-    """float32 operations a second of multiply-adds on all threads, the best of 5."""
+@dataclass(frozen=True)
+class Limits:
+    """What a machine did at most.
+
+    Attributes:
+        flops: float32 operations a second of multiply-adds.
+        exponentials: elements a second of the polynomial that softmax takes.
+        read: bytes a second.
+    """
+
+    flops: float
+    exponentials: float
+    read: float
+
+
+class Bench:
+    """Measures the limits of all threads again and again: those of a shared machine drift."""
+
+    def __init__(self, machine: CpuMachine, size: int = 2**28, steps: int = 400_000) -> None:
+        self._flops = _arithmetic(machine, steps, _multiply_add)
+        self._exponentials = _arithmetic(machine, steps // 8, _exponential)
+        streams = [_reading(machine, size, count) for count in (1, 2, 4, 8)]
+        self._read = max(streams, key=lambda rate: max(rate() for _ in range(5)))
+        self.found: list[Limits] = []
+
+    def measure(self) -> Limits:
+        """All three, each the best of three times, in about a tenth of a second."""
+        rates = (self._flops, self._exponentials, self._read)
+        self.found.append(Limits(*(max(rate() for _ in range(3)) for rate in rates)))
+        return self.found[-1]
+
+
+def median(limits: Sequence[Limits]) -> Limits:
+    """The median of each."""
+    return Limits(*(statistics.median(v) for v in zip(*((x.flops, x.exponentials, x.read) for x in limits))))
+
+
+Step = Callable[[Emitter, Any, Any, Any], Any]
+
+
+def _multiply_add(e: Emitter, value: Any, factor: Any, term: Any) -> Any:
+    return value * factor + term
+
+
+def _exponential(e: Emitter, value: Any, factor: Any, term: Any) -> Any:
+    return vector_math.exp2_nonpositive(e.bind, value * factor)
+
+
+def _arithmetic(machine: CpuMachine, steps: int, step: Step) -> Callable[[], float]:
+    """Measures operations of multiply-adds, or elements, a second, of independent chains on all threads."""
     traits = machine.products.traits
     lanes, e = traits.lanes, Emitter()
     x, out = argument("x", (2,)), argument("out", (traits.threads, _CHAINS * lanes))
@@ -31,22 +83,19 @@ def flops(machine: CpuMachine, steps: int = 2_000_000) -> float:
         with e.loop("s", steps):
             for i in range(_CHAINS):
                 at = vec(i64(i * lanes), lanes)
-                e.store(acc, acc[at] * factor + term, at)
+                e.store(acc, step(e, acc[at], factor, term), at)
         for i in range(_CHAINS):
             at = vec(i64(i * lanes), lanes)
             e.store(out, acc[at], c, at)
     kernel = compiled(e.function([x, out], [x], [out]), machine.target)
-    given = [np.array([0.5, 1.0], np.float32), np.zeros((traits.threads, _CHAINS * lanes), np.float32)]
-    seconds = _fastest(kernel, [runtime.tensor(a) for a in given])
-    return 2.0 * lanes * _CHAINS * steps * traits.threads / seconds
+    numbers = [-0.5, 1.0] if step is _exponential else [0.5, 1.0]
+    given = [np.array(numbers, np.float32), np.zeros((traits.threads, _CHAINS * lanes), np.float32)]
+    count = (1.0 if step is _exponential else 2.0) * lanes * _CHAINS * steps * traits.threads
+    return _rate(kernel, [runtime.tensor(a) for a in given], count)
 
 
-def read_bytes(machine: CpuMachine, size: int = 2**28) -> float:
-    """Bytes a second of summing up `size` bytes on all threads, the best of several streams a thread."""
-    return max(_read_bytes(machine, size, streams) for streams in (1, 2, 4, 8))
-
-
-def _read_bytes(machine: CpuMachine, size: int, streams: int) -> float:
+def _reading(machine: CpuMachine, size: int, streams: int) -> Callable[[], float]:
+    """Measures bytes a second of summing up `size` bytes on all threads, in several streams a thread."""
     traits = machine.products.traits
     lanes, e, sums = traits.lanes, Emitter(), 8
     count = size // 4 // traits.threads // streams
@@ -69,14 +118,15 @@ def _read_bytes(machine: CpuMachine, size: int, streams: int) -> float:
         np.ones((traits.threads, streams, count), np.float32),
         np.zeros((traits.threads, sums * lanes), np.float32),
     ]
-    return size / _fastest(kernel, [placed(tvm_ffi, a, "float32") for a in given])
+    return _rate(kernel, [placed(tvm_ffi, a, "float32") for a in given], size)
 
 
-def _fastest(kernel: Any, arguments: list[Any]) -> float:
+def _rate(kernel: Any, arguments: list[Any], count: float) -> Callable[[], float]:
     kernel(*arguments)
-    found = []
-    for _ in range(5):
+
+    def rate() -> float:
         begin = time.perf_counter()
         kernel(*arguments)
-        found.append(time.perf_counter() - begin)
-    return min(found)
+        return count / (time.perf_counter() - begin)
+
+    return rate

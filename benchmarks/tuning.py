@@ -4,9 +4,11 @@
 
 SmolLM2-135M is planned for 4 requests of 1,024 tokens. Reported:
 
-    limits      float32 operations a second in registers and bytes a second of reading, measured before
-    kernels     microseconds by default and at best, and what share of the limit that is (the larger of the
-                time that its operations and that its bytes would take at least, over its time)
+    limits      float32 operations a second in registers, exponentials of softmax a second in registers, and
+                bytes a second of reading, measured between candidates; the medians of the run
+    kernels     microseconds by default and at best, and what share of the limit that is: what a call takes
+                at least over what it took. At least it takes what its operations and exponentials, one after
+                the other, or what its bytes take, whichever is more, by the limits while it was measured
     model       seconds of the prompts and of the answers, default and tuned artifact in turn, least of rounds
     again       a run that is killed (SIGKILL), then resumed: records before, after, measured twice; and a
                 compilation with the database
@@ -22,19 +24,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.common import WORK, destination, parser, require_model, run_python, show, write_results
-from benchmarks.limits import flops, read_bytes
+from benchmarks.limits import Bench, Limits, median
 
 WORKLOAD: Final = "4x1024"
 BUDGET: Final = "1GB"
 ROUNDS: Final = 5
 
 
-def least_seconds(task: Any, bucket: Any, limits: dict[str, float], lanes: int) -> float:
+def least_seconds(task: Any, bucket: Any, limits: Limits, lanes: int) -> float:
     """What a call takes at least: its operations, or the bytes it has to read, at the measured limits."""
     from kvc.kernels.packing import packed_tensors
 
@@ -43,7 +45,7 @@ def least_seconds(task: Any, bucket: Any, limits: dict[str, float], lanes: int) 
         columns, depth, format = task.weight()
         tensors = packed_tensors(columns, depth, format, lanes)
         read = sum(_count(t.shape) * size.get(t.dtype, 2) for t in tensors)
-        operations = 2 * columns * depth * bucket.rows
+        operations, exponentials = 2.0 * columns * depth * bucket.rows, 0.0
     else:
         shape = task.shape()
         width = size.get(shape.kv_dtype, 2)
@@ -52,7 +54,9 @@ def least_seconds(task: Any, bucket: Any, limits: dict[str, float], lanes: int) 
         own = bucket.rows / sequences
         pairs = bucket.rows * (bucket.length - (own - 1) / 2)
         operations = 2 * shape.heads * (shape.query_dim + shape.value_dim) * pairs
-    return max(float(read) / limits["read"], float(operations) / limits["flops"])
+        exponentials = shape.heads * pairs
+    computed: float = operations / limits.flops + exponentials / limits.exponentials
+    return max(float(read) / limits.read, computed)
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -62,13 +66,19 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def tuned(model: Path, db: Path, seconds: float, limits: dict[str, float]) -> dict[str, Any]:
+def tuned(model: Path, db: Path, seconds: float, bench: Bench) -> dict[str, Any]:
     """One run, and every kernel beside its limit."""
     import kvc
     from kvc.targets import parse_target
 
     lanes = parse_target("cpu").products.traits.lanes  # type: ignore[attr-defined]
     trials: list[Any] = []
+    limits: dict[Any, list[Limits]] = defaultdict(list)
+
+    def tried(trial: Any) -> None:
+        trials.append(trial)
+        limits[trial.task.key].append(bench.measure())
+
     begin = time.perf_counter()
     outcome = kvc.tune(
         model,
@@ -77,13 +87,14 @@ def tuned(model: Path, db: Path, seconds: float, limits: dict[str, float]) -> di
         seconds=seconds,
         budget=BUDGET,
         workload=WORKLOAD,
-        on_trial=trials.append,
+        on_trial=tried,
     )
     kernels = []
     for found in outcome.tasks:
         if found.default is None:
             continue
-        least = sum(b.calls * least_seconds(found.task, b, limits, lanes) for b in found.task.buckets)
+        limit = median(limits[found.task.key] or bench.found)
+        least = sum(b.calls * least_seconds(found.task, b, limit, lanes) for b in found.task.buckets)
         calls = sum(b.calls for b in found.task.buckets)
         kernels.append(
             {
@@ -161,10 +172,11 @@ def main() -> None:
     model, target = require_model(options.model), destination(options, "tuning")
     machine: Any = parse_target("cpu")
     use_threads(machine.products.traits.threads)
-    limits = {"flops": flops(machine), "read": read_bytes(machine)}
+    bench = Bench(machine)
+    bench.measure()
     db = WORK / "tune-db"
     shutil.rmtree(db, ignore_errors=True)
-    found = tuned(model, db, 30 if options.quick else options.minutes * 60, limits)
+    found = tuned(model, db, 30 if options.quick else options.minutes * 60, bench)
     columns = ("kernel", "default_us", "best_us", "speedup", "of_limit_default", "of_limit", "share")
     show("kernels", columns, [tuple(kernel[c] for c in columns) for kernel in found["kernels"]])
     whole = end_to_end(model, db, 1 if options.quick else ROUNDS)
@@ -174,6 +186,7 @@ def main() -> None:
     shutil.rmtree(other, ignore_errors=True)
     again = resumed(model, other, 40)
     print(again)
+    limits = {name: round(value) for name, value in vars(median(bench.found)).items()}
     body = {"workload": WORKLOAD, "limits": limits, "run": found, "model": whole, "again": again}
     write_results("tuning", body, target)
 
