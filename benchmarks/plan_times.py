@@ -13,7 +13,9 @@ And the seconds to decide on a plan for a model of 80 layers of 8 kinds, from pa
 
     python -m benchmarks.plan_times [--only gpt2-124m ...] [--quick]
 
-`kvc profile` measures the machine before every model: the speed of a shared one drifts within an hour.
+`kvc profile` measures the machine before every model, and behind it: the speed of a shared one drifts within
+an hour. `drift` is what K and V with the largest chunk are predicted to take by the second profile, over the
+first. Where it is more than 10 % off 1 the model is measured again, 3 times at most; the least drift stands.
 Results are merged into benchmarks/results/plan_times.json.
 """
 
@@ -32,6 +34,8 @@ MODELS: Final = ("smollm2-135m", "gpt2-124m", "opt-350m", "llama2-slice", "phi3-
 WORKLOAD: Final = "4x1024"
 BUDGETS: Final = 4
 ROUNDS: Final = 2
+DRIFT: Final = 0.1
+TRIES: Final = 3
 Key = tuple[tuple[str, ...], int]
 """The form of every layer, and the prefill chunk."""
 
@@ -145,8 +149,16 @@ def measured(name: str, options: Any) -> dict[str, Any]:
         )
         for row in rows
     ]
-    show(f"{name}, {WORKLOAD}", columns, table)
-    return {"rates": built.machine.rates.source, "budgets": rows}
+    run_python(["-m", "kvc.cli", "profile"])
+    drift = round(_natural(kvc.planner(path), workload) / _natural(built, workload), 3)
+    show(f"{name}, {WORKLOAD}, drift {drift}", columns, table)
+    return {"rates": built.machine.rates.source, "drift": drift, "budgets": rows}
+
+
+def _natural(built: Any, workload: Any) -> float:
+    """What K and V with the largest chunk are predicted to take."""
+    decision = built.plan_of(built.usual()[0], max(built.machine.chunks), 64 * 10**9, workload)
+    return float(decision.plan.seconds)
 
 
 def _smallest(built: Any, chosen: Any, chunk: int, workload: Any) -> int:
@@ -208,7 +220,10 @@ def main() -> None:
     known = json.loads(target.read_text()) if target.is_file() else {}
     models = known.get("models", {})
     for name in options.only:
-        models[name] = measured(name, options)
+        found: list[dict[str, Any]] = []
+        while not found or (abs(found[-1]["drift"] - 1) > DRIFT and len(found) < TRIES and not options.quick):
+            found.append(measured(name, options))
+        models[name] = min(found, key=lambda each: abs(each["drift"] - 1)) | {"tries": len(found)}
         body = {"workload": WORKLOAD, "models": models, "choice": eighty_layers()}
         write_results("plan_times", body, target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ _FORMATS: Final = {
     4: WeightFormat("uint4", 32, "float16"),
 }
 _PAGES: Final = 1024
-_REPEATS: Final = 5
+_REPEATS: Final = 7
 _CALLS: Final = 400
 Report = Callable[[str], None]
 
@@ -93,16 +94,16 @@ def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
     )
 
 
-def _fastest(kernel: Any, arguments: Sequence[Any], calls: int = 1) -> float:
-    """Seconds of one call: the least of several, since others use the machine too."""
+def _seconds(kernel: Any, arguments: Sequence[Any], calls: int = 1) -> float:
+    """Seconds of one call: the median of several, since a workload meets the machine's slower moments, too."""
     kernel(*arguments)
-    best = math.inf
+    found = []
     for _ in range(_REPEATS):
         begin = time.perf_counter()
         for _ in range(calls):
             kernel(*arguments)
-        best = min(best, (time.perf_counter() - begin) / calls)
-    return best
+        found.append((time.perf_counter() - begin) / calls)
+    return statistics.median(found)
 
 
 def _tensor(type_: TensorType) -> Any:
@@ -143,7 +144,7 @@ def _products(machine: CpuMachine, format: WeightFormat) -> tuple[float, ...]:
             for each in weights:
                 kernel(x, *each, y)
 
-        found.append(_fastest(both, (), max(1, 8 // rows)) / 2 / _SIDE**2)
+        found.append(_seconds(both, (), max(1, 8 // rows)) / 2 / _SIDE**2)
     return tuple(found)
 
 
@@ -167,7 +168,7 @@ def _decode(machine: CpuMachine, shape: AttentionShape) -> tuple[float, float]:
     partial = _tensor(TensorType("float32", (batch, splits, shape.heads, shape.value_dim + 2)))
     out = _tensor(TensorType("float32", (1, batch, shape.heads, shape.value_dim)))
     given = (q, *state, runtime.tensor(positions), runtime.tensor(table), partial, out)
-    seconds = _fastest(kernel, given)
+    seconds = _seconds(kernel, given)
     kept = sum(t.numpy().nbytes for t in state)
     return kept / seconds, 2 * shape.heads * (shape.query_dim + shape.value_dim) * length * batch / seconds
 
@@ -184,7 +185,7 @@ def _prefill(machine: CpuMachine, shape: AttentionShape) -> float:
     out = _tensor(TensorType("float32", (1, tokens, shape.heads, shape.value_dim)))
     given = (q, *state, *(runtime.tensor(a) for a in (positions, tiles, table)), out)
     pairs = tokens * (length - tokens / 2)
-    return 2 * shape.heads * (shape.query_dim + shape.value_dim) * pairs / _fastest(kernel, given)
+    return 2 * shape.heads * (shape.query_dim + shape.value_dim) * pairs / _seconds(kernel, given)
 
 
 def _others(machine: CpuMachine) -> tuple[float, float]:
@@ -219,4 +220,4 @@ def _chain(machine: CpuMachine, rows: int, calls: int) -> tuple[int, float]:
     executable = tvm.compile(module, machine.target)
     vm = relax.VirtualMachine(executable, tvm.cpu())
     given = runtime.tensor(np.ones(shape, np.float32))
-    return 8 * math.prod(shape), _fastest(vm["main"], (given,))
+    return 8 * math.prod(shape), _seconds(vm["main"], (given,))
