@@ -95,7 +95,7 @@ def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
 
 
 def _seconds(kernel: Any, arguments: Sequence[Any], calls: int = 1) -> float:
-    """Seconds of one call: the median of several, since a workload meets the machine's slower moments, too."""
+    """Seconds of one call: the median of several, since workloads meet the machine's slower moments, too."""
     kernel(*arguments)
     found = []
     for _ in range(_REPEATS):
