@@ -196,5 +196,6 @@ def rates_table(rates: Rates, title: str) -> Table:
     for name, pair in rates.codes.items():
         text = f"{pair[0]:.2f} of that speed in prefill, {pair[1]:.2f} of the bytes a second in decode"
         add_row(table, f"attention over codes, kv-{name}", text)
-    add_row(table, "other kernels", f"{rates.element / 1e9:.1f} GB/s, {rates.call * 1e6:.1f} us a call")
+    calls = f"{rates.call * 1e6:.1f} us a call, {rates.kernel * 1e6:.1f} on all threads"
+    add_row(table, "other kernels", f"{rates.element / 1e9:.1f} GB/s, {calls}")
     return table

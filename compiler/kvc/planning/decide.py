@@ -274,7 +274,7 @@ class Planner:
             lowered = lower_model(model, self.machine, self.runner)
             pairs = zip(model.facts.sites, self.model.facts.sites, strict=True)
             clock = Clock(
-                prefill=work_of(lowered.functions["prefill"], lowered.segments),
+                prefill=work_of(lowered.functions["prefill"], lowered.segments, spread=True),
                 decode=work_of(lowered.functions["decode"]),
                 sites=tuple(self.site_of(kept, graph, lowered.attention) for kept, graph in pairs),
                 rates=self.machine.rates,

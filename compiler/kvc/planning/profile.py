@@ -49,6 +49,9 @@ _FORMATS: Final = {
 _PAGES: Final = 1024
 _REPEATS: Final = 7
 _CALLS: Final = 400
+_LARGE: Final = 8
+_CHAINS: Final = ((1, _CALLS, False), (2, _CALLS, True), (512, _LARGE, True))
+"""Rows, calls in a row and whether on all threads: what takes next to no time, twice, and what does."""
 Report = Callable[[str], None]
 
 
@@ -79,7 +82,7 @@ def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
     report("attention over one key for all heads")
     of_shared = (_prefill(machine, shared), _decode(machine, shared)[1])
     report("other kernels")
-    call, element = _others(machine)
+    call, launch, element = _others(machine)
     today = datetime.datetime.now(datetime.UTC).date()
     return Rates(
         source=f"measured on this machine, {traits.threads} threads, {today}",
@@ -91,6 +94,7 @@ def profile(machine: CpuMachine, report: Report = lambda name: None) -> Rates:
         element=element,
         call=call,
         codes=codes,
+        launch=launch,
     )
 
 
@@ -188,15 +192,21 @@ def _prefill(machine: CpuMachine, shape: AttentionShape) -> float:
     return 2 * shape.heads * (shape.query_dim + shape.value_dim) * pairs / _seconds(kernel, given)
 
 
-def _others(machine: CpuMachine) -> tuple[float, float]:
-    """Seconds that a call takes when it does next to nothing, and bytes a second of a large one."""
-    small, large = (_chain(machine, rows, calls) for rows, calls in ((1, _CALLS), (512, 8)))
-    each = small[1] / _CALLS
-    return each, max(small[0], large[0]) / max(large[1] / 8 - each, 1e-9)
+def _others(machine: CpuMachine) -> tuple[float, float, float]:
+    """Seconds that a call takes when it does next to nothing, those that all threads take beside that for
+    next to nothing, and bytes a second of a large one."""
+    alone, small, large = (_chain(machine, rows, calls, spread) for rows, calls, spread in _CHAINS)
+    each = alone[1] / _CALLS
+    launch = max(0.0, small[1] / _CALLS - each)
+    rest = large[1] / _LARGE - each - launch
+    return each, launch, max(alone[0], large[0]) / max(rest, 1e-9)
 
 
-def _chain(machine: CpuMachine, rows: int, calls: int) -> tuple[int, float]:
-    """Bytes of one kernel, x * x + x of float32 [rows, 1024], and the seconds of `calls` in a row."""
+def _chain(machine: CpuMachine, rows: int, calls: int, spread: bool) -> tuple[int, float]:
+    """Bytes of one kernel, x * x + x of float32 [rows, 1024], and the seconds of `calls` in a row.
+
+    spread: over all threads.
+    """
     shape = (rows, 1024)
 
     @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
@@ -216,7 +226,7 @@ def _chain(machine: CpuMachine, rows: int, calls: int) -> tuple[int, float]:
         for _ in range(calls):
             value = builder.emit(relax.call_tir(variable, [value], relax.TensorType(shape, "float32")))
         builder.emit_func_output(value)
-    module = ScheduleKernels(machine.target, rows > 1).run(IRModule(builder.get().functions)).module
+    module = ScheduleKernels(machine.target, spread).run(IRModule(builder.get().functions)).module
     executable = tvm.compile(module, machine.target)
     vm = relax.VirtualMachine(executable, tvm.cpu())
     given = runtime.tensor(np.ones(shape, np.float32))

@@ -36,6 +36,7 @@ class Rates:
         rebuild: operations a second of products that make keys and values again in prefill.
         element: bytes a second that all other kernels read and write.
         call: seconds that a kernel takes beside that.
+        launch: and beside both, one that runs on all threads: to wake them, and to wait for the last.
         codes: by what keys and values are kept in, how fast attention is, as a share of what it is over
             floats: operations of prefill, bytes that decode reads.
     """
@@ -49,6 +50,12 @@ class Rates:
     element: float
     call: float
     codes: Mapping[str, tuple[float, float]] = field(default_factory=lambda: CODES)
+    launch: float = 0.0
+
+    @property
+    def kernel(self) -> float:
+        """Seconds that a kernel on all threads takes beside its work."""
+        return self.call + self.launch
 
     def product(self, bits: int, weights: int, rows: int) -> float:
         """Seconds of y = x w^T for `rows` rows of x and so many weights of `bits` bits."""

@@ -57,7 +57,7 @@ class Site:
         made = _products(kept, kept.remade.depth) * keys * batch if kept.remade is not None else 0.0
         share = rates.codes[kept.stored][1] if kept.stored else 1.0
         read = kept.token_bytes() * keys * batch / (rates.read * share)
-        return (rates.call + made / rates.rebuild + max(read, flops / rate)) * self.factors[1]
+        return (rates.kernel + made / rates.rebuild + max(read, flops / rate)) * self.factors[1]
 
     def prefill(self, rates: Rates, pairs: float, rebuilt: float) -> float:
         """Seconds for so many pairs of a query and a key that it sees; `rebuilt`: keys made again."""
@@ -67,10 +67,10 @@ class Site:
             depth = site.value_dim if site.remade is None else site.remade.depth
             products = _products(plain, depth) * rebuilt
             pair = 2 * plain.heads * (plain.head_dim + plain.value_dim)
-            return rates.call + products / rates.rebuild + pair * pairs / rates.attention[0]
+            return rates.kernel + products / rates.rebuild + pair * pairs / rates.attention[0]
         rate = (rates.shared if site.shared and site.row is None else rates.attention)[0]
         rate *= rates.codes[site.stored][0] if site.stored else 1.0
-        seconds = rates.call + self._pair(0) * pairs / rate
+        seconds = rates.kernel + self._pair(0) * pairs / rate
         return seconds * self.factors[0]
 
 
@@ -124,7 +124,7 @@ class Clock:
         behind = workload.memory if reach.memory else min(_seen(reach, prompt / 2 + share / 2), prompt)
         makes = site.kept.remade is not None or (site.rebuilds and not reach.memory)
         rebuilt = behind * per_request * workload.batch if makes else 0.0
-        prefill = site.prefill(self.rates, pairs, rebuilt) + (calls - 1) * self.rates.call
+        prefill = site.prefill(self.rates, pairs, rebuilt) + (calls - 1) * self.rates.kernel
         return prefill, decode
 
 

@@ -34,12 +34,13 @@ class Step:
     moved: tuple[int, int, int]
     """Bytes that others read and write: fixed, for each of n, for each of r."""
 
-    def seconds(self, rates: Rates, n: int, r: int) -> float:
+    def seconds(self, rates: Rates, n: int, r: int, spread: bool = False) -> float:
         if self.kind == "product":
             rows = {"n": n, "r": r, "1": 1}[self.rows]
-            return rates.call + rates.product(self.bits, self.weights, rows)
+            return rates.kernel + rates.product(self.bits, self.weights, rows)
         fixed, each, asked = self.moved
-        return rates.call + (fixed + each * n + asked * r) / rates.element
+        own = rates.kernel if spread else rates.call
+        return own + (fixed + each * n + asked * r) / rates.element
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,20 @@ class Work:
     steps: tuple[tuple[Step, int], ...]
     segments: tuple[tuple[Step, int], ...] = ()
     """Those that may be called for one slice of the tokens after another."""
+    spread: bool = False
+    """Whether generated functions run on all threads, as products do."""
 
     def seconds(self, rates: Rates, n: int, r: int, rows: int = 0) -> float:
         """Of one call for n tokens and r rows of logits, without attention; `rows`: tokens of a slice."""
         whole, rest = divmod(n, rows) if rows else (0, n)
-        seconds = sum(count * step.seconds(rates, n, r) for step, count in self.steps)
+        seconds = sum(count * step.seconds(rates, n, r, self.spread) for step, count in self.steps)
         for step, count in self.segments:
-            seconds += whole * count * step.seconds(rates, rows, r) if whole else 0.0
-            seconds += count * step.seconds(rates, rest, r) if rest else 0.0
+            seconds += whole * count * step.seconds(rates, rows, r, self.spread) if whole else 0.0
+            seconds += count * step.seconds(rates, rest, r, self.spread) if rest else 0.0
         return seconds
 
 
-def work_of(mod: IRModule, segments: Sequence[Segment] = ()) -> Work:
+def work_of(mod: IRModule, segments: Sequence[Segment] = (), spread: bool = False) -> Work:
     """Read the kernel calls of `main`, those that see a block table left out."""
     graph = graph_of(mod["main"])
     params = dict.fromkeys(graph.function.params)
@@ -73,7 +76,7 @@ def work_of(mod: IRModule, segments: Sequence[Segment] = ()) -> Work:
             step = _step(call, params)
             if step is not None:
                 (sliced if number in inside else counts)[step] += 1
-    return Work(tuple(counts.items()), tuple(sliced.items()))
+    return Work(tuple(counts.items()), tuple(sliced.items()), spread)
 
 
 def _step(call: relax.Call, params: Mapping[relax.Var, None]) -> Step | None:

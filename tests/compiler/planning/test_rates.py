@@ -118,9 +118,17 @@ def test_a_machine_is_measured_with_all_its_threads(monkeypatch: pytest.MonkeyPa
     assert os.environ["TVM_NUM_THREADS"] == str(threads)
     assert f"{threads} threads" in rates.source
     assert len(stages) == 8
-    numbers = [rates.read, *rates.attention, *rates.shared, rates.rebuild, rates.element, rates.call]
+    numbers = [
+        rates.read,
+        *rates.attention,
+        *rates.shared,
+        rates.rebuild,
+        rates.element,
+        rates.call,
+    ]
     assert all(number > 0 for number in [*numbers, *(t for row in rates.products.values() for t in row)])
     assert all(0 < share <= 1 for pair in rates.codes.values() for share in pair)
     assert isinstance(rates, Rates)
+    assert rates.launch >= 0
     save(rates, machine.key)
     assert CpuMachine(machine.target).rates == rates

@@ -123,6 +123,21 @@ def test_every_slice_reads_the_weights_again() -> None:
     assert cut > whole
 
 
+def test_kernels_on_all_threads_wait_for_them() -> None:
+    """Products and attention always, generated functions in prefill: small chunks wait more often."""
+    product = Step("product", 1 << 20, 16, "n", (0, 0, 0))
+    other = Step("other", 0, 0, "1", (0, 4096, 0))
+    steps = ((product, 5), (other, 7))
+    slow = replace(RATES, launch=1e-3)
+    for spread, kernels in ((False, 5), (True, 12)):
+        work = Work(steps, spread=spread)
+        more = work.seconds(slow, 32, 1) - work.seconds(RATES, 32, 1)
+        assert more == pytest.approx(kernels * 1e-3)
+    ready, waiting = (clock(SITE, r).times(Workload(1, 1000), 50) for r in (RATES, slow))
+    assert waiting.prefill_seconds - ready.prefill_seconds == pytest.approx(15 * 1e-3)
+    assert waiting.decode_seconds - ready.decode_seconds == pytest.approx(250 * 1e-3)
+
+
 def test_the_work_of_a_model_is_its_weights(model_file: ModelFile) -> None:
     """Every weight is multiplied once; the logits for the asked rows alone."""
     model = model_file("llama")
