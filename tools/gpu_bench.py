@@ -19,8 +19,11 @@ PREFILLS: Final = [1024, 4096, 16384]
 ROWS: Final = [1, 8, 32, 64, 512, 4096]
 
 
-def bench(kernels: Any, here: Path) -> Iterator[dict[str, Any]]:
-    """One result a measurement. Nothing without PyTorch on a GPU."""
+def bench(kernels: Any, boxed: Any, here: Path) -> Iterator[dict[str, Any]]:
+    """One result a measurement. Nothing without PyTorch on a GPU.
+
+    boxed: the twins of cases.BOXED, which are timed beside them, or None.
+    """
     try:
         import torch
     except ImportError:
@@ -39,7 +42,7 @@ def bench(kernels: Any, here: Path) -> Iterator[dict[str, Any]]:
     for product in cases.PRODUCTS:
         if "8b" in product.name and product.dtype == "bfloat16":
             for rows in ROWS:
-                yield product_time(torch, kernels, product, rows)
+                yield product_time(torch, kernels, boxed, product, rows)
     for folder in sorted((here / "timed").iterdir()) if (here / "timed").is_dir() else ():
         yield from decode_steps(torch, folder)
 
@@ -163,7 +166,7 @@ def prefill_attention(torch: Any, kernels: Any, case: cases.AttentionCase, lengt
     }
 
 
-def product_time(torch: Any, kernels: Any, case: cases.ProductCase, rows: int) -> dict[str, Any]:
+def product_time(torch: Any, kernels: Any, boxed: Any, case: cases.ProductCase, rows: int) -> dict[str, Any]:
     kind, take = getattr(torch, case.dtype), kernels.ffi.from_dlpack
     x = torch.randn(1, rows, case.depth, dtype=kind, device="cuda")
     plain = torch.randn(case.columns, case.depth, dtype=kind, device="cuda") / 16
@@ -176,7 +179,11 @@ def product_time(torch: Any, kernels: Any, case: cases.ProductCase, rows: int) -
             torch.rand(case.columns, case.depth // 32, dtype=kind, device="cuda"),
         ]
     inputs, function = [take(t) for t in (x, *tensors)], kernels.vm[case.name]
-    seconds = timed(torch, {"kvc": lambda: function(*inputs), "cublas": lambda: x @ plain.T})
+    functions = {"kvc": lambda: function(*inputs), "cublas": lambda: x @ plain.T}
+    if boxed is not None and case in cases.BOXED:
+        twin = boxed.vm[case.name]
+        functions["boxed"] = lambda: twin(*inputs)
+    seconds = timed(torch, functions)
     flops = 2 * rows * case.columns * case.depth
     size = sum(t.numel() * t.element_size() for t in tensors)
     return {

@@ -86,6 +86,8 @@ PRODUCTS: Final = [
     for dtype, short in (("float16", "fp16"), ("bfloat16", "bf16"))
     for stored in ("", "uint4", "uint8")
 ]
+BOXED: Final = [case for case in PRODUCTS if not case.stored]
+"""What the copy engine of sm_90 can bring, too: the same kernels in another library."""
 
 
 @dataclass

@@ -36,6 +36,7 @@ from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.library import load_runtime, load_vm  # noqa: E402
 from kvc.runtime.sampler import Draw, SamplingParams, choose  # noqa: E402
 from kvc.runtime.sequences import Sequences  # noqa: E402
+from kvc_passes.errors import TargetError  # noqa: E402
 
 Array = NDArray[Any]
 CUDA: Final = 2
@@ -55,15 +56,15 @@ WAYS: Final = (
 
 
 class Kernels:
-    """The library of single kernels, called with numpy's arrays."""
+    """A library of single kernels, called with numpy's arrays. Raises TargetError if none runs here."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, folder: str = "kernels") -> None:
         self.device = Device.find()
-        libraries = [p.name.split(".")[1] for p in (HERE / "kernels").glob("model.*.so")]
+        libraries = [p.name.split(".")[1] for p in (HERE / folder).glob("model.*.so")]
         self.arch = self.device.choose(tuple(libraries))
         load_tvm_cuda()
         self.ffi = load_runtime(1)
-        self.vm = load_vm(HERE / "kernels" / f"model.{self.arch}.so", 1, device=CUDA)
+        self.vm = load_vm(HERE / folder / f"model.{self.arch}.so", 1, device=CUDA)
         self.seed = seed
 
     def put(self, array: Array, dtype: str) -> Any:
@@ -233,7 +234,7 @@ def wrong_choices(executor: Executor, logits: NDArray[Any], step: int) -> int:
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     wanted = {options.only} if options.only else {"kernels", "models", "bench"}
-    kernels = Kernels(options.seed)
+    kernels, boxed = Kernels(options.seed), boxed_kernels(options.seed)
     if "kernels" in wanted:
         attention = [c for c in cases.ATTENTION if c.dtype in options.dtypes.split(",")]
         forms = [c for c in cases.FORMS if c.dtype in options.dtypes.split(",")]
@@ -243,6 +244,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for product in [c for c in products if not options.quick or "smollm2" in c.name]:
             for rows in (1, 17, 130) if options.quick else (1, 16, 33, 64, 200, 1000):
                 yield check_product(kernels, product, rows)
+                if boxed is not None and product in cases.BOXED:
+                    yield in_boxes(check_product(boxed, product, rows))
     if "models" in wanted:
         with tempfile.TemporaryDirectory() as work:
             for folder in sorted((HERE / "models").iterdir()):
@@ -250,7 +253,19 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "bench" in wanted and not options.quick:
         from tools.gpu_bench import bench
 
-        yield from bench(kernels, HERE)
+        yield from bench(kernels, boxed, HERE)
+
+
+def boxed_kernels(seed: int) -> Kernels | None:
+    """The twins of cases.BOXED that use the copy engine, on a GPU that has one."""
+    try:
+        return Kernels(seed, "boxed")
+    except TargetError:
+        return None
+
+
+def in_boxes(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "name": f"{result['name']}, in boxes"}
 
 
 def main() -> int:

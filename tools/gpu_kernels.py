@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_cases import ATTENTION, FORMS, PAGE, PRODUCTS, AttentionCase, ProductCase, weight_shapes
+from tools.gpu_cases import (
+    ATTENTION,
+    BOXED,
+    FORMS,
+    PAGE,
+    PRODUCTS,
+    AttentionCase,
+    ProductCase,
+    weight_shapes,
+)
 from tvm import IRModule, relax, tirx
 
-from kvc.cuda_machine import CudaMachine
+from kvc.cuda_machine import CudaMachine, number_of
+from kvc.kernels.cuda import boxes
 from kvc.kernels.cuda.host_attention import CudaAttention
+from kvc.kernels.cuda.knobs import BY_ENGINE, Defaults, Product, ProductKnobs
 from kvc.pipeline import Runner
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, MaskFact, Remade, Sliced
@@ -20,13 +32,41 @@ CONTEXT = 1 << 17
 """Most tokens of a sequence, which says how many shares decode splits it into."""
 
 
+class Engine(Defaults):
+    """Kernels get their operands from the copy engine, where it can bring them."""
+
+    def product(self, arch: int, product: Product) -> ProductKnobs:
+        return ProductKnobs(copy=BY_ENGINE)
+
+
 def build_kernels(archs: tuple[str, ...], folder: Path, runner: Runner) -> int:
     """Write model.ARCH.so with all cases into `folder`, and tiles.json with their prefill tiles; how many."""
     machine = CudaMachine(archs)
+    _build(machine, folder, [*ATTENTION, *FORMS], PRODUCTS, runner)
+    tiles = {c.name: machine.attention((site_of(c),), CONTEXT).tile for c in (*ATTENTION, *FORMS)}
+    (folder / "tiles.json").write_text(json.dumps(tiles))
+    return len(ATTENTION) + len(FORMS) + len(PRODUCTS)
+
+
+def build_boxed(archs: tuple[str, ...], folder: Path, runner: Runner) -> None:
+    """Write model.ARCH.so with the twins that use the copy engine, for architectures that have one."""
+    having = tuple(arch for arch in archs if boxes.legal(number_of(arch)))
+    if having:
+        folder.mkdir()
+        _build(CudaMachine(having, knobs=Engine()), folder, [], BOXED, runner)
+
+
+def _build(
+    machine: CudaMachine,
+    folder: Path,
+    attentions: Iterable[AttentionCase],
+    products: Iterable[ProductCase],
+    runner: Runner,
+) -> None:
     builder = relax.BlockBuilder()
-    for attention in (*ATTENTION, *FORMS):
+    for attention in attentions:
         _attention(builder, machine, attention)
-    for product in PRODUCTS:
+    for product in products:
         _product(builder, machine, product)
     module: IRModule = builder.get()
     with machine.target:
@@ -44,9 +84,6 @@ def build_kernels(archs: tuple[str, ...], folder: Path, runner: Runner) -> int:
         ):
             module = step(module)
     machine.build(module, folder, runner)
-    tiles = {c.name: machine.attention((site_of(c),), CONTEXT).tile for c in (*ATTENTION, *FORMS)}
-    (folder / "tiles.json").write_text(json.dumps(tiles))
-    return len(ATTENTION) + len(FORMS) + len(PRODUCTS)
 
 
 def site_of(case: AttentionCase) -> AttentionSite:

@@ -25,7 +25,7 @@ import onnx
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from tools.gpu_kernels import build_kernels  # noqa: E402
+from tools.gpu_kernels import build_boxed, build_kernels  # noqa: E402
 from tools.gpu_weights import seeded  # noqa: E402
 
 import kvc  # noqa: E402
@@ -99,6 +99,7 @@ def main() -> int:
     kernels = options.out / "kernels"
     kernels.mkdir()
     build_kernels(archs, kernels, Runner(dump=_below(options.dump, "kernels")))
+    build_boxed(archs, options.out / "boxed", Runner(dump=_below(options.dump, "boxed")))
     checked = {"tiny": (TINY, "2GB", "2x256")} if options.small else CHECKED
     with tempfile.TemporaryDirectory() as work:
         for name, (sizes, budget, workload) in checked.items():

@@ -72,6 +72,7 @@ def test_the_packed_check_passes_on_a_pretend_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(report.read_text())["results"]
     assert {r["name"].split("_")[0] for r in results} >= {"prefill", "product", "tiny"}
+    assert any(r["name"].endswith("in boxes") for r in results)
     assert all(r["passed"] for r in results)
 
 

@@ -165,6 +165,10 @@ class Launches:
 _TYPES = {"fp16": "<f2", "fp32": "<f4", "i1": "i1", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}
 _TYPES |= {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8", "fp64": "<f8", "bf16": "<u2"}
 _SCALARS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}
+_MAP_TYPES = {"fp16": 6, "bf16": 9, "fp32": 7}
+"""Of CUtensorMapDataType."""
+_SWIZZLES = {32: 1, 64: 2, 128: 3}
+"""Of CUtensorMapSwizzle, by the bytes of a row of what one copy brings: 128 at most."""
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[([\d, ]+)\]")
 
 
@@ -206,7 +210,13 @@ def run_triton(function: Any, types: Sequence[tuple[str, str]], constants: Mappi
         strides = [params.i64(index + 1 + rank + axis) for axis in range(rank)]
         base = tensor(params, encoded.base, kind, "a tensor map's base")
         assert base is not None
-        inner = [stride * base.element_size() for stride in strides[:-1]]
+        size = base.element_size()
+        inner = [stride * size for stride in strides[:-1]]
+        copied = [*box[:-1], min(box[-1], 128 // size)]
+        wanted = (_MAP_TYPES[kind], copied, _SWIZZLES[copied[-1] * size], [1] * rank, 0, 0)
+        given = (encoded.type, list(encoded.box), encoded.swizzle, list(encoded.steps))
+        if (*given, encoded.interleave, encoded.fill) != wanted:
+            raise ValueError(f"a tensor map {encoded} for a kernel that copies {wanted}")
         if list(encoded.shape) != shape or list(encoded.strides) != inner or strides[-1] != 1:
             raise ValueError(f"a tensor map {encoded} with the shape {shape} and the strides {strides}")
         return TensorDescriptor(base.as_strided(shape, strides), shape, strides, box)

@@ -23,7 +23,7 @@ def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path[:0] = [str(pack), str(pack / "python")]
     launches = Launches(activate(build(folder)))
-    for built in (pack / "kernels", *sorted((pack / "models").iterdir())):
+    for built in (pack / "kernels", pack / "boxed", *sorted((pack / "models").iterdir())):
         add_kernels(launches, built, dump / built.name / "kernels.sm_90.cu", "sm_90", folder)
     sys.argv = [str(pack / "tools" / "gpu_check.py"), *sys.argv[4:]]
     try:

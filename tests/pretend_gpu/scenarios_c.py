@@ -83,6 +83,37 @@ def limits(folder: Path) -> None:
     assert count.value == 12080
 
 
+def maps(folder: Path) -> None:
+    """A tensor map is refused where the engine could not copy by it."""
+    device = Device(folder)
+    base = device.new(1 << 16)
+    room = (ctypes.c_char * 192)()
+    out = ctypes.c_void_p((ctypes.addressof(room) + 63) // 64 * 64)
+
+    def encode(
+        at: int = 0, width: int = 64, rows: int = 100, pitch: int = 128, box: tuple[int, int] = (64, 128),
+        swizzle: int = 3,
+    ) -> int:  # fmt: skip
+        sizes, strides = (ctypes.c_uint64 * 2)(width, rows), (ctypes.c_uint64 * 1)(pitch)
+        place = ctypes.c_void_p((base.value or 0) + at)
+        boxes, steps = (ctypes.c_uint32 * 2)(*box), (ctypes.c_uint32 * 2)(1, 1)
+        call = device.driver.cuTensorMapEncodeTiled
+        return int(call(out, 6, 2, place, sizes, strides, boxes, steps, 0, swizzle, 2, 0))
+
+    assert encode() == 0
+    assert not device.problem()
+    for refused, why in (
+        ({"at": 8}, "aligned to 16 bytes"),
+        ({"at": 1 << 17}, "isn't device memory"),
+        ({"pitch": 200}, "a tensor map's stride 0 of 200 bytes"),
+        ({"box": (64, 257)}, "axis 1: size 100, box 257"),
+        ({"box": (128, 64)}, "256 bytes wide, its swizzle 128"),
+        ({"rows": 0}, "axis 1: size 0"),
+    ):
+        assert encode(**refused) == 1, refused  # type: ignore[arg-type]
+        assert why in device.problem(), refused
+
+
 def graph(folder: Path) -> None:
     """A capture records without running; a launch of the graph runs what was recorded."""
     device = Device(folder)

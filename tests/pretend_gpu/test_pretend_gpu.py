@@ -27,7 +27,7 @@ def run(kind: str, scenario: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", ["guards", "errors", "limits", "graph", "deferred", "fibers", "rounding"]
+    "scenario", ["guards", "errors", "limits", "maps", "graph", "deferred", "fibers", "rounding"]
 )
 def test_c_api(scenario: str, folder: Path) -> None:
     run("c", scenario, folder)

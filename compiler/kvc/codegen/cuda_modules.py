@@ -14,6 +14,7 @@ import tvm_ffi
 
 from kvc_passes.errors import TargetError
 
+from ..kernels.cuda import boxes
 from ..kernels.cuda.device import Compiled, DeviceKernel
 from ..runtime.cuda import STAND_IN, load_driver, load_tvm_cuda
 from .link import find_linker
@@ -29,13 +30,18 @@ _TYPES = {"i32": "int32", "i64": "int64", "fp32": "float32"}
 
 def cuda_module(kernel: DeviceKernel, code: Compiled) -> Any:
     """The TVM module that holds one kernel; `prepare` must have been called."""
-    types = [_TYPES.get(kind, "handle") for _, kind in kernel.types] + ["handle", "handle"]
+    types, maps = [], []
+    for _, kind in kernel.types:
+        parameters = (kind, *boxes.HIDDEN) if boxes.is_matrix(kind) else (kind,)
+        types += [_TYPES.get(each, "handle") for each in parameters]
+        maps += [int(boxes.is_matrix(each)) for each in parameters]
+    types += ["handle", "handle"]
     grid = ["threadIdx.x", "blockIdx.x", "blockIdx.y", "blockIdx.z", "tirx.use_dyn_shared_memory"]
     info = {
         "name": kernel.name,
         "arg_types": types,
         "launch_param_tags": grid,
-        "arg_extra_tags": [0] * len(types),
+        "arg_extra_tags": [*maps, 0, 0],  # 1: a tensor map, passed by value
     }
     text = json.dumps({"tvm_version": tvm.__version__, "func_info": {kernel.name: info}})
     functions = tvm_ffi.get_global_func("runtime.LoadMetaDataFromJSON")(text)

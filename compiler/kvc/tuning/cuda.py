@@ -24,6 +24,7 @@ from ..codegen.lower import allocated, to_vm
 from ..cuda_machine import CudaMachine, number_of
 from ..kernels.cuda import attention, products
 from ..kernels.cuda.device import compile_kernel, shared_bytes
+from ..kernels.cuda.knobs import BY_ENGINE, BY_THREADS
 from ..pipeline import Runner
 from ..runtime.cuda import Device
 from . import cuda_programs, programs
@@ -103,7 +104,10 @@ class CudaTarget:
         if task.kernel == "gpu_product":
             least = 64 if data["format"]["dtype"] == "uint4" else 32
             tall = max(16, min(data["most"] or 256, 256))
+            _, depth, format = task.weight()
+            boxable = products.boxable(depth, format, data["dtype"], self.number)
             values = {
+                "copy": [BY_THREADS, *([BY_ENGINE] if boxable else [])],
                 "rows": [n for n in (16, 32, 64, 128, 256) if n <= tall],
                 "columns": [16, 32, 64, 128, 256],
                 "depth": [n for n in (32, 64, 128, 256) if n >= least],
@@ -212,7 +216,10 @@ def _facts(task: Task, arch: int) -> _Facts:
         columns, depth, format = task.weight()
         table = products.blocks(columns, depth, format, data["dtype"], arch)
         row = next(row for most, *row in table if (most or 0) == data["most"])
-        usual = dict(zip(("rows", "columns", "depth", "warps", "stages"), row))
+        usual = {
+            **dict(zip(("rows", "columns", "depth", "warps", "stages"), row)),
+            "copy": BY_THREADS,
+        }
         bits = {"uint4": 4, "uint8": 8}.get(format.dtype, 8 * FLOAT_BYTES.get(format.dtype, 4))
         return _Facts(usual, 8 * FLOAT_BYTES[data["dtype"]], bits)
     shape = task.shape()

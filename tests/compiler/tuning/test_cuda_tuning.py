@@ -18,7 +18,7 @@ import kvc
 from kvc.cuda_machine import CudaMachine
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda.device import Compiled, DeviceKernel
-from kvc.kernels.cuda.knobs import DEFAULTS, Defaults, PrefillKnobs
+from kvc.kernels.cuda.knobs import BY_ENGINE, DEFAULTS, Defaults, PrefillKnobs
 from kvc.pipeline import Runner
 from kvc.tuning.cuda import CudaTarget
 from kvc.tuning.database import NAME, Database, Record
@@ -94,6 +94,7 @@ def test_a_run_measures_and_records(runs: list[Run]) -> None:
     assert {(r["target"], r["version"]) for r in runs[1].records} == {("sm_90", TARGET.version)}
     kernels = [r["task"].split()[0] for r in runs[1].records]
     assert kernels == ["gpu_decode", "gpu_prefill", "gpu_product", "gpu_decode"]
+    assert others[1]["knobs"] == {"copy": BY_ENGINE}
 
 
 def test_a_run_goes_on_where_records_end(runs: list[Run]) -> None:
@@ -130,6 +131,7 @@ def test_what_was_measured_is_compiled_and_computes_the_same(
     assert sources.count("measured") == 3
     assert {choice.values.get("splits") for _, choice in chosen} == {None, 3}
     entries = json.loads((built.artifact / "kernels.json").read_text())
+    assert any(e["function"] == "products.boxed" for e in entries)
     (merge,) = (dict(map(tuple, e["constants"])) for e in entries if e["function"] == "attention.merge")
     assert merge["SP"] == 4  # places for 3 shares
     (decode,) = (dict(map(tuple, e["constants"])) for e in entries if e["function"] == "attention.decode")

@@ -17,8 +17,10 @@ from typing import Any
 
 from kvc_passes.errors import PlanningError, TargetError
 
-_PTX_TYPES = {"i32": "u32", "fp32": "f32"}
-"""Types of parameters by Triton's names, as PTX spells them; pointers are u64."""
+from . import boxes
+
+_PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+"""Types of parameters by Triton's names, as PTX spells them; pointers are u64, tensor maps bytes."""
 
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """Shared memory that a block can have, by architecture; 99 KiB is there on every one since sm_80."""
@@ -31,7 +33,8 @@ class DeviceKernel:
     function: str
     """<module>.<name> of the function `name` in kvc.kernels.cuda.triton_<module>."""
     types: tuple[tuple[str, str], ...]
-    """Run-time parameters in order, with Triton's types: *fp16, *bf16, *fp32, *i32, *i64, *u8, i32, fp32."""
+    """Run-time parameters in order, with Triton's types: *fp16, *bf16, *fp32, *i32, *i64, *u8, i32, fp32, and
+    tensordesc<fp16[rows, columns]> (kvc.kernels.cuda.boxes)."""
     constants: tuple[tuple[str, Any], ...]
     """Parameters that are compiled in: ints, floats, bools, strings, None and tuples of them."""
     aligned: tuple[str, ...]
@@ -131,10 +134,13 @@ def _compiled(kernel: DeviceKernel, arch: int, stages: int) -> tuple[Compiled, s
 
 def _check_launch(kernel: DeviceKernel, arch: int, code: Compiled, metadata: Any) -> None:
     """Raises PlanningError for code that the launches kvc emits do not fit."""
-    expected = ["u64" if type.startswith("*") else _PTX_TYPES[type] for _, type in kernel.types]
+    expected = [each for _, type in kernel.types for each in _parameters(type)]
     found = parameters_of(code.ptx)
+    matrices = [boxes.copied(type) for _, type in kernel.types if boxes.is_matrix(type)]
+    copied = [(*each["block_size"], each["swizzle"]) for each in metadata.tensordesc_meta or ()]
     problems = {
         f"takes {found}, not {expected} and two pointers": found != [*expected, "u64", "u64"],
+        f"copies boxes {copied}, not {matrices}": copied != matrices,
         "needs global scratch memory": metadata.global_scratch_size != 0,
         "needs a cluster of blocks": metadata.num_ctas != 1,
         f"runs {code.warps} warps, not {kernel.warps}": code.warps != kernel.warps,
@@ -143,6 +149,13 @@ def _check_launch(kernel: DeviceKernel, arch: int, code: Compiled, metadata: Any
     for problem, there in problems.items():
         if there:
             raise PlanningError(f"kernel {kernel.name} for sm_{arch} {problem}")
+
+
+def _parameters(type: str) -> list[str]:
+    """What PTX has for a parameter of one of Triton's types."""
+    if boxes.is_matrix(type):
+        return ["u8", *(_PTX_TYPES[kind] for kind in boxes.HIDDEN)]
+    return ["u64" if type.startswith("*") else _PTX_TYPES[type]]
 
 
 def parameters_of(ptx: str) -> list[str]:

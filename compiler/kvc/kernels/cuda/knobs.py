@@ -35,6 +35,10 @@ class Product:
     most: int
 
 
+BY_THREADS, BY_ENGINE = 1, 2
+"""Asynchronous copies of pointers, or boxes by the copy engine of sm_90 (kvc.kernels.cuda.boxes)."""
+
+
 @dataclass(frozen=True)
 class ProductKnobs:
     """Attributes:
@@ -42,6 +46,7 @@ class ProductKnobs:
     depth: inputs of a step.
     warps: of a program.
     stages: steps whose operands are under way at once.
+    copy: how operands get into shared memory, BY_THREADS or BY_ENGINE, where that can copy them.
     """
 
     rows: int = 0
@@ -49,6 +54,7 @@ class ProductKnobs:
     depth: int = 0
     warps: int = 0
     stages: int = 0
+    copy: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,30 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_walk
 
 from ..emit import Emitter, Expr, i64
+from . import boxes
 from .device import DeviceKernel
 from .knobs import DEFAULTS, Knobs
 
 SHARED = -1
 """Stands for the bytes of shared memory of a launch until its kernel is compiled."""
 
+_PROMOTION = 2
+"""Boxes are read in 128 bytes through the second-level cache (CUtensorMapL2promotion)."""
+
 VARIANT = "kvc.variant"
 """The attribute of a function that names how it is made."""
 
 Make = Callable[[int, Knobs], PrimFunc]
 """Makes a function for an architecture, with tuned parameters."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What boxes are copied of: `rows` rows of `width` elements in a buffer."""
+
+    buffer: Any
+    rows: Expr
+    width: int
 
 
 @dataclass
@@ -75,18 +88,37 @@ class Variants:
         return IRModule(functions)
 
     def launch(self, e: Emitter, kernel: DeviceKernel, values: Mapping[str, Any], grid: Any) -> None:
-        """Emit the launch of a kernel with the values that its parameters name: buffers and int64 numbers."""
+        """Emit the launch of a kernel with the values that its parameters name: buffers, matrices and int64
+        numbers."""
         self.kernels[kernel.name] = kernel
-        arguments = [
-            values[name].data if kind.startswith("*") else tirx.Cast("int32", values[name])
-            for name, kind in kernel.types
-        ]
+        arguments: list[Any] = []
+        for name, kind in kernel.types:
+            if boxes.is_matrix(kind):
+                arguments += _map(e, kind, values[name])
+            else:
+                value = values[name]
+                arguments.append(value.data if kind.startswith("*") else tirx.Cast("int32", value))
         null = tirx.reinterpret("handle", tirx.const(0, "uint64"))
         blocks = [i64(g) if isinstance(g, int) else g for g in (*grid, 1, 1, 1)[:3]]
         call = tirx.call_packed(
             kernel.name, *arguments, null, null, i64(32 * kernel.warps), *blocks, i64(SHARED)
         )
         e.add(tirx.Evaluate(call))
+
+
+def _map(e: Emitter, kind: str, matrix: Matrix) -> list[Expr]:
+    """Emit the encoding of a tensor map; the arguments of a launch for a matrix of boxes (boxes.HIDDEN)."""
+    made = tirx.tvm_stack_alloca("tensormap", 1)
+    room = tirx.Var("map", made.ty)
+    e.add(tirx.stmt.Bind(room, made))
+    rows, columns, swizzle = boxes.copied(kind)
+    # Sizes, strides in bytes and the box from the fastest axis on; steps of one element.
+    shape = (i64(matrix.width), matrix.rows, matrix.width * boxes.BYTES, columns, rows, 1, 1)
+    encode = ("runtime.cuTensorMapEncodeTiled", room, boxes.dtype_of(kind), 2, matrix.buffer.data)
+    # Not interleaved; zeros outside.
+    e.add(tirx.Evaluate(tirx.call_packed(*encode, *shape, 0, swizzle, _PROMOTION, 0)))
+    sizes = [tirx.Cast("int32", matrix.rows), tirx.const(matrix.width, "int32")]
+    return [room, *sizes, i64(matrix.width), i64(1)]
 
 
 def launched(function: PrimFunc) -> set[str]:

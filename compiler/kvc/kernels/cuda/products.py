@@ -11,8 +11,9 @@ from typing import Any
 
 from kvc_passes.weight_format import WeightFormat
 
+from . import boxes
 from .device import DeviceKernel
-from .knobs import PRODUCT, ProductKnobs, chosen
+from .knobs import BY_ENGINE, PRODUCT, ProductKnobs, chosen
 
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "uint4": "u8"}
 
@@ -35,7 +36,7 @@ def product_kernels(
 
     Arguments: x [m, depth] of x_dtype, w, scales and zeros (as the format has them), bias [columns] of
     x_dtype if `bias`, residual [m, columns] of x_dtype if `residual`, y [m, columns] of out_dtype, m,
-    columns, depth.
+    columns, depth. x and w are matrices of boxes where they are tuned to be and `boxable`.
     Grid (ceil(m / rows) * ceil(columns / columns of a program)), with both from the variant.
     knobs: what is tuned of the variant for at most so many rows of x, 0 for any number.
     Raises ValueError for blocks of codes that are neither a power of two of at least 16 nor all of depth.
@@ -46,29 +47,41 @@ def product_kernels(
     float32 = in_float32(format, x_dtype)
     variants: list[Variant] = []
     for most, *row in blocks(columns, depth, format, x_dtype, arch):
-        rows, wide, deep, warps, stages = chosen(knobs(most or 0), tuple(row))
-        constants = (
-            *_absent(format, bias=bias),
-            *([] if residual else [("residual", None)]),
-            *_sizes(rows, wide, deep, depth, format),
-            ("FLOAT32", float32),
-        )
-        x = f"*{TRITON_TYPES[x_dtype]}"
+        tuned = knobs(most or 0)
+        rows, wide, deep, warps, stages = chosen(tuned, tuple(row))
+        engine = tuned.copy == BY_ENGINE and boxable(depth, format, x_dtype, arch)
+        absent = [(name, None) for name, there in (("bias", bias), ("residual", residual)) if not there]
+        x, sizes = TRITON_TYPES[x_dtype], {"columns": columns, "depth": depth}
+        if engine:
+            operands = [("x", boxes.type_of(x, rows, deep)), ("w", boxes.type_of(x, wide, deep))]
+            constants = (*absent, ("BM", rows), ("BN", wide), ("BK", deep))
+        else:
+            operands = [("x", f"*{x}"), *_weight(format)]
+            constants = (
+                *_absent(format),
+                *absent,
+                *_sizes(rows, wide, deep, depth, format),
+                ("FLOAT32", float32),
+            )
         types = (
-            ("x", x),
-            *_weight(format),
-            *([("bias", x)] if bias else []),
-            *([("residual", x)] if residual else []),
+            *operands,
+            *([("bias", f"*{x}")] if bias else []),
+            *([("residual", f"*{x}")] if residual else []),
             ("y", f"*{TRITON_TYPES[out_dtype]}"),
             ("m", "i32"),
             ("columns", "i32"),
             ("depth", "i32"),
         )
-        sizes = {"columns": columns, "depth": depth}
         aligned = (*_pointers(types), *(name for name, size in sizes.items() if size % 16 == 0))
-        kernel = DeviceKernel("products.product", types, constants, aligned, warps, stages)
-        variants.append((most, kernel, rows, wide))
+        function = "products.boxed" if engine else "products.product"
+        variants.append((most, DeviceKernel(function, types, constants, aligned, warps, stages), rows, wide))
     return tuple(variants)
+
+
+def boxable(depth: int, format: WeightFormat, x_dtype: str, arch: int) -> bool:
+    """Whether the copy engine can bring both operands: 16-bit floats of one type, rows of whole 16 bytes."""
+    plain = not format.coded and not in_float32(format, x_dtype)
+    return plain and boxes.legal(arch, depth)
 
 
 def head_product_kernels(
@@ -134,7 +147,7 @@ def embedding_kernel(depth: int, format: WeightFormat, dtype: str) -> tuple[Devi
         ("depth", "i32"),
     )
     constants = (
-        *_absent(format, bias=True),
+        *_absent(format),
         ("WIDE", wide),
         ("BITS", _bits(format)),
         ("BLOCK", _block(depth, format)),
@@ -193,8 +206,8 @@ def _weight(format: WeightFormat) -> list[tuple[str, str]]:
     return tensors
 
 
-def _absent(format: WeightFormat, *, bias: bool) -> list[tuple[str, None]]:
-    has = {"scales": format.coded, "zeros": format.zeros, "bias": bias}
+def _absent(format: WeightFormat) -> list[tuple[str, None]]:
+    has = {"scales": format.coded, "zeros": format.zeros}
     return [(name, None) for name, there in has.items() if not there]
 
 

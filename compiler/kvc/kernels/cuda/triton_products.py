@@ -59,16 +59,10 @@ def tile(
     TYPE: tl.constexpr = tl.float32 if FLOAT32 else x.dtype.element_ty
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     WIDTH: tl.constexpr = BK // HALVES
-    # Programs that follow each other share columns of eight blocks of rows, while those are in the L2 cache.
-    tall = tl.cdiv(m, BM)
-    first = tl.program_id(0) // (8 * tl.cdiv(columns, BN)) * 8
-    many = tl.minimum(tall - first, 8)
-    inner = tl.program_id(0) % (8 * tl.cdiv(columns, BN))
-    rm = (first + inner % many) * BM + tl.arange(0, BM)
-    rn = inner // many * BN + tl.arange(0, BN)
+    first, above = place(m, columns, BM, BN)
     # Past the end the last row and column are taken again.
-    row = tl.minimum(rm, m - 1).to(tl.int64)
-    column = tl.minimum(rn, columns - 1).to(tl.int64)
+    row = tl.minimum(first + tl.arange(0, BM), m - 1).to(tl.int64)
+    column = tl.minimum(above + tl.arange(0, BN), columns - 1).to(tl.int64)
     rk = tl.arange(0, WIDTH)
     inputs = x + row[None, :] * (apart * depth)
     stride = depth
@@ -105,13 +99,49 @@ def tile(
             acc = tl.dot(value, given.to(TYPE), acc, input_precision="tf32x3")
     if BITS != 0 and BLOCK == 0:
         acc = acc * tl.load(scales + column).to(tl.float32)[:, None]
+    finish(acc, bias, residual, y, first, above, m, columns, apart, BM, BN)
+
+
+@triton.jit
+def boxed(
+    x, w, bias, residual, y, m, columns, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """As `product` of floats of one type in 16 bits, x [m, depth] and w [columns, depth] copied in boxes."""
+    row, column = place(m, columns, BM, BN)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, depth, BK):
+        acc = tl.dot(w.load([column, k]), x.load([row, k]).T, acc)
+    finish(acc, bias, residual, y, row, column, m, columns, 1, BM, BN)
+
+
+@triton.jit
+def place(m, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """The first row and column of y of a program.
+
+    Programs that follow each other share columns of eight blocks of rows, while those are in the L2 cache.
+    """
+    tall = tl.cdiv(m, BM)
+    first = tl.program_id(0) // (8 * tl.cdiv(columns, BN)) * 8
+    many = tl.minimum(tall - first, 8)
+    inner = tl.program_id(0) % (8 * tl.cdiv(columns, BN))
+    return (first + inner % many) * BM, inner // many * BN
+
+
+@triton.jit
+def finish(acc, bias, residual, y, first, above, m, columns, apart, BM: tl.constexpr, BN: tl.constexpr):
+    """Store sums [BN, BM] with bias and residual: rows from `first`, `apart` apart, columns from `above`."""
+    rm = tl.arange(0, BM)
+    rn = tl.arange(0, BN)
+    there = (above + rn < columns)[:, None] & (first + rm < m)[None, :]
+    # Within a program 32 bits are enough, and take half the registers.
+    start = first.to(tl.int64) * (apart * columns) + above
+    at = rm[None, :] * (apart * columns) + rn[:, None]
     if bias is not None:
-        acc += tl.load(bias + column).to(tl.float32)[:, None]
-    there = (rn < columns)[:, None] & (rm < m)[None, :]
-    at = rm.to(tl.int64)[None, :] * (apart * columns) + rn[:, None]
+        acc += tl.load(bias + tl.minimum(above + rn, columns - 1)).to(tl.float32)[:, None]
     if residual is not None:
-        acc += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=there)
+        acc += tl.load(residual + start + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + start + at, acc.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit

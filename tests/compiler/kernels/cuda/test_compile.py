@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvc.kernels.attention import AttentionShape
-from kvc.kernels.cuda import device, rekeyed, remade, sampling, shared
+from kvc.kernels.cuda import boxes, device, rekeyed, remade, sampling, shared
 from kvc.kernels.cuda.attention import (
     append_kernel,
     choose_tile,
@@ -19,6 +19,7 @@ from kvc.kernels.cuda.attention import (
     prefill_kernel,
 )
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
+from kvc.kernels.cuda.knobs import BY_ENGINE, ProductKnobs
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
 from kvc_passes.sites import Rekeyed, Remade, Sliced
@@ -46,6 +47,7 @@ WEIGHTS = [
     WeightFormat("uint8", 32, "float16", zeros=True),
     WeightFormat("uint8", 4096, "float32"),
 ]
+BOXES = r"cp\.async\.bulk\.tensor"
 COPY, WGMMA, MMA = r"cp\.async\.c[ag]\.shared", r"wgmma\.mma_async", r"mma\.sync\.aligned"
 
 
@@ -80,6 +82,32 @@ def test_decode_and_products_of_few_rows_copy_ahead(arch: int) -> None:
         code = compile_kernel(kernel, arch)
         assert holds(code, COPY)
         assert holds(code, MMA)
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("float16", 90), ("bfloat16", 90), ("float16", 100)])
+def test_products_of_boxes_use_the_copy_engine(dtype: str, arch: int) -> None:
+    format = WeightFormat(dtype)  # type: ignore[arg-type]
+    for most, kernel, tall, wide in product_kernels(
+        4096, 4096, format, dtype, dtype, True, arch, True, lambda most: ProductKnobs(copy=BY_ENGINE)
+    ):
+        code = compile_kernel(kernel, arch)
+        assert holds(code, BOXES)
+        assert not holds(code, COPY)
+        if most is None or most > 64:
+            assert holds(code, WGMMA if arch == 90 else r"tcgen05\.mma")
+        matrix = ["u8", "u32", "u32", "u64", "u64"]
+        assert parameters_of(code.ptx) == [*matrix, *matrix, *["u64"] * 3, *["u32"] * 3, "u64", "u64"]
+        assert code.shared >= 2 * 64 * (tall + wide)
+
+
+def test_boxes_that_the_launch_does_not_encode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, (_, kernel, _, _) = product_kernels(
+        4096, 4096, WeightFormat("float16"), "float16", "float16", False, 90, False,
+        lambda most: ProductKnobs(copy=BY_ENGINE),
+    )  # fmt: skip
+    monkeypatch.setattr(boxes, "copied", lambda type: (128, 32, 2))
+    with pytest.raises(PlanningError, match=r"copies boxes \[\(128, 64, 3\)"):
+        compile_kernel(kernel, 90)
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -202,6 +230,13 @@ def test_choosing_tokens_compiles_without_spills(columns: int, arch: int) -> Non
         compile_kernel(kernel, arch)
 
 
+def test_results_whose_rows_are_not_aligned_do_not_spill() -> None:
+    """A result is added to and stored element by element there."""
+    kernels = product_kernels(1001, 512, WeightFormat("float16"), "float16", "float16", True, 90, True)
+    for _, kernel, _, _ in kernels:
+        compile_kernel(kernel, 90)
+
+
 def test_names_tell_variants_apart() -> None:
     one = decode_kernel(SHAPE, 8, "float16")
     others = [
@@ -271,6 +306,6 @@ def test_attention_compiles_without_spills(dim: int, group: int, dtype: str, arc
 @pytest.mark.parametrize("format", WEIGHTS)
 def test_products_compile_without_spills(format: WeightFormat, dtype: str, arch: int) -> None:
     for columns, depth in ((1024, 4096), (8192, 1001), (50257, 1000), (16384, 11008)):
-        for _, kernel, _, _ in product_kernels(columns, depth, format, dtype, dtype, True, arch):
+        for _, kernel, _, _ in product_kernels(columns, depth, format, dtype, dtype, True, arch, True):
             compile_kernel(kernel, arch)
     compile_kernel(embedding_kernel(4096, format, dtype)[0], arch)

@@ -14,6 +14,7 @@ from tvm_ffi import structural_walk
 from kvc.kernels.cuda.host_attention import CudaAttention
 from kvc.kernels.cuda.host_pages import most_parts, shares_of
 from kvc.kernels.cuda.host_products import CudaProducts
+from kvc.kernels.cuda.knobs import BY_ENGINE, Defaults, Product, ProductKnobs
 from kvc.kernels.cuda.launches import SHARED, VARIANT, Variants
 from kvc.kernels.emit import size_var
 from kvc_passes.place_arena import evaluate
@@ -144,6 +145,30 @@ def test_few_rows_take_other_kernels_than_many() -> None:
     options: dict[str, Any] = {"bias": False, "flat": False, "dtype": "float16"}
     function = CudaProducts(variants).matmul(4096, 4096, WeightFormat("float16"), **options)
     assert len(set(names(function))) == len(names(function)) > 2
+
+
+class Engine(Defaults):
+    def product(self, arch: int, product: Product) -> ProductKnobs:
+        return ProductKnobs(copy=BY_ENGINE)
+
+
+def test_boxes_are_encoded_before_their_launch() -> None:
+    variants = Variants(90, Engine())
+    options: dict[str, Any] = {"bias": False, "flat": False, "dtype": "bfloat16"}
+    function = CudaProducts(variants).matmul(512, 1024, WeightFormat("bfloat16"), **options)
+    *_, first, second, launch = launches(function)
+    for call, rows in ((first, 128), (second, 128)):
+        name, _, dtype, rank, _, width, _, pitch, *box = call.args
+        assert (name.value, dtype.value, int(rank)) == ("runtime.cuTensorMapEncodeTiled", "bfloat16", 2)
+        assert (int(width), int(pitch)) == (1024, 2048)
+        assert [int(n) for n in box] == [64, rows, 1, 1, 0, 3, 2, 0]  # swizzled, reads of 128 bytes, zeros
+    assert launch.args[1].same_as(first.args[1])
+    assert launch.args[6].same_as(second.args[1])
+    assert [evaluate(n, {}) for n in launch.args[7:11]] == [512, 1024, 1024, 1]
+    # Two matrices of five parameters, y, three sizes; null pointers, threads, a grid of three, shared memory.
+    assert len(launch.args) == 1 + 2 * 5 + 4 + 2 + 5
+    made = variants.remade(IRModule({"f": function.with_attr("global_symbol", "f")}), 80)["f"]
+    assert "runtime.cuTensorMapEncodeTiled" not in names(made)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -6,6 +6,7 @@ import torch
 from triton_interpreter import run
 
 from kvc.kernels.cuda import rows
+from kvc.kernels.cuda.knobs import BY_ENGINE, ProductKnobs
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.weight_format import WeightFormat
 
@@ -91,6 +92,50 @@ def test_products(format: WeightFormat, dtype: str, size: tuple[int, int, int]) 
         added = [*([shift] if bias else []), *([extra] if residual else [])]
         run(kernel, grid, x, *weight, *added, y, m, columns, depth)
         assert (np.abs(y.double().numpy() - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("size", [(1, 48, 512), (70, 130, 200), (300, 140, 72)])
+@pytest.mark.parametrize("added", [False, True])
+def test_products_of_boxes(added: bool, size: tuple[int, int, int]) -> None:
+    """Of the same sums as of pointers; what surrounds the matrices is NaN, and read as zeros."""
+    m, columns, depth = size
+    random = np.random.default_rng(m)
+    (weight,), numbers = stored(columns, depth, WeightFormat("float16"), random)
+    x = with_surroundings(torch.from_numpy(random.standard_normal((m, depth))).half())
+    shift, extra = (torch.from_numpy(random.standard_normal(s)).half() for s in (columns, (m, columns)))
+    more = [shift, with_surroundings(extra)] if added else []
+    expected = x.double().numpy() @ numbers.T + sum(t.double().numpy() for t in more)
+    magnitude = np.abs(x.double().numpy()) @ np.abs(numbers).T + sum(np.abs(t.double().numpy()) for t in more)
+    bound = (depth + 8) * 2.0**-24 * magnitude + unit("float16") * np.abs(expected) + 1e-6
+    kernels = product_kernels(
+        columns, depth, WeightFormat("float16"), "float16", "float16", added, 90, added, by_engine
+    )
+    for _, kernel, tall, wide in kernels if m == 70 else [fitting(m, kernels)]:
+        assert kernel.function == "products.boxed"
+        y = with_surroundings(torch.full((m, columns), torch.nan, dtype=torch.float16))
+        run(kernel, (-(-m // tall) * -(-columns // wide),), x, weight, *more, y, m, columns, depth)
+        assert (np.abs(y.double().numpy() - expected) <= bound).all()
+
+
+def by_engine(most: int) -> ProductKnobs:
+    return ProductKnobs(copy=BY_ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "depth", "arch"),
+    [
+        (WeightFormat("float16"), "float16", 4096, 80),  # no copy engine
+        (WeightFormat("float16"), "float16", 100, 90),  # rows of 200 bytes
+        (WeightFormat("float16"), "bfloat16", 4096, 90),  # multiplied in float32
+        (WeightFormat("float32"), "float32", 4096, 90),
+        (WeightFormat("uint8", 32, "float16"), "float16", 4096, 90),  # codes become numbers in registers
+    ],
+)
+def test_what_the_engine_cannot_copy_is_loaded(
+    format: WeightFormat, dtype: str, depth: int, arch: int
+) -> None:
+    tuned = product_kernels(64, depth, format, dtype, dtype, False, arch, knobs=by_engine)
+    assert tuned == product_kernels(64, depth, format, dtype, dtype, False, arch)
 
 
 def fitting(m: int, variants: tuple) -> tuple:

@@ -19,13 +19,16 @@ WRITTEN = {
     "merge": ("out",),
     "prefill": ("out",),
 }
-WRITTEN |= {"product": ("y",), "head_product": ("y",), "embedding": ("y",)}
+WRITTEN |= {"product": ("y",), "boxed": ("y",), "head_product": ("y",), "embedding": ("y",)}
 WRITTEN |= {"peaks": ("parts",), "choose": ("logits", "chosen")}
 """Parameters that each function writes."""
 
 
 def run(kernel: DeviceKernel, grid: tuple[int, ...], *arguments: Any) -> None:
-    """Launch a kernel on tensors of the CPU and numbers, in the order of `kernel.types`."""
+    """Launch a kernel on tensors of the CPU and numbers, in the order of `kernel.types`.
+
+    What it gets boxes of is given as a matrix.
+    """
     names = [name for name, _ in kernel.types]
     values = dict(zip(names, arguments, strict=True))
     process = _process()
@@ -64,13 +67,24 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except EOFError:
             return
         try:
-            kernel.load()[grid](**values, **dict(kernel.constants))
+            kernel.load()[grid](**_described(kernel, values), **dict(kernel.constants))
             _send(
                 answers,
                 {name: values[name] for name in WRITTEN[kernel.function.split(".")[-1]] if name in values},
             )
         except Exception:
             _send(answers, traceback.format_exc())
+
+
+def _described(kernel: DeviceKernel, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with descriptors of the matrices that the kernel gets boxes of."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from kvc.kernels.cuda import boxes
+
+    shapes = {name: boxes.shape_of(kind) for name, kind in kernel.types if boxes.is_matrix(kind)}
+    made = {name: TensorDescriptor.from_tensor(values[name], list(box)) for name, box in shapes.items()}
+    return values | made
 
 
 if __name__ == "__main__":
