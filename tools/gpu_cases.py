@@ -87,6 +87,9 @@ PRODUCTS: Final = [
     for stored in ("", "uint4", "uint8")
 ]
 BOXED: Final = [case for case in PRODUCTS if not case.stored]
+BOXED_ATTENTION: Final = [
+    case for case in ATTENTION if case.phase == "prefill" and "window" not in case.options
+]
 """What the copy engine of sm_90 can bring, too: the same kernels in another library."""
 
 

@@ -240,6 +240,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         forms = [c for c in cases.FORMS if c.dtype in options.dtypes.split(",")]
         for case in (*attention[:: 4 if options.quick else 1], *forms):
             yield check_attention(kernels, case, options.quick)
+            if boxed is not None and case in cases.BOXED_ATTENTION:
+                yield in_boxes(check_attention(boxed, case, options.quick))
         products = [c for c in cases.PRODUCTS if c.dtype in options.dtypes.split(",")]
         for product in [c for c in products if not options.quick or "smollm2" in c.name]:
             for rows in (1, 17, 130) if options.quick else (1, 16, 33, 64, 200, 1000):
@@ -257,7 +259,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def boxed_kernels(seed: int) -> Kernels | None:
-    """The twins of cases.BOXED that use the copy engine, on a GPU that has one."""
+    """The twins of cases.BOXED and BOXED_ATTENTION that use the copy engine, on a GPU that has one."""
     try:
         return Kernels(seed, "boxed")
     except TargetError:

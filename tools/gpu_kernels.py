@@ -10,6 +10,7 @@ from typing import Any
 from tools.gpu_cases import (
     ATTENTION,
     BOXED,
+    BOXED_ATTENTION,
     FORMS,
     PAGE,
     PRODUCTS,
@@ -20,9 +21,10 @@ from tools.gpu_cases import (
 from tvm import IRModule, relax, tirx
 
 from kvc.cuda_machine import CudaMachine, number_of
+from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import boxes
 from kvc.kernels.cuda.host_attention import CudaAttention
-from kvc.kernels.cuda.knobs import BY_ENGINE, Defaults, Product, ProductKnobs
+from kvc.kernels.cuda.knobs import BY_ENGINE, Defaults, PrefillKnobs, Product, ProductKnobs
 from kvc.pipeline import Runner
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, MaskFact, Remade, Sliced
@@ -37,6 +39,9 @@ class Engine(Defaults):
 
     def product(self, arch: int, product: Product) -> ProductKnobs:
         return ProductKnobs(copy=BY_ENGINE)
+
+    def prefill(self, arch: int, shape: AttentionShape, tile: int) -> PrefillKnobs:
+        return PrefillKnobs(copy=BY_ENGINE)
 
 
 def build_kernels(archs: tuple[str, ...], folder: Path, runner: Runner) -> int:
@@ -53,7 +58,7 @@ def build_boxed(archs: tuple[str, ...], folder: Path, runner: Runner) -> None:
     having = tuple(arch for arch in archs if boxes.legal(number_of(arch)))
     if having:
         folder.mkdir()
-        _build(CudaMachine(having, knobs=Engine()), folder, [], BOXED, runner)
+        _build(CudaMachine(having, knobs=Engine()), folder, BOXED_ATTENTION, BOXED, runner)
 
 
 def _build(

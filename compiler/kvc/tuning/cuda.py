@@ -107,7 +107,7 @@ class CudaTarget:
             _, depth, format = task.weight()
             boxable = products.boxable(depth, format, data["dtype"], self.number)
             values = {
-                "copy": [BY_THREADS, *([BY_ENGINE] if boxable else [])],
+                "copy": _copies(boxable),
                 "rows": [n for n in (16, 32, 64, 128, 256) if n <= tall],
                 "columns": [16, 32, 64, 128, 256],
                 "depth": [n for n in (32, 64, 128, 256) if n >= least],
@@ -117,7 +117,10 @@ class CudaTarget:
         elif task.kernel == "gpu_prefill":
             tile = int(data["tile"])
             tiles = {max(1, tile // 2), max(1, tile // 4), 2 * tile} if alone else {tile}
+            shape = task.shape()
+            boxable = attention.boxable(shape, usual["keys"], shape.kv_dtype, self.number)
             values = {
+                "copy": _copies(boxable),
                 "rows": [16, 32, 64, 128, 256],
                 "keys": [16, 32, 64, 128],
                 "warps": [4, 8],
@@ -147,6 +150,9 @@ class CudaTarget:
         else:
             rows = attention.power(facts.group)
             if task.kernel == "gpu_prefill":
+                shape, boxed = task.shape(), own["copy"] == BY_ENGINE
+                if boxed and not attention.boxable(shape, own["keys"], shape.kv_dtype, self.number):
+                    return False  # a block is in one page
                 rows = max(attention.power(own["tile"] * facts.group), 16)
                 if "rows" in values and min(rows, own["rows"]) == min(rows, usual["rows"]):
                     return False  # as by default
@@ -190,6 +196,10 @@ class CudaTarget:
         return _TOLERANCE[data["kv_dtype"]]
 
 
+def _copies(boxable: bool) -> list[int]:
+    return [BY_THREADS, BY_ENGINE] if boxable else [BY_THREADS]
+
+
 @dataclass(frozen=True)
 class _Facts:
     """What candidates of a task are weighed by.
@@ -225,7 +235,8 @@ def _facts(task: Task, arch: int) -> _Facts:
     shape = task.shape()
     if task.kernel == "gpu_prefill":
         found: tuple[int, ...] = attention.prefill_blocks(shape, shape.kv_dtype, arch)
-        usual = {**dict(zip(("rows", "keys", "warps", "stages"), found)), "tile": data["tile"]}
+        blocks = dict(zip(("rows", "keys", "warps", "stages"), found))
+        usual = {**blocks, "tile": data["tile"], "copy": BY_THREADS}
     else:
         found = attention.decode_blocks(shape, shape.kv_dtype)
         usual = {**dict(zip(("keys", "warps", "stages"), found)), "splits": data["splits"]}

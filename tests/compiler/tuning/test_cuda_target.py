@@ -20,6 +20,7 @@ import kvc
 from kvc.cuda_machine import CudaMachine
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import knobs as cuda
+from kvc.kernels.cuda.knobs import BY_ENGINE
 from kvc.kernels.cuda.launches import launched
 from kvc.kernels.shapes import attention_shape
 from kvc.planning.rates import nominal_gpu
@@ -128,6 +129,17 @@ def test_rows_beyond_a_tile_are_no_candidates() -> None:
     assert not TARGET.possible(TASKS["prefill"], {"rows": 256})
     assert TARGET.possible(TASKS["prefill"], {"rows": 256, "tile": 64, "keys": 16, "stages": 1})
     assert TARGET.possible(TASKS["prefill"], {"rows": 64})
+
+
+def test_boxes_are_candidates_where_the_engine_can_copy_them() -> None:
+    assert TARGET.space(TASKS["many"], True)["copy"] == (0, BY_ENGINE)
+    assert TARGET.space(TASKS["prefill"], True)["copy"] == (0, BY_ENGINE)
+    narrow = prefill(replace(SHAPE, window=128))
+    for task in (TASKS["codes"], TASKS["float32"], product(depth=100), narrow):
+        assert TARGET.space(task, True)["copy"] == (0,)
+    assert CudaTarget("sm_86").space(TASKS["many"], True)["copy"] == (0,)
+    assert TARGET.possible(TASKS["prefill"], {"copy": BY_ENGINE, "keys": 32})
+    assert not TARGET.possible(TASKS["prefill"], {"copy": BY_ENGINE, "keys": 128, "rows": 64})  # pages of 64
 
 
 def test_tiles_vary_where_they_are_free() -> None:

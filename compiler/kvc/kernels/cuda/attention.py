@@ -13,9 +13,9 @@ from typing import Any
 
 from kvc.kernels.attention import AttentionShape
 
-from . import predicates
+from . import boxes, predicates
 from .device import DeviceKernel
-from .knobs import DECODE, PREFILL, DecodeKnobs, PrefillKnobs, chosen
+from .knobs import BY_ENGINE, DECODE, PREFILL, DecodeKnobs, PrefillKnobs, chosen
 
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "uint8": "u8"}
 SCALES = ("kscale", "vscale")
@@ -53,7 +53,8 @@ def prefill_kernel(
     """Attention of many tokens a sequence, whose own keys must be in the pages.
 
     Arguments: q [1, H, n, D], pools, positions i64[n], tiles i32[t, 3] (table row, first token,
-    tokens <= tile), table i32[b, width], extras, out [1, n, H, Dv], n, width. Grid (t, Hkv). Any tile works;
+    tokens <= tile), table i32[b, width], extras, out [1, n, H, Dv], n, width; before out the pools as
+    `matrices`, too, where they are tuned to be copied in boxes and `boxable`. Grid (t, Hkv). Any tile works;
     one of choose_tile is done at once. The blocks are of a size that is good for sm_<arch> and works on later
     architectures of its kind.
     """
@@ -65,14 +66,37 @@ def prefill_kernel(
         "BM": rows,
         **options(shape, keys, x_dtype),
         "GUARDED": shape.guarded,
-        # Behind a narrow window few blocks are seen whole.
-        "SPLIT": shape.predicate is None and min(shape.window or 2**30, shape.chunk or 2**30) >= 1024,
+        "SPLIT": _split(shape),
         "WHOLE": shape.whole,
         "TILE": tile,
     }
     x = TRITON_TYPES[x_dtype]
-    types = [*_inputs(shape, x, tiles=True), ("out", f"*{x}"), ("n", "i32"), ("width", "i32")]
+    pools: list[tuple[str, str]] = []
+    if knobs.copy == BY_ENGINE and boxable(shape, keys, x_dtype, arch):
+        pools = [(name, boxes.type_of(x, keys, power(size))) for name, size in matrices(shape).items()]
+    else:
+        constants |= dict.fromkeys(matrices(shape))
+    types = [*_inputs(shape, x, tiles=True), *pools, ("out", f"*{x}"), ("n", "i32"), ("width", "i32")]
     return attention_kernel("attention.prefill", types, constants, shape, warps, stages)
+
+
+def boxable(shape: AttentionShape, keys: int, x_dtype: str, arch: int) -> bool:
+    """Whether the copy engine can bring the blocks of `keys` keys that every row sees whole.
+
+    Other blocks have keys that must not be read, which a box would bring.
+    """
+    plain = _split(shape) and shape.stored is None and not in_float32(shape, x_dtype)
+    return plain and keys <= shape.page_size and boxes.legal(arch, *matrices(shape).values())
+
+
+def matrices(shape: AttentionShape) -> dict[str, int]:
+    """Elements of a row of the pools as matrices [pages * Hkv * PG, elements], by their parameters' names."""
+    return {"kbox": shape.head_dim, "vbox": shape.value_dim}
+
+
+def _split(shape: AttentionShape) -> bool:
+    """Whether blocks without masks have a loop of their own: behind a narrow window few are seen whole."""
+    return shape.predicate is None and min(shape.window or 2**30, shape.chunk or 2**30) >= 1024
 
 
 def decode_kernel(

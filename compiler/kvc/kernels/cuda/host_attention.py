@@ -20,7 +20,7 @@ from . import attention, rekeyed, remade, shared
 from .device import DeviceKernel
 from .host_pages import LONGEST, PAGE_SIZE, CudaPages, parts_of
 from .knobs import Knobs
-from .launches import Variants
+from .launches import Matrix, Variants
 from .remade import Making
 
 
@@ -180,7 +180,12 @@ class CudaAttention(CudaPages):
         }
         kind = attention.out_dtype(shape, dtype)
         out = argument("out", (1, n, shape.heads, shape.value_dim), kind)
-        self.variants.launch(e, kernel, {**inputs, "out": out, "n": n, "width": m}, (t, programs))
+        values = {**inputs, "out": out, "n": n, "width": m}
+        if not shape.shared:
+            tokens = pages * (shape.kv_heads * shape.page_size)
+            widths = attention.matrices(shape).items()
+            values |= {name: Matrix(inputs[f"{name[0]}pool"], tokens, width) for name, width in widths}
+        self.variants.launch(e, kernel, values, (t, programs))
         return e.function([*inputs.values(), out], list(inputs.values()), [out])
 
     def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:

@@ -78,7 +78,7 @@ class CudaProducts:
         y = argument("y", (m, columns) if flat else (1, m, columns), out_dtype)
         inputs = {"x": x, **weight, **added}
         values = {**inputs, "y": y, "m": m, "columns": i64(columns), "depth": i64(depth)}
-        matrices = {"x": Matrix(x, m, depth), "w": Matrix(weight["w"], i64(columns), depth)}
+        values |= {"xbox": Matrix(x, m, depth), "wbox": Matrix(weight["w"], i64(columns), depth)}
 
         def tuned(most: int) -> ProductKnobs:
             return knobs.product(arch, Product(columns, depth, format, bias, residual, flat, dtype, most))
@@ -87,15 +87,14 @@ class CudaProducts:
         for most, kernel, tall, wide in products.product_kernels(
             columns, depth, format, dtype, out_dtype, bias, arch, residual, tuned
         ):
-            given = {**values, **matrices} if kernel.function == "products.boxed" else values
             grid = (parts(m, tall) * -(-columns // wide),)
             if only is not None:
                 if only == (most or 0):
-                    self.variants.launch(e, kernel, given, grid)
+                    self.variants.launch(e, kernel, values, grid)
                 continue
             fits = m > least if most is None else tirx.And(m > least, m <= most)
             with e.when(fits):
-                self.variants.launch(e, kernel, given, grid)
+                self.variants.launch(e, kernel, values, grid)
             least = most or least
         return e.function([*inputs.values(), y], list(inputs.values()), [y])
 

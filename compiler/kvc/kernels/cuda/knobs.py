@@ -64,6 +64,7 @@ class PrefillKnobs:
     keys: of a block.
     warps, stages: as of products.
     tile: query tokens of a program's tile; one for all layers and architectures of an artifact.
+    copy: as of products, of the blocks that every row sees whole.
     """
 
     rows: int = 0
@@ -71,6 +72,7 @@ class PrefillKnobs:
     warps: int = 0
     stages: int = 0
     tile: int = 0
+    copy: int = 0
 
 
 @dataclass(frozen=True)

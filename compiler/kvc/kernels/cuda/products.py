@@ -36,7 +36,7 @@ def product_kernels(
 
     Arguments: x [m, depth] of x_dtype, w, scales and zeros (as the format has them), bias [columns] of
     x_dtype if `bias`, residual [m, columns] of x_dtype if `residual`, y [m, columns] of out_dtype, m,
-    columns, depth. x and w are matrices of boxes where they are tuned to be and `boxable`.
+    columns, depth. Where they are tuned to be copied in boxes and `boxable`, xbox and wbox for x and w.
     Grid (ceil(m / rows) * ceil(columns / columns of a program)), with both from the variant.
     knobs: what is tuned of the variant for at most so many rows of x, 0 for any number.
     Raises ValueError for blocks of codes that are neither a power of two of at least 16 nor all of depth.
@@ -53,7 +53,7 @@ def product_kernels(
         absent = [(name, None) for name, there in (("bias", bias), ("residual", residual)) if not there]
         x, sizes = TRITON_TYPES[x_dtype], {"columns": columns, "depth": depth}
         if engine:
-            operands = [("x", boxes.type_of(x, rows, deep)), ("w", boxes.type_of(x, wide, deep))]
+            operands = [("xbox", boxes.type_of(x, rows, deep)), ("wbox", boxes.type_of(x, wide, deep))]
             constants = (*absent, ("BM", rows), ("BN", wide), ("BK", deep))
         else:
             operands = [("x", f"*{x}"), *_weight(format)]

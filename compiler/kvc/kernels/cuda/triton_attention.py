@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .triton_masks import oldest
-from .triton_softmax import LOG2E, attend, attend_blocks, normalized
+from .triton_softmax import LOG2E, attend, attend_blocks, attend_boxes, normalized
 from .triton_stored import store
 
 
@@ -41,7 +41,7 @@ def append(
 
 @triton.jit
 def prefill(
-    q, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, bias, out, n, width,
+    q, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, bias, kbox, vbox, out, n, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -58,15 +58,16 @@ def prefill(
     tokens = tl.load(tiles + 2)
     if TILE <= STEP:
         prefill_rows(
-            q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, out, n, first, tokens,
+            q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
+            out, n, first, tokens,
             H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
             WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE,
         )  # fmt: skip
     else:
         for done in range(0, tokens, STEP):
             prefill_rows(
-                q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, out, n,
-                first + done, tl.minimum(tokens - done, STEP),
+                q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
+                out, n, first + done, tl.minimum(tokens - done, STEP),
                 H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
                 WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE,
             )  # fmt: skip
@@ -74,7 +75,8 @@ def prefill(
 
 @triton.jit
 def prefill_rows(
-    q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, out, n, first, tokens,
+    q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
+    out, n, first, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -84,7 +86,8 @@ def prefill_rows(
 ):  # fmt: skip
     """Attention of `tokens` query tokens from `first` and a KV head, in at most BM rows.
 
-    With SPLIT, blocks that every row sees whole have a loop of their own, without masks.
+    With SPLIT, blocks that every row sees whole have a loop of their own, without masks; keys and values come
+    in boxes there, unless kbox is None.
     """
     G: tl.constexpr = H // HKV
     TYPE: tl.constexpr = tl.float32 if FLOAT32 else q.dtype.element_ty
@@ -144,12 +147,18 @@ def prefill_rows(
                 block, whole, low, high, HKV, D, DV, DP, DVP, PG, BN, True, FLOAT32,
                 SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
             )  # fmt: skip
-        acc, total, top = attend_blocks(
-            acc, total, top, query, position, h, slope, line,
-            kpool, vpool, kscale, vscale, columns, head, whole, rest, low, high,
-            HKV, D, DV, DP, DVP, PG, BN, False, FLOAT32,
-            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
-        )  # fmt: skip
+        if kbox is not None:
+            acc, total, top = attend_boxes(
+                acc, total, top, query, position, h, slope, line, kbox, vbox, columns, head, whole, rest,
+                HKV, PG, BN, SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES,
+            )  # fmt: skip
+        else:
+            acc, total, top = attend_blocks(
+                acc, total, top, query, position, h, slope, line,
+                kpool, vpool, kscale, vscale, columns, head, whole, rest, low, high,
+                HKV, D, DV, DP, DVP, PG, BN, False, FLOAT32,
+                SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED,
+            )  # fmt: skip
         block = rest
     acc, total, top = attend_blocks(
         acc, total, top, query, position, h, slope, line,

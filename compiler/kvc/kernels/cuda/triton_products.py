@@ -104,14 +104,14 @@ def tile(
 
 @triton.jit
 def boxed(
-    x, w, bias, residual, y, m, columns, depth,
+    xbox, wbox, bias, residual, y, m, columns, depth,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """As `product` of floats of one type in 16 bits, x [m, depth] and w [columns, depth] copied in boxes."""
+    """As `product` of floats of one type in 16 bits, of boxes of x [m, depth] and w [columns, depth]."""
     row, column = place(m, columns, BM, BN)
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, depth, BK):
-        acc = tl.dot(w.load([column, k]), x.load([row, k]).T, acc)
+        acc = tl.dot(wbox.load([column, k]), xbox.load([row, k]).T, acc)
     finish(acc, bias, residual, y, row, column, m, columns, 1, BM, BN)
 
 

@@ -131,6 +131,29 @@ def attend_blocks(
 
 
 @triton.jit
+def attend_boxes(
+    acc, total, top, query, position, h, slope, line, kbox, vbox, columns, head, begin, end,
+    HKV: tl.constexpr, PG: tl.constexpr, BN: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr, DISTANCES: tl.constexpr,
+):  # fmt: skip
+    """As `attend_blocks` of blocks that every row sees whole, each in a page, copied in boxes.
+
+    kbox and vbox are the pools as matrices [pages * HKV * PG, elements].
+    """
+    for block in range(begin, end):
+        start = block * BN
+        row = (tl.load(columns + start // PG) * HKV + head) * PG + start % PG
+        x = tl.dot(query, kbox.load([row, 0]).T)
+        weight, fade, total, top = weigh(
+            x, total, top, position, start + tl.arange(0, BN), h, slope, line, False,
+            SCALE, FACTOR, SOFTCAP, WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES,
+        )  # fmt: skip
+        acc = tl.dot(weight.to(query.dtype), vbox.load([row, 0]), acc * fade[:, None])
+    return acc, total, top
+
+
+@triton.jit
 def normalized(values, total, GUARDED: tl.constexpr):
     """Values over the sum of their weights: NaN where that is NaN or 0, and for GUARDED 0."""
     result = values / total

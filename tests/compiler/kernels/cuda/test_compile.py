@@ -19,7 +19,7 @@ from kvc.kernels.cuda.attention import (
     prefill_kernel,
 )
 from kvc.kernels.cuda.device import Compiled, DeviceKernel, compile_kernel, parameters_of
-from kvc.kernels.cuda.knobs import BY_ENGINE, ProductKnobs
+from kvc.kernels.cuda.knobs import BY_ENGINE, PrefillKnobs, ProductKnobs
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
 from kvc_passes.sites import Rekeyed, Remade, Sliced
@@ -98,6 +98,50 @@ def test_products_of_boxes_use_the_copy_engine(dtype: str, arch: int) -> None:
         matrix = ["u8", "u32", "u32", "u64", "u64"]
         assert parameters_of(code.ptx) == [*matrix, *matrix, *["u64"] * 3, *["u32"] * 3, "u64", "u64"]
         assert code.shared >= 2 * 64 * (tall + wide)
+
+
+BOXABLE = {
+    "plain": {},
+    "window": {"window": 4096},
+    "odd heads, softcap": {"head_dim": 80, "value_dim": 80, "softcap": 30.0},
+    "bfloat16": {"kv_dtype": "bfloat16"},
+    "wide heads": {"heads": 8, "head_dim": 256, "value_dim": 256},
+}
+
+
+@pytest.mark.parametrize("name", BOXABLE)
+def test_prefill_of_boxes_uses_the_copy_engine(name: str) -> None:
+    shape = dataclasses.replace(SHAPE, **BOXABLE[name])  # type: ignore[arg-type]
+    tile = choose_tile(shape.group, shape.head_dim)
+    kernel = prefill_kernel(shape, tile, shape.kv_dtype, 90, PrefillKnobs(copy=BY_ENGINE))
+    code = compile_kernel(kernel, 90)
+    assert holds(code, BOXES)
+    assert holds(code, COPY)  # of blocks with masks
+    assert holds(code, WGMMA)
+    assert parameters_of(code.ptx).count("u8") == 2
+
+
+NOT_BOXABLE = {
+    "no blocks are whole": ({"window": 128}, 90, 0),
+    "predicate": ({"predicate": "k <= q"}, 90, 0),
+    "codes": ({"stored": "int8"}, 90, 0),
+    "float32": ({"kv_dtype": "float32"}, 90, 0),
+    "pages smaller than blocks": ({"page_size": 16}, 90, 0),
+    "blocks larger than pages": ({}, 90, 128),
+    "keys of 200 bytes": ({"head_dim": 100}, 90, 0),
+    "no copy engine": ({}, 80, 0),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BOXABLE)
+def test_keys_that_the_engine_cannot_copy_are_loaded(name: str) -> None:
+    fields, arch, keys = NOT_BOXABLE[name]
+    shape = dataclasses.replace(SHAPE, **fields)  # type: ignore[arg-type]
+    boxed, plain = (
+        prefill_kernel(shape, 32, shape.kv_dtype, arch, PrefillKnobs(keys=keys, copy=copy))
+        for copy in (BY_ENGINE, 0)
+    )
+    assert boxed == plain
 
 
 def test_boxes_that_the_launch_does_not_encode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from triton_made import LATENT, MADE, REKEYED, MadeCase, RekeyedCase
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import predicates
 from kvc.kernels.cuda.attention import append_kernel, choose_tile, merge_blocks, merge_kernel
+from kvc.kernels.cuda.knobs import BY_ENGINE, PrefillKnobs
 
 pytest.importorskip("triton")
 
@@ -28,11 +29,12 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
     q = 2 * case.normal(1, shape.heads, at, shape.query_dim)
     out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = case.prefill_kernel(tile)
+    matrices = [pool.flatten(0, 2) for pool in case.state] if "kbox" in dict(kernel.types) else []
     run(
         kernel,
         (len(tiles), programs),
         *(q, *case.state, torch.from_numpy(np.concatenate(positions))),
-        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras),
+        *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras, *matrices),
         *(out, at, case.table.shape[1]),
     )
     return q[0].transpose(0, 1), out[0], positions
@@ -85,6 +87,18 @@ def test_sequences_that_end_beside_pages_chunks_and_windows(name: str, dtype: st
 def test_contexts_of_several_blocks(name: str) -> None:
     check_prefill(Case(SHAPES[name], "float16", [(1300, 70), (300, 100)], 3))
     check_decode(Case(SHAPES[name], "float16", [(1300, 1)], 4), 5)
+
+
+@pytest.mark.parametrize("name", ["wide window", "grouped", "odd heads"])
+def test_whole_blocks_in_boxes(name: str) -> None:
+    """Keys that no row sees, NaN, lie in blocks with masks, which are read by pointers."""
+    odd = AttentionShape(6, 2, 80, 72, 0.11, softcap=20.0, slopes=True)
+    shape = dataclasses.replace(SHAPES.get(name, odd), page_size=64)
+    knobs = PrefillKnobs(copy=BY_ENGINE)
+    longest = (1300, 70) if shape.window else (250, 70)
+    case = Case(shape, "float16", [longest, (100, 33), (1, 1)], 3, knobs=knobs)
+    assert "kbox" in dict(case.prefill_kernel(16)[0].types)
+    check_prefill(case)
 
 
 @pytest.mark.parametrize("page", [16, 128])

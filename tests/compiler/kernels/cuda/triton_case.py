@@ -15,6 +15,7 @@ from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import attention, shared
 from kvc.kernels.cuda.attention import APPEND_TOKENS, append_kernel, out_dtype
 from kvc.kernels.cuda.device import DeviceKernel
+from kvc.kernels.cuda.knobs import PREFILL, PrefillKnobs
 from kvc_passes.sites import Sliced
 from support import turned
 
@@ -99,10 +100,16 @@ class Case:
     """Sequences with random contents and pages. Whatever the kernels must not read is NaN."""
 
     def __init__(
-        self, shape: AttentionShape, dtype: str, lengths: list[tuple[int, int]], seed: int, kv: str = ""
+        self,
+        shape: AttentionShape,
+        dtype: str,
+        lengths: list[tuple[int, int]],
+        seed: int,
+        kv: str = "",
+        knobs: PrefillKnobs = PREFILL,
     ) -> None:
         self.shape = shape = dataclasses.replace(shape, kv_dtype=kv or dtype)
-        self.dtype, self.type = dtype, DTYPES[dtype]
+        self.dtype, self.type, self.knobs = dtype, DTYPES[dtype], knobs
         self.out_type = DTYPES[out_dtype(shape, dtype)]
         self.random = torch.Generator().manual_seed(seed)
         self.slopes = torch.rand(shape.heads, generator=self.random) / 2
@@ -140,7 +147,9 @@ class Case:
         """And programs a tile."""
         if self.shape.shared:
             return shared.prefill_kernel(self.shape, self.dtype)
-        return attention.prefill_kernel(self.shape, tile, self.dtype), self.shape.kv_heads
+        arch = 80 if self.knobs == PREFILL else 90
+        kernel = attention.prefill_kernel(self.shape, tile, self.dtype, arch, self.knobs)
+        return kernel, self.shape.kv_heads
 
     def decode_kernel(self, splits: int) -> tuple[DeviceKernel, int]:
         """And programs a share."""
