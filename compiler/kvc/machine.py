@@ -20,7 +20,7 @@ from kvc_passes.weights import WeightPart
 
 from .codegen.link import link
 from .codegen.schedule_kernels import ScheduleKernels
-from .codegen.workspaces import pool_bytes, reserve, thread_buffers
+from .codegen.workspaces import ALREADY_COMPACT, compacted, pool_bytes, reserve, thread_buffers
 from .kernels import packing
 from .kernels.cpu import PAGE_SIZE, CpuAttention, CpuProducts
 from .kernels.knobs import DEFAULTS, AttentionTimes, Knobs
@@ -155,9 +155,10 @@ class CpuMachine:
     def build(
         self, module: IRModule, folder: Path, runner: Runner, bounds: Mapping[str, int] = {}
     ) -> list[str]:
+        module = compacted(module)
         function = reserve(thread_buffers([module], bounds), self.products.traits.threads)
         module = IRModule({**module.functions, RESERVE: function.with_attr("global_symbol", RESERVE)})
-        with self.target:
+        with self.target, ALREADY_COMPACT:
             executable = tvm.compile(
                 module, self.target, relax_pipeline=tvm.transform.Sequential([]), tir_pipeline="default"
             )

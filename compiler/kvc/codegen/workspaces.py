@@ -36,13 +36,20 @@ def thread_buffers(modules: Iterable[IRModule], bounds: Mapping[str, int] | None
     """
     most: Sizes = ()
     for module in modules:
-        kernels = {v: f for v, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
-        generated = {v: f for v, f in kernels.items() if _block_buffers(f)}
-        # Of what TVM generated, a buffer gets small where it is used; templates say how large theirs are.
-        compacted = dict(_with_compact_buffers(IRModule(generated)).functions_items())
-        for function in (kernels | compacted).values():
-            most = _larger(most, _needed(function, bounds or {}))
+        for function in compacted(module).functions.values():
+            if isinstance(function, tirx.PrimFunc):
+                most = _larger(most, _needed(function, bounds or {}))
     return most
+
+
+def compacted(module: IRModule) -> IRModule:
+    """Buffers of what TVM generated get small where they are used; templates say how large theirs are.
+
+    TVM's pass looks at every access of every buffer. Templates have thousands: it is left out for them.
+    """
+    functions = dict(module.functions_items())
+    generated = {v: f for v, f in functions.items() if isinstance(f, tirx.PrimFunc) and _block_buffers(f)}
+    return IRModule({**functions, **dict(_with_compact_buffers(IRModule(generated)).functions_items())})
 
 
 def pool_bytes(buffers: Sizes) -> int:
@@ -68,6 +75,10 @@ def reserve(buffers: Sizes, threads: int) -> tirx.PrimFunc:
 def whole_pages(size: int) -> int:
     """Bytes of the pages that an allocation of so many can touch."""
     return -(-(size + HEADER) // PAGE) * PAGE
+
+
+ALREADY_COMPACT: Final = tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
+"""For code of a module that was compacted."""
 
 
 def _with_compact_buffers(module: IRModule) -> IRModule:
