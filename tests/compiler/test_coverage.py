@@ -28,10 +28,8 @@ ROWS = [
     "gpt2/optimum/float32",
     "gemma/genai/float32",
     "gemma2/genai/int4",
-    "bloom/dynamo-20-past/float32",
     "llama4/dynamo-20/float32",
     "gpt-oss/dynamo-20/float32",
-    "deepseek/dynamo-23/float32",
     "mixtral/dynamo-20/float32",
     "mpt/torchscript-17-past/float32",
     "bloom/dynamo-23/bfloat16",
@@ -41,6 +39,8 @@ ROWS = [
     "llama/dynamo-21/qdq-uint8-tensor",
 ]
 SLOW_ROWS = [
+    "bloom/dynamo-20-past/float32",
+    "deepseek/dynamo-23/float32",
     "gemma3/dynamo-20-past/float32",
     "llama4-moe/dynamo-20/float32",
     "llama3/dynamo-20-past/float32",

@@ -41,7 +41,9 @@ def rows(artifact: kvc.Artifact, tokens: list[int], chunks: list[int]) -> np.nda
         executor.close()
 
 
-@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("opt", "mpt") else f for f in FORMS]
+)
 def test_the_logits_are_the_models(model_file: ModelFile, tmp_path: Path, family: str) -> None:
     model, form = model_file(family), FORMS[family]
     artifact = kvc.compile(model, budget="400MB", workload="2x200", state=form, output=tmp_path / "m.kvc")

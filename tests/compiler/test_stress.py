@@ -24,7 +24,10 @@ def _tight(model: Path, output: Path, allow: str = "") -> kvc.Artifact:
     return kvc.compile(model, budget=refused.value.needed, output=output, **options)
 
 
-@pytest.mark.parametrize(("family", "allow"), [("gemma2", ""), ("llama", ""), ("llama", "window=32,sinks=3")])
+@pytest.mark.parametrize(
+    ("family", "allow"),
+    [("gemma2", ""), pytest.param("llama", "", marks=pytest.mark.slow), ("llama", "window=32,sinks=3")],
+)
 def test_500_requests_in_few_pages(
     model_file: Callable[..., Path], tmp_path: Path, family: str, allow: str
 ) -> None:

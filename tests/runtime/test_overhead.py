@@ -11,6 +11,12 @@ from kvc.runtime import overhead
 from kvc_passes.errors import TargetError
 
 
+@pytest.fixture(autouse=True)
+def _measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests measure a process once: see tests/conftest.py."""
+    monkeypatch.setattr(overhead, "_run_probe", overhead._run_probe.__wrapped__)
+
+
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
