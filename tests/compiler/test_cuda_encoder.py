@@ -15,10 +15,10 @@ from kvc_passes.errors import BudgetError
 from pretend_gpu.run_artifact import LENGTHS, ROWS, STEPS, inputs_of, tokens_of
 from support import OnnxRuntime
 
-from .test_cuda import LIMITS, Built, libraries, run
+from .test_cuda import LIMITS, Built, few_shares, libraries, run
 
 pytest.importorskip("triton")
-__all__ = ["libraries"]
+__all__ = ["few_shares", "libraries"]
 
 ModelFile = Callable[..., Path]
 WORKLOAD = f"2x64+{max(ROWS)}"
@@ -34,6 +34,7 @@ LOADED = 16 * 4096
         pytest.param("tiny-whisper", "float16", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("few_shares")
 def test_rows_and_logits_on_a_pretend_gpu(
     model_file: ModelFile, libraries: Path, tmp_path: Path, family: str, dtype: str
 ) -> None:
