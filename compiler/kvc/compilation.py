@@ -16,7 +16,7 @@ from kvc_passes.graph import dims
 from kvc_passes.kernel_sets import AttentionKernels, TensorType
 from kvc_passes.place_arena import Arena
 from kvc_passes.plans import Plan
-from kvc_passes.row_segments import segments_of
+from kvc_passes.row_segments import FINEST, segments_of
 from kvc_passes.row_slices import Segment
 from kvc_passes.weights import WeightPart
 
@@ -41,8 +41,6 @@ from .reconstruction import WithKeyWeights
 
 Weight = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 _ALIGNMENT = 64
-_MOST_SLICES = 64
-"""Of a chunk: each is a call of its own."""
 _LEAST_SLICE = 32
 """Tokens, where a slice reads weights."""
 _SMALL = 1 << 14
@@ -152,7 +150,7 @@ def costs(model: Model, lowered: Lowered, runtime: int) -> Costs:
         bounds, found = bounds_of("prefill", chunk, batch), []
         least = max(arenas["prefill"].alive(bounds), default=0)
         rows = chunk // 2 if lowered.segments else 0
-        while rows >= lowered.least_slice and rows % lowered.unit == 0 and rows * _MOST_SLICES >= chunk:
+        while rows >= lowered.least_slice and rows % lowered.unit == 0 and rows * FINEST >= chunk:
             alive = max(in_slices.alive(bounds, rows))
             if alive < least - least // _WORTH:
                 found.append(rows)

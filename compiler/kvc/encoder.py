@@ -150,7 +150,7 @@ class Encoder:
 
     @cached_property
     def _base(self) -> LoweredGraph:
-        return self._lowering(self.facts.least).of(self.module)
+        return self._lowering(self.facts.least).of(self.module, overwriting=True)
 
     @cached_property
     def _natural(self) -> Arena:

@@ -18,7 +18,7 @@ from kvc_passes.remat.views import without_views
 from kvc_passes.rematerialize import Operations, Rematerialize, tensors_of
 from kvc_passes.split_chains import SplitChains, Splits
 
-from .codegen.lower import allocated, fused, to_vm
+from .codegen.lower import allocated, fused, scheduled, to_vm
 from .codegen.workspaces import HEADER, PAGE, whole_pages
 from .machine import CpuMachine, Machine
 from .options import parse_size
@@ -138,10 +138,9 @@ class Lowering:
 
     def of(self, mod: IRModule, overwriting: bool = False) -> LoweredGraph:
         """overwriting: with outputs over inputs where that is possible."""
-        with self.machine.target:
-            kernels = self.runner.apply(mod, self.machine.schedule("prefill")).module
+        kernels = scheduled(mod, self.machine.target, self.machine.schedule("prefill"), self.runner)
         if overwriting:
-            kernels = self.runner.apply(kernels, OverwriteInputs(self.bounds, mod)).module
+            kernels = self.runner.apply(kernels, OverwriteInputs()).module
         workspace = self.machine.workspace_bytes([kernels], self.bounds)
         return LoweredGraph(mod, kernels, self.arena(kernels), workspace, self.outputs)
 

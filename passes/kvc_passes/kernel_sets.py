@@ -129,6 +129,12 @@ class MatmulKernels(Protocol):
     def adds(self) -> bool:
         """Whether a product can add a tensor of y's shape."""
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether y may lie over the tensor that is added: of that every element is read once, by what
+        writes the same element of y, and before.
+        """
+
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
         """The tensors of a packed weight [columns, depth]: the data; for codes then scales, then zeros."""
 

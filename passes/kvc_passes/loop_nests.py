@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tvm import relax, s_tir, tirx
 from tvm.ir import Call, TensorLoad
 from tvm_ffi import structural_equal, structural_walk
 
 from .graph import same_shape, static
+
+OVERWRITES: Final = "kvc.overwrites"
+"""Attribute of kernels: the inputs, by number, whose memory the output may take."""
+OVERWRITTEN: Final = "kvc.overwritten"
+"""Attribute of kernels whose output has taken the memory of an input: what number that had."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +128,8 @@ def nests_of(function: Any) -> tuple[Nest, ...] | None:
 
 def overwritten(function: tirx.PrimFunc, number: int) -> tirx.PrimFunc:
     """The kernel without its input of that number: the output's memory holds it when the kernel starts."""
-    return function.specialize({function.params[number]: function.params[-1]})
+    made = function.specialize({function.params[number]: function.params[-1]})
+    return made.without_attr(OVERWRITES).with_attr(OVERWRITTEN, number)
 
 
 def call_kernel(functions: Any, call: relax.Expr) -> Kernel | None:

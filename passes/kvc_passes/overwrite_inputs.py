@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tvm import IRModule, relax
 from tvm.ir import GlobalVar
@@ -22,21 +21,18 @@ class OverwriteInputs:
     Before: `call_tir(kernel, [..., x, ...])`, the last read of x or of a view of it; `kernel` reads an
         element of x only to compute the output's element at the same place.
     After: `call_tir_inplace(kernel, [..., x], [last])`, the kernel without an output of its own.
-    Needs: the final order (Rematerialize); kernels as TVM generates them, or `plain` if they are scheduled.
+    Needs: the final order (Rematerialize); kernels as TVM generates them, or marked by ProveOverwrites.
     Refuses: nothing; what is not proved about a kernel stays.
 
     Parameters, constants and what the function returns are never overwritten, and an output that is returned
     is not written into a temporary. That a kernel may is proved from its loops (`Kernel.overwritable`): what
     is read of an element goes into the output's element alone, so in every schedule it is read before.
+    Templates promise it of a tensor that they add (`kernel_sets.MatmulKernels.overwrites`).
     """
-
-    bounds: Mapping[str, int] = field(default_factory=dict)
-    plain: IRModule | None = None
-    """The same module before its kernels were scheduled."""
 
     def run(self, mod: IRModule) -> Result:
         function = mod["main"]
-        chosen = self._chosen(Operations(self.plain or mod, self.bounds, {}))
+        chosen = self._chosen(Operations(mod, {}, {}))
         if not chosen:
             return Result(mod, 0)
         graph = graph_of(function)

@@ -13,6 +13,7 @@ from .base import Result
 from .errors import PlanningError
 from .graph import Graph, dims, graph_of, op_name, same_shape, static
 from .kernel_sets import MatmulKernels
+from .loop_nests import OVERWRITES
 from .markers import HEAD_PRODUCT, HEAD_WEIGHT, HeadProduct, attributes, tensors
 from .prove_rows import ROWS
 from .rebuild import drop_params, rebuild
@@ -174,6 +175,8 @@ class PackMatmuls:
                 dtype=dtype,
                 residual=residual is not None,
             )
+            if residual is not None and self.kernels.overwrites:
+                kernel = kernel.with_attr(OVERWRITES, [len(kernel.params) - 2])
             made[key] = builder.add_func(kernel.with_attr(ROWS, True), MATMUL)
         leading = dims(x)[:-1]
         one, depth, columns = (tirx.IntImm("int64", size) for size in (1, weight.depth, weight.columns))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -17,6 +17,8 @@ from .rebuild import substitute, with_main
 from .row_slices import TOKENS, Segment, SliceWriter, has_tokens, is_kernel_call
 
 ALIGNMENT = 64  # bytes; generated code loads whole vectors
+_REPAIRS = 4
+"""How often an order that leaves gaps is repaired."""
 Returned = Literal["none", "apart", "within"]
 """Temporaries that a function returns: there must be none; they are allocations of their own; or they lie in
 the arena, whose memory stays as long as the caller holds them."""
@@ -106,6 +108,7 @@ class Arena:
         """Offset of every temporary, and the bytes of all: the best of three orders.
 
         What leaves the function is also tried after everything else: it takes no more than beside the arena.
+        Where an order leaves gaps, what reaches beyond the least is tried before everything else, and again.
         """
         sizes = self._sizes(bounds, rows)
         least = max(self._alive(sizes), default=ALIGNMENT)
@@ -119,13 +122,21 @@ class Arena:
         if self.returned:
             leaves = [t.var in self.returned for t in self.temporaries]
             orders += [sorted(order, key=lambda i: leaves[i]) for order in orders]
-        found = []
-        for order in orders:
-            found.append(self._placed(sizes, order))
-            if found[-1][1] == least:
-                break  # no order takes less
-        offsets, total = min(found, key=lambda each: each[1])
+        offsets, total = min(self._tried(sizes, orders, least), key=lambda each: each[1])
         return {t.var: offset for t, offset in zip(self.temporaries, offsets)}, total
+
+    def _tried(
+        self, sizes: Sequence[int], orders: list[list[int]], least: int
+    ) -> Iterator[tuple[list[int], int]]:
+        """Places by orders and by repaired ones, up to the first of `least` bytes: none takes less."""
+        for _ in range(_REPAIRS + 1):
+            for number, order in enumerate(orders):
+                offsets, total = self._placed(sizes, order)
+                yield offsets, total
+                if total == least:
+                    return
+                beyond = [i for i in order if offsets[i] + sizes[i] > least]
+                orders[number] = beyond + [i for i in order if offsets[i] + sizes[i] <= least]
 
     def alive(self, bounds: Mapping[str, int], rows: int = 0) -> list[int]:
         """Bytes that are alive at every binding up to the last that uses any."""

@@ -15,7 +15,7 @@ from tvm.s_tir.analysis import estimate_tir_flops
 from .base import Result
 from .errors import PlanningError
 from .graph import Graph, graph_of, op_name, operands
-from .loop_nests import call_kernel
+from .loop_nests import OVERWRITES, call_kernel
 from .place_arena import ALIGNMENT, element_bytes, evaluate
 from .rebuild import substitute, with_main
 from .remat.problem import Problem
@@ -102,24 +102,26 @@ class Operations:
 
     Attributes:
         vars: the binding of every operation; tuples are none, they are written where they are used.
-        problem: sizes in bytes, aligned as in an arena; costs in nanoseconds.
     """
 
     def __init__(self, mod: IRModule, bounds: Mapping[str, int], costs: Mapping[str, int]) -> None:
-        function = mod["main"]
-        self.graph: Graph = graph_of(function)
+        self.graph: Graph = graph_of(mod["main"])
         self.vars = [v for v in self.graph.order if not isinstance(self.graph.definitions[v], relax.Tuple)]
         self.functions, self._bounds, self._costs = mod.functions, bounds, costs
         self._found: dict[Any, tuple[int, ...]] = {}
         self._bases: dict[relax.Var, relax.Var | None] = {}
-        number = {var: i for i, var in enumerate(self.vars)}
-        outputs, fixed = set(self.storages(function.body.body)), self._fixed()
+
+    @functools.cached_property
+    def problem(self) -> Problem:
+        """Sizes in bytes, aligned as in an arena; costs in nanoseconds."""
+        returned, number = self.graph.function.body.body, {var: i for i, var in enumerate(self.vars)}
+        outputs, fixed = set(self.storages(returned)), self._fixed()
         reads = [sorted({number[o] for o in self._reads(v) if o in number}) for v in self.vars]
-        self.problem = Problem(
+        return Problem(
             sizes=tuple(0 if v in outputs else self._size(v) for v in self.vars),
             costs=tuple(self._cost(v) for v in self.vars),
             inputs=tuple(map(tuple, reads)),
-            kept=tuple(sorted({number[o] for o in self._flat(function.body.body) if o in number})),
+            kept=tuple(sorted({number[o] for o in self._flat(returned) if o in number})),
             once=tuple(i for i, v in enumerate(self.vars) if v in fixed),
             alias=tuple(number.get(self._base(v), -1) for v in self.vars),
             overwrites=self._overwrites(number, outputs, fixed),
@@ -257,9 +259,17 @@ class Operations:
         """The inputs that a kernel's output may overwrite."""
         name = call.args[0]
         if name not in self._found:
-            kernel = call_kernel(self.functions, call)
-            self._found[name] = () if kernel is None else kernel.overwritable()
+            self._found[name] = self._found_places(call)
         return self._found[name]
+
+    def _found_places(self, call: relax.Call) -> tuple[int, ...]:
+        """As they are marked, else by the kernel's loops."""
+        function = self.functions.get(call.args[0])
+        marked = function.attrs.get(OVERWRITES) if isinstance(function, tirx.PrimFunc) else None
+        if marked is not None:
+            return tuple(int(place) for place in marked)
+        kernel = call_kernel(self.functions, call)
+        return () if kernel is None else kernel.overwritable()
 
     def _root(self, var: relax.Var) -> relax.Var:
         """The parameter or the binding that a value's storage is."""

@@ -16,6 +16,8 @@ from .place_arena import ALIGNMENT, Arena, element_bytes, row_bytes
 from .prove_rows import ROWS, row_axis
 from .row_slices import TOKENS, Segment, has_tokens, is_kernel_call
 
+FINEST: Final = 64
+"""The most slices of a call: each is a call of its own."""
 _BEYOND: Final = 1 << 30
 """A binding behind all of a run."""
 
@@ -25,8 +27,8 @@ def segments_of(mod: IRModule) -> tuple[Segment, ...]:
 
     A segment is a run of kernel calls, one behind the other, that are known to work row by row (`kvc.rows`),
     on temporaries whose outermost axis is the tokens'. What only its calls read and write then needs room for
-    the rows of one slice. Of the segments that keep what is alive within the least that can be reached, those
-    are taken that read the fewest weights, since every slice reads them again.
+    the rows of one slice. Of the segments that keep what is alive within the least that the finest slices
+    reach, those are taken that read the fewest weights, since every slice reads them again.
     """
     steps = _Steps(mod)
     runs = list(steps.runs())
@@ -51,6 +53,7 @@ class _Way:
     calls: int
     """How many, from the run's number `low` on; 0 for no segment."""
     peak: int
+    """With one of FINEST slices at a time."""
     weights: int
     """Bytes of the weights that its calls read."""
 
@@ -148,15 +151,19 @@ def _ways(
     found = [_Way(0, 0, max(whole), 0)]
     for low in range(len(calls)):
         begin = calls[low - 1] + 1 if low else 0
+        inner = [0] * len(calls)  # bytes of what only the segment uses, by call
+        before = begin - 1
         for high in range(low, len(calls)):
-            end = calls[high]
-            shared = sum(
-                size
-                for first, last, size in lives
-                if first <= end and last >= begin and not (first >= begin and last <= end)
-            )
-            peak = max([*whole[:low], shared, *whole[high + 1 :]])
+            end, shared = calls[high], 0
+            for first, last, size in lives:
+                if first < begin <= last or begin <= first <= end < last:
+                    shared += size
+                elif first >= begin and before < last <= end:
+                    for i in range(low, high + 1):
+                        inner[i] += size if first <= calls[i] <= last else 0
+            peak = max([*whole[:low], shared + -(-max(inner) // FINEST), *whole[high + 1 :]])
             found.append(_Way(low, high - low + 1, peak, sum(weights[low : high + 1])))
+            before = end
     return found
 
 

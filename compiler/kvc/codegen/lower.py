@@ -10,7 +10,9 @@ from tvm.relax import PyExprMutator, expr_functor
 from tvm.target import Target
 
 from kvc_passes.base import Pass
+from kvc_passes.overwrite_inputs import OverwriteInputs
 from kvc_passes.place_arena import PlaceArena, Returned
+from kvc_passes.prove_overwrites import ProveOverwrites
 from kvc_passes.prove_rows import ProveRows
 from kvc_passes.row_slices import Segment
 
@@ -31,9 +33,15 @@ def lower(
     mod = fused(mod, target, runner, label)
     if phase == "prefill":
         mod = runner.apply(mod, ProveRows(), label).module
+    mod = scheduled(mod, target, schedule, runner, label)
+    return allocated(runner.apply(mod, OverwriteInputs(), label).module, runner, label)
+
+
+def scheduled(mod: IRModule, target: Target, schedule: Pass, runner: Runner, label: str = "") -> IRModule:
+    """Kernels in their final loops, marked where they may write over what they read."""
+    mod = runner.apply(mod, ProveOverwrites(), label).module
     with target:
-        mod = runner.apply(mod, schedule, label).module
-    return allocated(mod, runner, label)
+        return runner.apply(mod, schedule, label).module
 
 
 def fused(mod: IRModule, target: Target, runner: Runner, label: str = "") -> IRModule:

@@ -159,6 +159,7 @@ class CpuProducts:
     traits: CpuTraits
     dtypes: tuple[str, ...] = ("float32",)
     adds: bool = False
+    overwrites: bool = False
     knobs: Knobs = DEFAULTS
 
     @property

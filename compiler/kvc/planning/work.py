@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from tvm import IRModule, relax
 
 from kvc_passes.graph import dims, graph_of, static
+from kvc_passes.loop_nests import OVERWRITTEN
 from kvc_passes.place_arena import element_bytes, evaluate
 from kvc_passes.row_slices import Segment, is_kernel_call
 
@@ -73,13 +74,14 @@ def work_of(mod: IRModule, segments: Sequence[Segment] = (), spread: bool = Fals
     for number, var in enumerate(graph.order):
         call = graph.definitions[var]
         if is_kernel_call(call):
-            step = _step(call, params)
+            step = _step(call, params, OVERWRITTEN in (mod[call.op].attrs or {}))
             if step is not None:
                 (sliced if number in inside else counts)[step] += 1
     return Work(tuple(counts.items()), tuple(sliced.items()), spread)
 
 
-def _step(call: relax.Call, params: Mapping[relax.Var, None]) -> Step | None:
+def _step(call: relax.Call, params: Mapping[relax.Var, None], overwrites: bool) -> Step | None:
+    """overwrites: whether the call reads what its result is written over."""
     tensors = [a for a in call.args if isinstance(a, relax.Var) and isinstance(a.ty, relax.TensorType)]
     names = [a.name for a in tensors]
     if any(name.startswith("block_table") for name in names):
@@ -97,7 +99,7 @@ def _step(call: relax.Call, params: Mapping[relax.Var, None]) -> Step | None:
         coded = any("int8" in str(a.ty.dtype.dtype) for a in weights)
         number = inner * outer if coded else largest
         return Step("product", number, round(8 * size / number), _rows(moved[-1]), (0, 0, 0))
-    read = [a for a in moved if a not in weights]
+    read = [a for a in moved if a not in weights] + moved[-1:] * overwrites
     at = [sum(_bytes(a, {"n": n, "r": r, "b": 1}) for a in read) for n, r in ((0, 0), (1, 0), (0, 1))]
     return Step("other", 0, 0, "1", (at[0], at[1] - at[0], at[2] - at[0]))
 

@@ -24,12 +24,15 @@ class CudaProducts:
 
     Attributes:
         variants: what the functions launch, and how they are made.
+        overwrites: a program loads what is added to its block of y just before it stores the block; blocks do
+            not overlap, and of the threads that hold an element one stores it.
     """
 
     variants: Variants = field(repr=False, compare=False)
     panel: int = 16
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     adds: bool = True
+    overwrites: bool = True
 
     def packed(self, columns: int, depth: int, format: WeightFormat) -> tuple[TensorType, ...]:
         return rows.packed_tensors(columns, depth, format)

@@ -17,6 +17,8 @@ from tvm.ir import Call, StringImm
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_walk
 
+from kvc_passes.loop_nests import OVERWRITTEN, overwritten
+
 from ..emit import Emitter, Expr, i64
 from . import boxes
 from .device import DeviceKernel
@@ -84,6 +86,8 @@ class Variants:
                 if launched(made) & set(refused):
                     made = make(arch, DEFAULTS)
                 made = made.with_attr(VARIANT, name)
+                if (place := function.attrs.get(OVERWRITTEN)) is not None:
+                    made = overwritten(made, int(place))
                 functions[variable] = made.with_attr("global_symbol", function.attrs["global_symbol"])
         return IRModule(functions)
 
