@@ -10,15 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import IRModule, relax, te, tirx
+from tvm.target import Target
 
+from kvc.codegen.schedule_kernels import ScheduleKernels
 from kvc_passes.errors import BudgetError
 from kvc_passes.graph import graph_of, op_name
-from kvc_passes.loop_nests import Kernel, overwritten
+from kvc_passes.loop_nests import OVERWRITTEN, Kernel, overwritten
 from kvc_passes.overwrite_inputs import OverwriteInputs
 from kvc_passes.place_arena import Arena
+from kvc_passes.prove_overwrites import ProveOverwrites
 from kvc_passes.rematerialize import Rematerialize
 from support import Compiled, Draft, floats, module_of, ops, param, symbol
 
+QUICK = Target({"kind": "llvm", "opt-level": 0})
 ROWS, SIZE = 4, 16
 BYTES = 4 * ROWS * SIZE
 Make = Callable[..., Any]
@@ -207,6 +211,24 @@ def test_symbolic_shapes() -> None:
     result = OverwriteInputs().run(mod)
     assert result.sites == 1
     same(result.module, mod, floats(7))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_scheduled_kernel_is_known_by_its_mark(marked: bool) -> None:
+    """Its loops say nothing any more; of what was not marked before, nothing is overwritten."""
+
+    def body(emit: Draft, x: relax.Var) -> relax.Expr:
+        return calling(emit, turned, calling(emit, adding, calling(emit, turned, x)))
+
+    plain = module(body)
+    found = ProveOverwrites().run(plain)
+    assert found.sites == 1
+    mod = ScheduleKernels(QUICK, parallel=True).run(found.module if marked else plain).module
+    result = OverwriteInputs().run(mod)
+    assert result.sites == marked
+    places = [f.attrs.get(OVERWRITTEN) for f in result.module.functions.values()]
+    assert sum(place is not None for place in places) == marked
+    same(result.module, plain, floats(ROWS, SIZE))
 
 
 CHOICES: tuple[tuple[Make, int], ...] = (

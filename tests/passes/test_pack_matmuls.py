@@ -11,9 +11,13 @@ from packing import packed
 from tvm import IRModule, relax, tirx
 from tvm.relax import op
 
+from kvc.codegen.lower import fused
 from kvc.kernels.cuda.host_products import CudaProducts
 from kvc.kernels.cuda.launches import Variants
-from kvc_passes.pack_matmuls import PackMatmuls
+from kvc.pipeline import Runner
+from kvc_passes.loop_nests import OVERWRITES, OVERWRITTEN
+from kvc_passes.overwrite_inputs import OverwriteInputs
+from kvc_passes.pack_matmuls import MATMUL, PackMatmuls
 from kvc_passes.weights import WeightPart
 from support import Compiled, floats, module_of, ops, param, params_of, run_markers, symbol
 
@@ -74,7 +78,29 @@ def test_a_residual_goes_into_kernels_that_add(bias: bool, turned: bool) -> None
     assert ops(adding)["add"] == 0
     (kernel,) = (f for f in adding.functions.values() if isinstance(f, tirx.PrimFunc))
     assert len(kernel.params) == 4 + bias  # x, the weight, the bias, the residual, y
+    assert list(kernel.attrs[OVERWRITES]) == [2 + bias]
     assert ops(PackMatmuls(PRODUCTS).run(module).module)["add"] == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "over"), [("read no more", 1), ("read later", 0), ("multiplied, too", 0), ("a parameter", 0)]
+)
+def test_a_sum_lies_over_its_residual(case: str, over: int) -> None:
+    """Unless something reads that later, or the same product reads it whole, or it is the caller's."""
+    w, rest = param("w", [16, 16]), param("rest", [1, N, 16])
+
+    def body(emit: Any, *_: Any) -> Any:
+        value = rest if case == "a parameter" else emit(op.tanh(rest))
+        x = value if case == "multiplied, too" else X
+        total = emit(op.tanh(emit(op.add(emit(op.matmul(x, w)), value))))
+        return emit(op.multiply(total, value)) if case == "read later" else total
+
+    module, _ = module_of([X, w, rest], body)
+    mod = fused(PackMatmuls(CudaProducts(Variants(90))).run(module).module, QUICK, Runner())
+    mod = OverwriteInputs().run(mod).module
+    (kernel,) = (f for v, f in mod.functions_items() if v.name_hint.startswith(MATMUL))
+    assert len(kernel.params) == 4 - over
+    assert (OVERWRITTEN in kernel.attrs) == bool(over)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -110,6 +110,14 @@ def test_an_arena_of_the_planned_size(drawn: tuple[list[Life], int], slack: int)
         PlaceArena({}, needed - 1).run(module)
 
 
+def test_an_order_that_leaves_a_gap_is_repaired() -> None:
+    """In each of the three orders a long life, placed late, lies beyond what is alive at most."""
+    lives = [(32, 5, 6), (32, 2, 3), (16, 1, 5), (16, 0, 1), (32, 0, 0)]
+    module = program([(4 * size, first, last) for size, first, last in lives], 7)
+    assert max(Arena.of(module).alive({})) == 192
+    assert PlaceArena({}).run(module).facts == 192
+
+
 def test_places_of_the_same_shape_are_made_once() -> None:
     lives = [(64, 0, 0), (64, 1, 1), (64, 2, 2)]
     result = PlaceArena({}).run(program(lives, 3))

@@ -17,6 +17,7 @@ from kvc.kernels.cuda.host_products import CudaProducts
 from kvc.kernels.cuda.knobs import BY_ENGINE, Defaults, Product, ProductKnobs
 from kvc.kernels.cuda.launches import SHARED, VARIANT, Variants
 from kvc.kernels.emit import size_var
+from kvc_passes.loop_nests import overwritten
 from kvc_passes.place_arena import evaluate
 from kvc_passes.sites import Remade, Sliced
 from kvc_passes.weight_format import WeightFormat
@@ -61,6 +62,18 @@ def test_a_function_is_made_again_with_its_own_tile() -> None:
     short.prefill(WIDE, "float16")
     (name,) = names(variants.remade(module, 90)["tall"])
     assert dict(variants.kernels[name].constants)["TILE"] == 64
+
+
+def test_a_sum_over_its_residual_stays_one_when_it_is_made_again() -> None:
+    variants = Variants(80)
+    sizes = (64, 64, WeightFormat("float16"))
+    product = CudaProducts(variants).matmul(*sizes, bias=False, flat=False, dtype="float16", residual=True)
+    over = overwritten(product, 2).with_attr("global_symbol", "main")
+    made = variants.remade(IRModule({"main": over}), 90)["main"]
+    assert [p.name for p in made.params] == ["x", "w", "y"]
+    for call in launches(made):
+        _, _, _, residual, y, *_ = call.args  # behind the name, x and the weight
+        assert residual.same_as(y)
 
 
 def test_a_layer_reads_what_another_one_keeps() -> None:

@@ -138,6 +138,26 @@ def test_what_the_engine_cannot_copy_is_loaded(
     assert tuned == product_kernels(64, depth, format, dtype, dtype, False, arch)
 
 
+@pytest.mark.parametrize("size", [(16, 40, 64), (65, 200, 96), (300, 130, 32)])
+def test_a_sum_may_lie_over_what_is_added(size: tuple[int, int, int]) -> None:
+    """The same numbers, though the last rows and columns are read again by programs that stand at the end."""
+    m, columns, depth = size
+    random = np.random.default_rng(m)
+    (weight,), _ = stored(columns, depth, WeightFormat("float16"), random)
+    x, extra = (
+        with_surroundings(torch.from_numpy(random.standard_normal(shape)).to(torch.float16))
+        for shape in ((m, depth), (m, columns))
+    )
+    arguments = (columns, depth, WeightFormat("float16"), "float16", "float16", False)
+    for _, kernel, tall, wide in product_kernels(*arguments, residual=True):
+        grid = (-(-m // tall) * -(-columns // wide),)
+        y, over = (with_surroundings(extra.clone()) for _ in range(2))
+        run(kernel, grid, x, weight, extra, y, m, columns, depth)
+        run(kernel, grid, x, weight, over, over, m, columns, depth)
+        assert torch.equal(over, y)
+        assert not torch.equal(y, extra)
+
+
 def fitting(m: int, variants: tuple) -> tuple:
     return next(v for v in variants if v[0] is None or m <= v[0])
 
