@@ -17,6 +17,9 @@ from .knobs import BY_ENGINE, PRODUCT, ProductKnobs, chosen
 
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "uint4": "u8"}
 
+_PROCESSORS = 132
+"""Of a large GPU."""
+
 Variant = tuple[int | None, DeviceKernel, int, int]
 """Most rows of x that it is meant for, the kernel, and the rows and columns of y that a program computes."""
 
@@ -167,7 +170,7 @@ def blocks(
     """Most rows, rows, columns and depth of a program's blocks, warps and stages, by the number of rows.
 
     Few rows wait for memory: programs are narrow, so that there are some for every processor of a large GPU,
-    and have much of the weight under way.
+    and have much of the weight under way: more where a processor has one program at most.
     """
     float32 = in_float32(format, x_dtype)
     narrow = next((wide for wide in (64, 32) if columns >= 256 * wide), 16)
@@ -179,9 +182,11 @@ def blocks(
     if float32:
         return [(16, 16, max(narrow, 32), 64, 4, 3), (None, 64 if least == 32 else 32, 64, least, 4, 2)]
     ample = 90 <= arch < 120
+    ahead = 5 if columns <= _PROCESSORS * middle else 3
     return [
         (16, 16, narrow, 128 if format.coded or narrow == 64 else 256, 4, 4),
-        (64, 64, middle, 128, 4, 3),
+        (32, 32, middle, 128, 4, ahead),
+        (64, 64, middle, 128, 4, ahead),
         (256, 64, 128, 64, 4, 3),
         # Codes become numbers in registers: fewer columns, where those have to hold the operands too.
         (None, 128, 64 if format.coded and not ample else 128, 64, 8, 3),

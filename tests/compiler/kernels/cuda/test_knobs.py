@@ -41,19 +41,22 @@ PRODUCTS = {
     # (columns, depth, format, type, architecture): most rows, rows, columns, depth, warps, stages
     (28672, 4096, HALF, "float16", 90): [
         (16, 16, 64, 128, 4, 4),
+        (32, 32, 64, 128, 4, 3),
         (64, 64, 64, 128, 4, 3),
         (256, 64, 128, 64, 4, 3),
         (None, 128, 128, 64, 8, 3),
     ],
     (4096, 4096, WeightFormat("uint4", 32, "float16"), "float16", 80): [
         (16, 16, 16, 128, 4, 4),
-        (64, 64, 32, 128, 4, 3),
+        (32, 32, 32, 128, 4, 5),  # 128 programs
+        (64, 64, 32, 128, 4, 5),
         (256, 64, 128, 64, 4, 3),
         (None, 128, 64, 64, 8, 3),
     ],
     (4096, 4096, HALF, "float16", 80): [
         (16, 16, 16, 256, 4, 4),
-        (64, 64, 32, 128, 4, 3),
+        (32, 32, 32, 128, 4, 5),  # 128 programs
+        (64, 64, 32, 128, 4, 5),
         (256, 64, 128, 64, 4, 3),
         (None, 128, 128, 64, 8, 3),
     ],
@@ -108,11 +111,12 @@ def test_what_is_tuned_takes_the_place_of_its_number_alone() -> None:
     tuned = products.product_kernels(4096, 4096, HALF, "float16", "float16", False, 90, knobs=knobs)
     assert [blocks_of(kernel, "BM", "BN", "BK") for _, kernel, *_ in tuned] == [
         (16, 64, 256, 4, 4),
-        (64, 32, 128, 4, 3),
+        (32, 32, 128, 4, 5),
+        (64, 32, 128, 4, 5),
         (64, 128, 64, 4, 3),
         (256, 64, 32, 4, 5),
     ]
-    assert [(tall, wide) for *_, tall, wide in tuned] == [(16, 64), (64, 32), (64, 128), (256, 64)]
+    assert [(tall, wide) for *_, tall, wide in tuned] == [(16, 64), (32, 32), (64, 32), (64, 128), (256, 64)]
 
 
 class Some(Defaults):
@@ -188,7 +192,7 @@ def test_functions_say_what_they_are() -> None:
         "matmul", 4096, 4096, HALF, True, False, False, "float16",
     )  # fmt: skip
     assert isinstance(variants.knobs, Some)
-    assert [p.most for p in variants.knobs.asked] == [16, 64, 256, 0]
+    assert [p.most for p in variants.knobs.asked] == [16, 32, 64, 256, 0]
     assert variants.key_of(IRModule()) is None
 
 
@@ -199,7 +203,7 @@ def test_one_variant_of_a_product_takes_any_number_of_rows() -> None:
         launched(
             CudaProducts(variants).variant(Product(4096, 4096, HALF, True, False, False, "float16", most))
         )
-        for most in (16, 64, 256, 0)
+        for most in (16, 32, 64, 256, 0)
     ]
     assert all(len(names) == 1 for names in found)
     assert set().union(*found) == every
