@@ -22,6 +22,7 @@ from kvc_passes.graph import Graph, op_name
 from kvc_passes.nodes import NodeNames
 from kvc_passes.predicates import holds
 from kvc_passes.sites import AttentionSite, MaskFact, Sliced
+from kvc_passes.views import View
 
 
 def symbol(name: str) -> tirx.Var:
@@ -158,15 +159,41 @@ def turned(rows: np.ndarray, sliced: Sliced) -> np.ndarray:
     return np.concatenate(parts, axis=-1).transpose(0, 2, 1, 3)
 
 
+def viewed(x: np.ndarray, view: View, heads: int, width: int, angles: Sequence[np.ndarray]) -> np.ndarray:
+    """The operand [1,heads,n,width] that is read from x, by the definition of View."""
+    x = x.astype(np.float64)
+    if view.columns is not None:
+        assert x.shape == (1, x.shape[1], view.columns)
+        columns = view.first + np.arange(heads)[:, None] * view.stride + np.arange(width)
+        x = x[:, :, columns].transpose(0, 2, 1, 3)
+    cosine, sine = (
+        (a[:, None, :, where.first : where.first + view.half] for a, where in zip(angles, view.angles))
+        if view.half
+        else (np.ones(1), np.zeros(1))
+    )
+    low, high, rest = np.split(x, [view.half, 2 * view.half], axis=3)
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine, rest], axis=3)
+
+
 _SITES: list[AttentionSite] = []
 
 
 @functools.cache
 def _define_marker() -> None:
     @tvm_ffi.register_global_func("kvc.attention")
-    def marker(q: Any, k: Any, v: Any, index: int) -> Any:
-        result = attend(q.numpy(), k.numpy(), v.numpy(), _SITES[index])
-        return tvm.runtime.tensor(result.astype(np.float32))
+    def marker(q: Any, k: Any, v: Any, index: int, *angles: Any) -> Any:
+        site, given = _SITES[index], [x.numpy() for x in (q, k, v)]
+        if site.views is not None:
+            left = [a.numpy() for a in angles]
+            heads = (site.heads, site.kv_heads, site.kv_heads)
+            widths = (site.head_dim, site.head_dim, site.value_dim)
+            views = (site.views.query, site.views.key, site.views.value)
+            given = [
+                x if view is None else viewed(x, view, h, w, [left.pop(0) for _ in view.angles])
+                for x, view, h, w in zip(given, views, heads, widths)
+            ]
+            assert not left
+        return tvm.runtime.tensor(attend(*given, site).astype(np.float32))
 
 
 def run_markers(

@@ -32,6 +32,8 @@ class AttentionCase:
     """Elements of what keys and values are made of again."""
     of_memory: bool = False
     """Whether keys and values are those of an encoder's output."""
+    turned: bool = False
+    """Whether queries stand in a product with keys and values, and are turned when they are read."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ ATTENTION: Final = [
 FORMS: Final = [
     AttentionCase(f"{phase}_{name}_{short}", phase, *shape, dtype, state=state, **options)
     for name, shape, state, options in (
+        ("turned", (32, 8, 128), "paged_kv", {"turned": True}),
         ("whisper_cross", (12, 12, 64), "paged_kv", {"of_memory": True}),
         ("whisper_encoder", (12, 1, 768), "encoder_output", {"of_memory": True}),
         ("gpt2_x", (12, 1, 768), "x_absorbed", {}),
@@ -123,7 +126,7 @@ def attention_inputs(case: AttentionCase, lengths: list[tuple[int, int]], seed: 
     table = np.zeros((len(lengths), max(counts)), np.int32)
     order = list(rng.permutation(np.arange(1, pages)))
     pools: dict[str, Array] = {}
-    positions, tiles, queries, expected, first = [], [], [], [], 0
+    positions, tiles, queries, angles, expected, first = [], [], [], [], [], 0
     for row, ((length, new), count) in enumerate(zip(lengths, counts)):
         own = [order.pop() for _ in range(count)]
         table[row, :count] = own
@@ -138,11 +141,14 @@ def attention_inputs(case: AttentionCase, lengths: list[tuple[int, int]], seed: 
         queries.append(q)
         where = np.full(new, length - 1) if case.of_memory else np.arange(length - new, length)
         positions.append(where)
-        expected.append(reference(case, q, kept.keys, kept.values, where))
+        angle = rng.uniform(0, 2 * np.pi, (new, 1, case.dim // 2))
+        angles.append(np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32))
+        asked = turned(q, *angles[-1]) if case.turned else q
+        expected.append(reference(case, asked, kept.keys, kept.values, where))
         tiles.append((row, first, new))
         first += new
     inputs = {
-        "q": np.concatenate(queries).transpose(1, 0, 2)[None],
+        **query_inputs(case, np.concatenate(queries), np.concatenate(angles, 1)),
         **pools,
         "positions": np.concatenate(positions).astype(np.int64),
         "tiles": np.array(tiles, np.int32),
@@ -150,6 +156,21 @@ def attention_inputs(case: AttentionCase, lengths: list[tuple[int, int]], seed: 
         **weights,
     }
     return Attention(inputs, np.concatenate(expected))
+
+
+def query_inputs(case: AttentionCase, q: Array, angles: Array) -> dict[str, Array]:
+    """Queries [n, H, D] as the kernel is given them, with cosines and sines where it turns them."""
+    if not case.turned:
+        return {"q": q.transpose(1, 0, 2)[None]}
+    rows = np.full((1, len(q), query_columns(case)), np.nan, np.float32)
+    rows[0, :, : case.heads * case.dim] = q.reshape(len(q), -1)
+    cosine, sine = angles.transpose(0, 2, 1, 3)
+    return {"q": rows, "cos": cosine, "sin": sine}
+
+
+def query_columns(case: AttentionCase) -> int:
+    """Columns of a product of queries, keys and values."""
+    return (case.heads + 2 * case.kv_heads) * case.dim
 
 
 def weights_of(case: AttentionCase, rng: np.random.Generator) -> dict[str, Array]:

@@ -116,8 +116,8 @@ def check_attention(kernels: Kernels, case: cases.AttentionCase, quick: bool) ->
     inputs["tiles"] = tiles_of(inputs["tiles"], tile)
     if decode:
         del inputs["tiles"]
-    integers = {"positions": "int64", "tiles": "int32", "table": "int32"}
-    given = (kernels.put(array, integers.get(name, case.dtype)) for name, array in inputs.items())
+    types = {"positions": "int64", "tiles": "int32", "table": "int32", "cos": "float32", "sin": "float32"}
+    given = (kernels.put(array, types.get(name, case.dtype)) for name, array in inputs.items())
     out = kernels.vm[case.name](*given)
     got = kernels.get(out, str(out.dtype))[0]
     scale = np.abs(made.expected).max()

@@ -16,6 +16,7 @@ from tools.gpu_cases import (
     PRODUCTS,
     AttentionCase,
     ProductCase,
+    query_columns,
     weight_shapes,
 )
 from tvm import IRModule, relax, tirx
@@ -28,6 +29,7 @@ from kvc.kernels.cuda.knobs import BY_ENGINE, Defaults, PrefillKnobs, Product, P
 from kvc.pipeline import Runner
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, MaskFact, Remade, Sliced
+from kvc_passes.views import Angle, View, Views
 from kvc_passes.weight_format import WeightFormat
 
 CONTEXT = 1 << 17
@@ -105,6 +107,8 @@ def site_of(case: AttentionCase) -> AttentionSite:
     elif case.state == "mla_latent":
         kv_heads, head_dim, value_dim = 1, case.depth + case.rest, case.depth
     mask = MaskFact("memory" if case.of_memory else "window" if window else "causal", window, "given")
+    angle = Angle("float32", case.dim // 2, 0)
+    view = View(query_columns(case), 0, case.dim, case.dim // 2, angle, angle)
     return AttentionSite(
         index=0,
         node=case.name,
@@ -120,6 +124,7 @@ def site_of(case: AttentionCase) -> AttentionSite:
         kept=case.state,  # type: ignore[arg-type]
         sliced=sliced,
         remade=remade,
+        views=Views(query=view) if case.turned else None,
     )
 
 
@@ -138,13 +143,16 @@ def _attention(builder: relax.BlockBuilder, machine: CudaMachine, case: Attentio
     n, pages, t, b, m = (tirx.Var(name, "int64") for name in ("n", "pages", "t", "b", "m"))
     decode = case.phase == "decode"
     rows = b if decode else n
-    q = _tensor("q", (1, case.heads, rows, case.dim), case.dtype)
+    q = [_tensor("q", (1, case.heads, rows, case.dim), case.dtype)]
+    if case.turned:
+        q = [_tensor("q", (1, rows, query_columns(case)), case.dtype)]
+        q += [_tensor(name, (1, rows, case.dim // 2), "float32") for name in ("cos", "sin")]
     state = site.state(PAGE, kernels.keys_transposed)
     pools = [_tensor(name, (pages, *shape), dtype) for name, (dtype, shape) in state.items()]
     positions, tiles = _tensor("positions", (rows,), "int64"), _tensor("tiles", (t, 3), "int32")
     table = _tensor("table", (b, m), "int32")
     weights = [_tensor(name, shape, case.dtype) for name, shape in weight_shapes(case).items()]
-    params = [q, *pools, positions, *([] if decode else [tiles]), table, *weights]
+    params = [*q, *pools, positions, *([] if decode else [tiles]), table, *weights]
     width = case.dim - case.rest if case.state == "mla_latent" else site.value_dim
     out = relax.TensorType((1, rows, case.heads, width), "float32" if site.sliced else case.dtype)
     with builder.function(case.name, params):

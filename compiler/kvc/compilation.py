@@ -106,7 +106,7 @@ def read_model(imported: Imported, allow: Permissions, page: int, runner: Runner
 def lower_model(model: Model, machine: Machine, runner: Runner) -> Lowered:
     """Rewrite and lower both functions for `machine`, without generating code."""
     attention, products = machine.attention(model.understood.sites, model.facts.context), machine.products
-    merged = prepare(model.understood, products, machine.widens, runner)
+    merged = prepare(model.understood, attention, products, machine.widens, runner)
     functions: dict[Phase, IRModule] = {}
     recipes: list[dict[str, WeightPart]] = []
     for phase in merged.phases:

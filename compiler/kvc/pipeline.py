@@ -38,6 +38,7 @@ from kvc_passes.page_attention import PageAttention
 from kvc_passes.positions_to_input import PositionsToInput
 from kvc_passes.prove_memory import ProveMemory
 from kvc_passes.prove_tokenwise import ProveTokenwise
+from kvc_passes.read_in_place import ReadInPlace
 from kvc_passes.recognize_attention import RecognizeAttention
 from kvc_passes.remake_keys import RemakeKeys
 from kvc_passes.select_rows import SelectRows
@@ -214,13 +215,19 @@ def remake(model: Understood, sites: frozenset[int], runner: Runner) -> Understo
     return replace(model, module=done.module, sites=done.facts)
 
 
-def prepare(model: Understood, products: MatmulKernels, widens: bool, runner: Runner) -> Understood:
+def prepare(
+    model: Understood, attention: AttentionKernels, products: MatmulKernels, widens: bool, runner: Runner
+) -> Understood:
     """Once for both phases, before rows are selected: which products share a value must not depend on it.
 
     widens: whether the target computes graphs of 16-bit floats in float32.
     """
     mod = runner.apply(model.module, ComputeInFloat32() if widens else NarrowProducts()).module
-    return replace(model, module=runner.apply(mod, MergeProducts(products.panel)).module)
+    mod = runner.apply(mod, MergeProducts(products.panel)).module
+    if not attention.reads_views:
+        return replace(model, module=mod)
+    done = runner.apply(mod, ReadInPlace(model.sites))
+    return replace(model, module=done.module, sites=done.facts)
 
 
 def serve(

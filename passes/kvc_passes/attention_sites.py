@@ -126,7 +126,7 @@ class SiteFinder:
         except Unprovable as error:
             what = "to show all of the encoder's output" if memory else "causal"
             self.refuse(softmax, f"its mask cannot be proved {what}: it {error}")
-        output, transposed = self._output(scores.output)
+        output, transposed = self._output(scores.output, query)
         site = AttentionSite(
             index=index,
             node=self.names.name(softmax),
@@ -239,10 +239,15 @@ class SiteFinder:
         sized = op_name(call) == "reshape" and static(dims(call.args[0])[-1]) is None
         return self.graph.alias(call.args[0] if sized else value)
 
-    def _output(self, output: relax.Var) -> tuple[relax.Var, bool]:
+    def _output(self, output: relax.Var, query: Operand) -> tuple[relax.Var, bool]:
+        """What the marker, whose result is of the queries' type, stands for; whether tokens come first."""
         users = self.graph.users[output]
         if len(users) == 1:
             call = self.graph.definitions[users[0]]
+            if op_name(call) == "astype" and call.attrs.dtype == query.value.ty.dtype.dtype:
+                return self._output(users[0], query)
+            if op_name(call) == "reshape" and same_shape(dims(users[0])[:-1], query.shape[:3]):
+                return self._output(users[0], query)
             if op_name(call) == "permute_dims" and [int(a) for a in call.attrs.axes or ()] == [0, 2, 1, 3]:
                 return users[0], True
         return output, False

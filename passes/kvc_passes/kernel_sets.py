@@ -48,6 +48,10 @@ class AttentionKernels(Protocol):
     def keys_transposed(self) -> bool:
         """Whether a page holds its keys as [e, page]; else as [page, e]."""
 
+    @property
+    def reads_views(self) -> bool:
+        """Whether q, k and v may be read and turned as views.Views say."""
+
     def rebuilds(self, key: int, value: int, dtype: str) -> bool:
         """Whether there is `rebuilt` for products that make keys and values of so many elements."""
 

@@ -44,7 +44,7 @@ def is_input(name: str) -> bool:
 class PageAttention:
     """Keys and values live in pages that the function is given and updates in place.
 
-    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`,
+    Before: `kvc.attention(q [1,h,n,e], k [1,g,n,e], v [1,g,n,f], site)`, perhaps as ReadInPlace leaves it,
         `kvc.latent_attention(q, x, W_K, W_V)`, `kvc.remade_attention(q, row, W_K, W_V, *biases)` or
         `kvc.rekeyed_attention(q, row, *factors)`.
     After: k and v are appended to the site's pools at `slots`, then attention reads the pages of a block
@@ -72,10 +72,9 @@ class PageAttention:
 
         def place(builder: relax.BlockBuilder, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
             if op_name(value) == ATTENTION:
-                query, key, new_value, index = value.args[1:]
-                return self._attend(
-                    builder, calls, inputs, self.sites[int(index.value)], query, key, new_value
-                )
+                query, key, new_value, index, *angles = value.args[1:]
+                site = self.sites[int(index.value)]
+                return self._attend(builder, calls, inputs, site, query, key, new_value, angles)
             if op_name(value) == REKEYED:
                 return self._rekeyed(builder, calls, inputs, value)
             if op_name(value) == REMADE:
@@ -134,14 +133,17 @@ class PageAttention:
         query: relax.Expr,
         key: relax.Expr,
         new_value: relax.Expr,
+        angles: Sequence[relax.Expr] = (),
     ) -> relax.Expr:
-        """Attention of a site over its pages, [1, n, heads, f]."""
+        """Attention of a site over its pages, [1, n, heads, f]; angles: as ReadInPlace gives them."""
+        view = site.views.query if site.views is not None else None
+        turning = angles[: len(view.angles) if view is not None else 0]
         if site.mask.reach.memory:
             state: list[relax.Expr] = list(calls.state(site))
         else:
             slots = inputs.slots[calls.group_of[site.index]]
-            state = calls.append(builder, site, key, new_value, slots)
-        operands = [query, *state, *inputs.places(calls, site), *_extras(site)]
+            state = calls.append(builder, site, key, new_value, slots, angles[len(turning) :])
+        operands = [query, *turning, *state, *inputs.places(calls, site), *_extras(site)]
         kernel = calls.kernel(builder, f"{self.phase}_attention", site, dtype_of(query))
         return self._call(builder, kernel, site, operands)
 
@@ -149,7 +151,7 @@ class PageAttention:
         self, builder: relax.BlockBuilder, kernel: Any, site: AttentionSite, operands: list[relax.Expr]
     ) -> relax.Expr:
         """What the phase's kernel of a site makes of operands, of which the first is the query."""
-        n, dtype = dims(operands[0])[2], dtype_of(operands[0]) if site.sliced is None else "float32"
+        n, dtype = dims(operands[0])[-2], dtype_of(operands[0]) if site.sliced is None else "float32"
         out = relax.TensorType((1, n, site.heads, site.value_dim), dtype)
         if self.phase == "prefill":
             return relax.op.call_tir(kernel, operands, out)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import relax, tirx
 
 from .kernel_sets import AttentionKernels
 from .sites import AttentionSite, grouped
+from .views import Views
 
 
 class PagedCalls:
@@ -41,11 +43,15 @@ class PagedCalls:
         key: relax.Expr,
         value: relax.Expr,
         slots: relax.Expr,
+        angles: Sequence[relax.Expr] = (),
     ) -> list[relax.Expr]:
-        """The site's pools with new keys and values at `slots`; one that is both is given as the key."""
+        """The site's pools with new keys and values at `slots`; one that is both is given as the key.
+
+        angles: cosines and sines of keys that are turned when they are written.
+        """
         before = self.pools[site.index]
         kernel = self.kernel(builder, "append_kv", site, dtype_of(key))
-        inputs = [key, *([] if site.shared else [value]), slots, *before]
+        inputs = [key, *([] if site.shared else [value]), *angles, slots, *before]
         places = list(range(len(inputs) - len(before), len(inputs)))
         updated = builder.emit(relax.op.call_tir_inplace(kernel, inputs, places, [p.ty for p in before]))
         if len(before) == 1:  # one result is no tuple
@@ -61,8 +67,9 @@ class PagedCalls:
             "prefill_attention": self.kernels.prefill,
             "decode_attention": self.kernels.decode,
         }
-        kept = (*geometry[1:4], site.row)
-        key = (kind, dtype, *form, kept if kind == "append_kv" else geometry)
+        views = site.views or Views()
+        kept, query = (*geometry[1:4], site.row, views.key, views.value), (*geometry, views.query)
+        key = (kind, dtype, *form, kept if kind == "append_kv" else query)
         return self.named(builder, key, kind, lambda: make[kind](site, dtype))
 
     def named(self, builder: relax.BlockBuilder, key: Any, name: str, make: Any) -> Any:

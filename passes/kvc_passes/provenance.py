@@ -85,11 +85,14 @@ class Provenance:
         self.graph = graph
         (self.tokens,) = dims(graph.function.params[0])
 
-    def pieces(self, operand: relax.Expr) -> tuple[Piece, ...]:
-        """The pieces of an operand [1, heads, n, elements], in order. Raises Unprovable."""
+    def pieces(self, operand: relax.Expr, source: relax.Var | None = None) -> tuple[Piece, ...]:
+        """The pieces of an operand [1, heads, n, elements], in order. Raises Unprovable.
+
+        source: a value at which the walk ends, in which all that a token has is its row.
+        """
         extent = static(dims(operand)[3]) or 0
         joined: list[Piece] = []
-        for piece in self._split(operand, 0, extent):
+        for piece in self._split(operand, 0, extent, source):
             last = joined[-1] if joined else None
             if last is not None and _continues(last, piece):
                 joined[-1] = replace(last, high=piece.high)
@@ -97,18 +100,18 @@ class Provenance:
                 joined.append(piece)
         return tuple(joined)
 
-    def _split(self, operand: relax.Expr, low: int, high: int) -> Iterator[Piece]:
+    def _split(self, operand: relax.Expr, low: int, high: int, end: relax.Var | None) -> Iterator[Piece]:
         """Halves, until the elements of each come from one value."""
         try:
-            yield self._piece(operand, low, high)
+            yield self._piece(operand, low, high, end)
         except Unprovable:
             if high - low < 2:
                 raise
             middle = (low + high) // 2
-            yield from self._split(operand, low, middle)
-            yield from self._split(operand, middle, high)
+            yield from self._split(operand, low, middle, end)
+            yield from self._split(operand, middle, high, end)
 
-    def _piece(self, operand: relax.Expr, low: int, high: int) -> Piece:
+    def _piece(self, operand: relax.Expr, low: int, high: int, end: relax.Var | None) -> Piece:
         analyzer = Analyzer()
         extents = dims(operand)
         bind_extent(analyzer, extents[2], 1)
@@ -123,12 +126,15 @@ class Provenance:
 
             return record
 
-        elements = Elements(self.graph, {v: leaf(v) for v in self.ends}, analyzer)
+        ends = [*self.ends, *([] if end is None else [end])]
+        elements = Elements(self.graph, {v: leaf(v) for v in ends}, analyzer)
         value = elements.at(operand, [0, h, t, elements.simplify(d + low)])
         found = next((s for s in seen if isinstance(value, tirx.Var) and s[2].same_as(value)), None)
         if found is None:
             raise Unprovable("its elements come from several values")
         source, index, _ = found
+        if source == end:
+            index = self.row(source, index)
         at = self.column(elements, index, h, t, d)
         return (
             Piece(low, high, source) if at is None else Piece(low, high, source, *at, self.projection(source))
@@ -190,6 +196,18 @@ class Provenance:
         call = self.graph.resolve(current)
         rounds = op_name(call) == "astype" and "float" in str(call.args[0].ty.dtype.dtype)
         return self._unreshaped(call.args[0]) if rounds else current
+
+    def row(self, value: relax.Var, index: Index) -> Index:
+        """The index [t, column] of an element at [.., heads, t, d], [.., t, heads, d] or the like: all that a
+        token has is taken as one axis."""
+        extents = dims(value)
+        axis = next((i for i, extent in enumerate(extents) if extent.same_as(self.tokens)), None)
+        if axis is None:
+            raise Unprovable("has elements of a value without tokens")
+        column: Any = int64(0)
+        for extent, i in (*zip(extents[:axis], index), *zip(extents[axis + 1 :], index[axis + 1 :])):
+            column = column * extent + int64(i)
+        return [index[axis], column]
 
     def column(self, elements: Elements, index: Index, h: Any, t: Any, d: Any) -> tuple[int, int] | None:
         """First column and columns a head, where the index is [.., t, first + h * stride + d]."""

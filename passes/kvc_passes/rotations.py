@@ -33,7 +33,7 @@ class Angles:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A key [1, heads, n, elements] that is a projection of which the first 2 * half elements are turned."""
+    """A key [1, heads, n, elements] of which the first 2 * half elements are turned; or a query."""
 
     key: Piece
     """All elements before they are turned."""
@@ -50,19 +50,24 @@ class Rotation:
 
 
 class Rotations:
-    """Reads the rotations of a flattened graph."""
+    """Reads the rotations of a flattened graph.
 
-    def __init__(self, graph: Graph, provenance: Provenance) -> None:
-        self.graph, self.provenance = graph, provenance
+    source: the value whose elements are turned, of which a row is all that a token has; None for any
+        projection.
+    """
+
+    def __init__(self, graph: Graph, provenance: Provenance, source: relax.Var | None = None) -> None:
+        self.graph, self.provenance, self.source = graph, provenance, source
 
     def read(self, operand: relax.Expr, pieces: tuple[Piece, ...]) -> Rotation:
         """The rotation of an operand whose `pieces` are known. Raises Unprovable with the reason."""
         extent = static(dims(operand)[3]) or 0
-        turned = next((p.high for p in reversed(pieces) if p.projection is None), 0)
-        if turned % 2 or not turned or any(p.projection is not None for p in pieces if p.low < turned):
+        plain = [self._ends(piece.source) for piece in pieces]
+        turned = next((p.high for p, own in zip(reversed(pieces), reversed(plain)) if not own), 0)
+        if turned % 2 or not turned or any(own for p, own in zip(pieces, plain) if p.low < turned):
             raise Unprovable("is not turned in its first elements alone")
         half = turned // 2
-        low, high = (_Half(self.provenance, operand, begin, half) for begin in (0, half))
+        low, high = (_Half(self, operand, begin, half) for begin in (0, half))
         (first, second), (third, fourth) = low.terms, high.terms
         key = low.place(first)
         if (low.place(second), high.place(third), high.place(fourth)) != (
@@ -81,13 +86,17 @@ class Rotations:
                 raise Unprovable("has elements behind the turned ones that come from elsewhere")
         return Rotation(whole, Angles(low.angle(cosine), low.angle(sine), half))
 
+    def _ends(self, var: relax.Var) -> bool:
+        """Whether elements of a value are what is turned."""
+        return self.provenance.projection(var) is not None if self.source is None else var == self.source
+
 
 class _Half(Terms):
     """The elements begin .. begin + half - 1 of a rotated operand."""
 
-    def __init__(self, provenance: Provenance, operand: relax.Expr, begin: int, half: int) -> None:
-        super().__init__(provenance, operand, begin, half, lambda var: provenance.projection(var) is not None)
-        self.half = half
+    def __init__(self, rotations: Rotations, operand: relax.Expr, begin: int, half: int) -> None:
+        super().__init__(rotations.provenance, operand, begin, half, rotations._ends, rotations.source)
+        self.half, self.source = half, rotations.source
         plain = all(t.key is not None and len(t.others) == 1 and t.number == 1.0 for t in self.terms)
         if len(self.terms) != 2 or not plain:
             raise Unprovable("is no sum of two products with what depends on positions")
@@ -96,6 +105,9 @@ class _Half(Terms):
             self.terms.reverse()
         if begin and self.place(self.terms[0]).first < self.place(self.terms[1]).first:
             self.terms.reverse()
+
+    def column(self, place: Place) -> tuple[int, int] | None:
+        return super().column(place if self.source is None else (place[0], self.provenance.row(*place)))
 
     def place(self, term: Term) -> Piece:
         """Where the key's elements of a term stand in their projection."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .views import Views
+
 FloatName = Literal["float32", "float16", "bfloat16"]
 StoredName = Literal["int8", "fp8", "int4"]
 FormName = Literal[
@@ -216,6 +218,8 @@ class AttentionSite:
     """What is kept in the place of keys and values that are made again; they are as the site says."""
     rekeyed: Rekeyed | None = None
     """The same for values that keys are made of."""
+    views: Views | None = None
+    """Of a function that is being compiled: where queries, keys and values are read, and how turned."""
 
     @property
     def shared(self) -> bool:

@@ -33,7 +33,7 @@ class Terms:
     """The elements begin .. begin + width - 1 of an operand [1, heads, n, elements], symbolically.
 
     operand[h, t, begin + d] is the sum of `terms` for all h, t and d < width. `ends`: whether an element of a
-    value is what is followed. Raises Unprovable.
+    value is what is followed; `source`: such a value that only has the elements of others. Raises Unprovable.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Terms:
         begin: int,
         width: int,
         ends: Callable[[relax.Var], bool],
+        source: relax.Var | None = None,
     ) -> None:
         self.provenance, self.graph, self._ends = provenance, provenance.graph, ends
         analyzer, tokens = Analyzer(), provenance.tokens
@@ -52,7 +53,7 @@ class Terms:
         self.d = bind_index(analyzer, "d", width)
         self._seen: list[tuple[relax.Var, Index, tirx.Var]] = []
         # Frequencies and factors may be parameters.
-        leaves = [*provenance.ends, *self.graph.function.params]
+        leaves = [*provenance.ends, *self.graph.function.params, *([] if source is None else [source])]
         self.elements = Elements(self.graph, {v: self._leaf_of(v) for v in leaves}, analyzer)
         self.terms = self._terms(operand, self.index(begin))
 

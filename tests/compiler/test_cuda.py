@@ -24,11 +24,14 @@ from tools.onnx_graph import Graph  # noqa: E402
 
 import kvc  # noqa: E402
 from kvc.kernels.cuda import host_pages  # noqa: E402
+from kvc.kernels.cuda.host_pages import CudaPages  # noqa: E402
 from kvc.planning.saved import SavedPlan, save_plan  # noqa: E402
 from kvc.runtime.executor import Executor  # noqa: E402
 from kvc.runtime.sampler import choose  # noqa: E402
 from kvc.runtime.sequences import Sequences  # noqa: E402
 from kvc.widen import widen  # noqa: E402
+from kvc_passes.graph import graph_of  # noqa: E402
+from kvc_passes.row_slices import is_kernel_call  # noqa: E402
 
 pytest.importorskip("triton")
 
@@ -118,6 +121,21 @@ def test_logits_on_a_pretend_gpu(
     found = np.load(built.artifact.with_suffix(".npz"))
     expected = [choose(logits, draws_of(step)) for step, logits in enumerate(found["logits"])]
     np.testing.assert_array_equal(found["chosen"], expected)
+
+
+@pytest.mark.parametrize(("family", "apart", "count"), [("llama", 15, 9), ("phi", 14, 11)])
+def test_a_layer_has_so_many_kernels(
+    model_file: ModelFile, monkeypatch: pytest.MonkeyPatch, family: str, apart: int, count: int
+) -> None:
+    """From one append of decode to the next; Phi has three products with biases for Llama's joint one."""
+    model = model_file(family, True, "float16")
+    for reads, expected in ((True, count), (False, apart)):
+        monkeypatch.setattr(CudaPages, "reads_views", reads)
+        planner = kvc.planner(model, target="cuda:sm_90")
+        main = planner.variant(planner.usual()[0]).lowered.functions["decode"]["main"]
+        calls = [call for call in graph_of(main).definitions.values() if is_kernel_call(call)]
+        first, second = (i for i, call in enumerate(calls) if call.op.name_hint.startswith("append"))
+        assert second - first == expected
 
 
 def test_feed_forward_in_slices_on_a_pretend_gpu(

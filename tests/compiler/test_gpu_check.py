@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from tools.gpu_cases import ATTENTION, attention_inputs, rounded  # noqa: E402
+from tools.gpu_cases import ATTENTION, FORMS, attention_inputs, rounded  # noqa: E402
 from tools.gpu_weights import assembled, seeded  # noqa: E402
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -50,6 +50,16 @@ def test_inputs_are_such_as_every_type_holds() -> None:
     made = attention_inputs(ATTENTION[0], [(70, 3), (1, 1)], 0)
     assert made.expected.shape == (4, ATTENTION[0].heads, ATTENTION[0].dim)
     assert np.isnan(made.inputs["k"][0]).all()  # a page that nothing may read
+
+
+def test_queries_of_a_product_stand_beside_what_nothing_may_read() -> None:
+    case = next(c for c in FORMS if c.turned)
+    made = attention_inputs(case, [(70, 3), (1, 1)], 0)
+    assert list(made.inputs)[:3] == ["q", "cos", "sin"]
+    queries = case.heads * case.dim
+    assert np.isfinite(made.inputs["q"][..., :queries]).all()
+    assert np.isnan(made.inputs["q"][..., queries:]).all()
+    np.testing.assert_allclose(made.inputs["cos"] ** 2 + made.inputs["sin"] ** 2, 1, rtol=0, atol=1e-6)
 
 
 def process(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

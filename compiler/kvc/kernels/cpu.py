@@ -47,6 +47,7 @@ class CpuAttention:
     knobs: Knobs = DEFAULTS
     shared: tuple[tuple[int, int], ...] = ()
     keys_transposed = True
+    reads_views = False
 
     @classmethod
     def for_sites(

@@ -82,7 +82,9 @@ def work_of(mod: IRModule, segments: Sequence[Segment] = (), spread: bool = Fals
 
 def _step(call: relax.Call, params: Mapping[relax.Var, None], overwrites: bool) -> Step | None:
     """overwrites: whether the call reads what its result is written over."""
-    tensors = [a for a in call.args if isinstance(a, relax.Var) and isinstance(a.ty, relax.TensorType)]
+    # What is read in two places, as keys and values of one product are, is read once.
+    read_once = dict.fromkeys(a for a in call.args if isinstance(a, relax.Var))
+    tensors = [a for a in read_once if isinstance(a.ty, relax.TensorType)]
     names = [a.name for a in tensors]
     if any(name.startswith("block_table") for name in names):
         return None

@@ -273,7 +273,7 @@ def _found(
         yield "gpu_product", product_parameters(columns, depth, format, **more), rows, 0, calls
     if kind not in ("prefill", "decode"):
         return
-    shape, usual, _, dtype = given  # of all tiles and contexts
+    shape, _, usual, _, dtype = given  # of all views, tiles and contexts
     if shape.shared or dtype != shape.kv_dtype:  # without parameters; a mixture that is not measured
         return
     length = keys_of(plan, workload, phase, shape)

@@ -252,9 +252,9 @@ def test_what_has_no_parameters_is_no_task() -> None:
         return [kernel for kernel, *_ in _found(plan, workload, phase, key, 4, 9)]
 
     one = replace(SHAPE, kv_heads=1, shared=True)
-    assert found(("decode", SHAPE, 33, 1024, "float16")) == ["gpu_decode"]
-    assert found(("decode", one, 33, 1024, "float16")) == []
-    assert found(("decode", SHAPE, 33, 1024, "float32")) == []
+    assert found(("decode", SHAPE, None, 33, 1024, "float16")) == ["gpu_decode"]
+    assert found(("decode", one, None, 33, 1024, "float16")) == []
+    assert found(("decode", SHAPE, None, 33, 1024, "float32")) == []
     assert found(("append", SHAPE, 33, 1024, "float16")) == []
 
 

@@ -4,6 +4,9 @@ Pools are kpool [pages, Hkv, PG, D] and vpool [pages, Hkv, PG, Dv] of shape.form
 and vscale bf16[pages, Hkv, PG]. q, k, v and out are of x_dtype, "float16", "bfloat16" or "float32". Extras
 are the pointers slopes f32[H], sinks f32[H] and bias f32[H * distances], where the shape has them. Integers
 are i32. Pointers are multiples of 16 bytes, and head dimensions of 8.
+
+With a kvc_passes.views.View, q, k or v is [1, n, columns] in the place of [1, heads, n, D], and cosines and
+sines [1, n, ..], cos and sin, are behind it (behind v for k), where it is turned.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from typing import Any
 
 from kvc.kernels.attention import AttentionShape
+from kvc_passes.views import View
 
 from . import boxes, predicates
 from .device import DeviceKernel
@@ -19,6 +23,7 @@ from .knobs import BY_ENGINE, DECODE, PREFILL, DecodeKnobs, PrefillKnobs, chosen
 
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "uint8": "u8"}
 SCALES = ("kscale", "vscale")
+ANGLES = ("cos", "sin")
 _LOG2E = 1.4426950408889634
 
 
@@ -27,20 +32,37 @@ def choose_tile(group: int, head_dim: int = 128) -> int:
     return max((64 if head_dim >= 192 else 128) // group, 1)
 
 
-def append_kernel(shape: AttentionShape, x_dtype: str) -> DeviceKernel:
+def append_kernel(
+    shape: AttentionShape, x_dtype: str, key: View | None = None, value: View | None = None
+) -> DeviceKernel:
     """Writes the keys and values of a call's tokens into their pages, in place.
 
     Arguments: k [1, Hkv, n, D], v [1, Hkv, n, Dv] of x_dtype, slots i32[n] (page * PG + offset), pools, n.
     Grid (ceil(n / 16), Hkv).
     """
     x, state = f"*{TRITON_TYPES[x_dtype]}", _state(shape)
-    absent = [(name, None) for name in SCALES if not shape.stored]
+    pointers = (("k", x), ("v", x), *angles(key), ("slots", "*i32"), *state)
+    absent = [(name, None) for name in (*ANGLES, *SCALES) if name not in dict(pointers)]
+    views = (("KVIEW", numbers(key)), ("VVIEW", numbers(value)))
     return DeviceKernel(
         "attention.append",
-        (("k", x), ("v", x), ("slots", "*i32"), *state, ("n", "i32")),
-        (*absent, *_sizes(shape).items(), ("BT", APPEND_TOKENS), ("STORED", shape.stored or "")),
-        ("k", "v", "slots", *(name for name, _ in state)),
+        (*pointers, ("n", "i32")),
+        (*absent, *_sizes(shape).items(), ("BT", APPEND_TOKENS), ("STORED", shape.stored or ""), *views),
+        tuple(name for name, _ in pointers),
     )
+
+
+def angles(view: View | None) -> list[tuple[str, str]]:
+    """The parameters that a view adds."""
+    given = () if view is None else view.angles
+    return [(name, f"*{TRITON_TYPES[angle.dtype]}") for name, angle in zip(ANGLES, given)]
+
+
+def numbers(view: View | None) -> tuple[int, ...]:
+    """What triton_views takes."""
+    view = view or View()
+    turned = [n for angle in view.angles for n in (angle.columns, angle.first)] or [0] * 4
+    return (view.columns or 0, view.first, view.stride, view.half, *turned)
 
 
 APPEND_TOKENS = 16
@@ -48,7 +70,12 @@ APPEND_TOKENS = 16
 
 
 def prefill_kernel(
-    shape: AttentionShape, tile: int, x_dtype: str, arch: int = 80, knobs: PrefillKnobs = PREFILL
+    shape: AttentionShape,
+    tile: int,
+    x_dtype: str,
+    arch: int = 80,
+    knobs: PrefillKnobs = PREFILL,
+    view: View | None = None,
 ) -> DeviceKernel:
     """Attention of many tokens a sequence, whose own keys must be in the pages.
 
@@ -68,6 +95,7 @@ def prefill_kernel(
         "GUARDED": shape.guarded,
         "SPLIT": _split(shape),
         "WHOLE": shape.whole,
+        "VIEW": numbers(view),
         "TILE": tile,
     }
     x = TRITON_TYPES[x_dtype]
@@ -76,7 +104,7 @@ def prefill_kernel(
         pools = [(name, boxes.type_of(x, keys, power(size))) for name, size in matrices(shape).items()]
     else:
         constants |= dict.fromkeys(matrices(shape))
-    types = [*_inputs(shape, x, tiles=True), *pools, ("out", f"*{x}"), ("n", "i32"), ("width", "i32")]
+    types = [*_inputs(shape, x, view, tiles=True), *pools, ("out", f"*{x}"), ("n", "i32"), ("width", "i32")]
     return attention_kernel("attention.prefill", types, constants, shape, warps, stages)
 
 
@@ -100,7 +128,11 @@ def _split(shape: AttentionShape) -> bool:
 
 
 def decode_kernel(
-    shape: AttentionShape, splits: int, x_dtype: str, knobs: DecodeKnobs = DECODE
+    shape: AttentionShape,
+    splits: int,
+    x_dtype: str,
+    knobs: DecodeKnobs = DECODE,
+    view: View | None = None,
 ) -> DeviceKernel:
     """Attention of one token a sequence, every sequence's keys in shares.
 
@@ -114,9 +146,10 @@ def decode_kernel(
         **_sizes(shape),
         "BM": max(power(shape.group), 16),
         **options(shape, keys, x_dtype),
+        "VIEW": numbers(view),
     }
     types = [
-        *_inputs(shape, TRITON_TYPES[x_dtype], tiles=False),
+        *_inputs(shape, TRITON_TYPES[x_dtype], view, tiles=False),
         ("part", "*fp32"),
         ("b", "i32"),
         ("width", "i32"),
@@ -170,18 +203,18 @@ def attention_kernel(
     stages: int,
 ) -> DeviceKernel:
     """The kernel with None for what the shape does not have."""
-    codes = shape.stored is not None
-    optional = [*_extras(shape), *([] if shape.shared else [(name, codes) for name in SCALES])]
-    absent = [(name, None) for name, has in optional if not has]
+    optional = [*(name for name, _ in _extras(shape)), *([] if shape.shared else (*ANGLES, *SCALES))]
+    absent = [(name, None) for name in optional if name not in dict(types)]
     pointers = tuple(name for name, type in types if type.startswith("*"))
     return DeviceKernel(
         function, tuple(types), (*absent, *constants.items()), pointers, warps=warps, stages=stages
     )
 
 
-def _inputs(shape: AttentionShape, x: str, *, tiles: bool) -> list[tuple[str, str]]:
+def _inputs(shape: AttentionShape, x: str, view: View | None, *, tiles: bool) -> list[tuple[str, str]]:
     wanted = {
         ("q", f"*{x}"): True,
+        **dict.fromkeys(angles(view), True),
         **dict.fromkeys(_state(shape), True),
         ("positions", "*i64"): True,
         ("tiles", "*i32"): tiles,

@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 
 from kvc_passes.markers import HeadProduct
 from kvc_passes.sites import AttentionSite, Remade
+from kvc_passes.views import View
 from kvc_passes.weight_format import WeightFormat
 
 from ..attention import AttentionShape, extras
@@ -18,7 +19,7 @@ from ..emit import Emitter, argument, size_var
 from ..shapes import attention_shape
 from . import attention, rekeyed, remade, shared
 from .device import DeviceKernel
-from .host_pages import LONGEST, PAGE_SIZE, CudaPages, parts_of
+from .host_pages import LONGEST, PAGE_SIZE, CudaPages, operand, parts_of
 from .knobs import Knobs
 from .launches import Matrix, Variants
 from .remade import Making
@@ -157,21 +158,21 @@ class CudaAttention(CudaPages):
         return self._over_rows(site, shape, kernel, programs, made, decodes, dtype)
 
     def prefill(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = attention_shape(site, self.page_size)
-        key = ("prefill", shape, self.usual_tile or self.tile, self.tile, dtype)
+        shape, view = attention_shape(site, self.page_size), _view(site)
+        key = ("prefill", shape, view, self.usual_tile or self.tile, self.tile, dtype)
         return self.variants.function(key, lambda arch, knobs: self._prefill(site, dtype, arch, knobs))
 
     def _prefill(self, site: AttentionSite, dtype: str, arch: int, knobs: Knobs) -> PrimFunc:
-        shape = attention_shape(site, self.page_size)
+        shape, view, programs = attention_shape(site, self.page_size), _view(site), site.kv_heads
         if shape.shared:
             kernel, programs = shared.prefill_kernel(shape, dtype, arch)
         else:
             tuned = knobs.prefill(arch, shape, self.usual_tile or self.tile)
-            kernel, programs = attention.prefill_kernel(shape, self.tile, dtype, arch, tuned), shape.kv_heads
+            kernel = attention.prefill_kernel(shape, self.tile, dtype, arch, tuned, view)
         e = Emitter()
         n, pages, t, b, m = (size_var(s) for s in ("n", "pages", "t", "b", "m"))
         inputs = {
-            "q": argument("q", (1, shape.heads, n, shape.query_dim), dtype),
+            **operand("q", (shape.heads, n, shape.query_dim), dtype, view),
             **self._pools(site, pages),
             "positions": argument("positions", (n,), "int64"),
             "tiles": argument("tiles", (t, 3), "int32"),
@@ -189,21 +190,22 @@ class CudaAttention(CudaPages):
         return e.function([*inputs.values(), out], list(inputs.values()), [out])
 
     def decode(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = attention_shape(site, self.page_size)
-        key = ("decode", shape, self.usual_splits(site), self.context, dtype)
+        shape, view = attention_shape(site, self.page_size), _view(site)
+        key = ("decode", shape, view, self.usual_splits(site), self.context, dtype)
         return self.variants.function(key, lambda arch, knobs: self._decode(site, dtype, arch, knobs))
 
     def _decode(self, site: AttentionSite, dtype: str, arch: int, knobs: Knobs) -> PrimFunc:
         shape, splits = attention_shape(site, self.page_size), self.splits(site)
+        view, programs = _view(site), shape.kv_heads
         if shape.shared:
             kernel, programs = shared.decode_kernel(shape, dtype)
         else:
             tuned = knobs.decode(arch, shape, self.usual_splits(site))
-            kernel, programs = attention.decode_kernel(shape, splits, dtype, tuned), shape.kv_heads
+            kernel = attention.decode_kernel(shape, splits, dtype, tuned, view)
         e = Emitter()
         pages, b, m = (size_var(s) for s in ("pages", "b", "m"))
         inputs = {
-            "q": argument("q", (1, shape.heads, b, shape.query_dim), dtype),
+            **operand("q", (shape.heads, b, shape.query_dim), dtype, view),
             **self._pools(site, pages),
             "positions": argument("positions", (b,), "int64"),
             "table": argument("block_table", (b, m), "int32"),
@@ -214,6 +216,11 @@ class CudaAttention(CudaPages):
         values = {**inputs, "part": part, "out": out, "b": b, "width": m}
         self._in_shares(e, shape, splits, dtype, kernel, programs, values)
         return e.function([*inputs.values(), part, out], list(inputs.values()), [part, out])
+
+
+def _view(site: AttentionSite) -> View | None:
+    """How queries are read."""
+    return None if site.views is None else site.views.query
 
 
 def _tile(site: AttentionSite, arch: int) -> int:

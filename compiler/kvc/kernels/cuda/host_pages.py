@@ -9,6 +9,7 @@ from tvm import tirx
 from tvm.tirx import PrimFunc
 
 from kvc_passes.sites import AttentionSite
+from kvc_passes.views import View, Views
 
 from ..attention import AttentionShape
 from ..emit import Emitter, Expr, argument, i64, size_var
@@ -46,6 +47,7 @@ class CudaPages:
     page_size: int = PAGE_SIZE
     keys_transposed: bool = False
     usual_tile: int = 0
+    reads_views = True
 
     def tile_of(self, chunk: int) -> int:
         return self.tile
@@ -65,8 +67,8 @@ class CudaPages:
         return max(1, min(64, FULL // site.kv_heads, seen // _WORTH))
 
     def append(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = self._kept(site)
-        key = ("append", shape, self.tile, self.context, dtype)
+        shape, views = self._kept(site), site.views or Views()
+        key = ("append", shape, views.key, views.value, self.tile, self.context, dtype)
         return self.variants.function(key, lambda arch, knobs: self._append(site, dtype))
 
     def _kept(self, site: AttentionSite) -> AttentionShape:
@@ -77,18 +79,18 @@ class CudaPages:
         return shape if site.remade is None else remade.kept_shape(shape, site.remade)
 
     def _append(self, site: AttentionSite, dtype: str) -> PrimFunc:
-        shape = self._kept(site)
+        shape, views = self._kept(site), site.views or Views()
         e, n, pages = Emitter(), size_var("n"), size_var("pages")
-        k = argument("k", (1, shape.kv_heads, n, shape.head_dim), dtype)
+        k = operand("k", (shape.kv_heads, n, shape.head_dim), dtype, views.key)
         if shape.shared:
-            return self._append_shared(site, shape, dtype, e, k)
-        kernel = attention.append_kernel(shape, dtype)
-        v = argument("v", (1, shape.kv_heads, n, shape.value_dim), dtype)
-        slots = argument("slots", (n,), "int32")
+            return self._append_shared(site, shape, dtype, e, k["k"])
+        v = operand("v", (shape.kv_heads, n, shape.value_dim), dtype, views.value)
+        given = {"k": k.pop("k"), **v, **k, "slots": argument("slots", (n,), "int32")}
+        kernel = attention.append_kernel(shape, dtype, views.key, views.value)
         state = self._pools(site, pages)
-        values = {"k": k, "v": v, "slots": slots, **state, "n": n}
-        self.variants.launch(e, kernel, values, (parts(n, attention.APPEND_TOKENS), shape.kv_heads))
-        return e.function([k, v, slots, *state.values()], [k, v, slots], list(state.values()))
+        grid = (parts(n, attention.APPEND_TOKENS), shape.kv_heads)
+        self.variants.launch(e, kernel, {**given, **state, "n": n}, grid)
+        return e.function([*given.values(), *state.values()], [*given.values()], list(state.values()))
 
     def _append_shared(
         self, site: AttentionSite, shape: AttentionShape, dtype: str, e: Emitter, x: Any
@@ -133,6 +135,18 @@ class CudaPages:
         # Those of another site are as this one's would be.
         state = replace(site, owner=None).state(self.page_size, self.keys_transposed)
         return {names[n]: argument(names[n], (pages, *shape), dtype) for n, (dtype, shape) in state.items()}
+
+
+def operand(name: str, shape: tuple[Any, ...], dtype: str, view: View | None) -> dict[str, Any]:
+    """What an attention is given as [1, *shape], shape being (heads, n, elements), and cosines and sines."""
+    view = view or View()
+    rows = shape[1]
+    own = (1, *shape) if view.columns is None else (1, rows, view.columns)
+    turned = zip(attention.ANGLES, view.angles)
+    return {
+        name: argument(name, own, dtype),
+        **{name: argument(name, (1, rows, angle.columns), angle.dtype) for name, angle in turned},
+    }
 
 
 def shares_of(splits: int, sequences: Expr) -> Expr:

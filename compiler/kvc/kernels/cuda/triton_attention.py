@@ -12,6 +12,7 @@ in float32. kscale and vscale are None where pools hold floats (STORED ""). Scor
 FACTOR make 1 in base 2: with nothing to add to the products, their scale is applied together with the
 subtraction of the maximum. SOFTCAP 0, WINDOW 0, CHUNK 0, SINK_KEYS 0, PREDICATE None, DISTANCES 0 are none.
 With WHOLE, tokens are all at one position: they see the same keys, those of an encoder's output.
+VIEW, of queries, KVIEW and VVIEW are as triton_views says; cos and sin are None where nothing is turned.
 """
 
 import triton
@@ -20,34 +21,38 @@ import triton.language as tl
 from .triton_masks import oldest
 from .triton_softmax import LOG2E, attend, attend_blocks, attend_boxes, normalized
 from .triton_stored import store
+from .triton_views import begin as begin_of
+from .triton_views import elements
 
 
 @triton.jit
 def append(
-    k, v, slots, kpool, vpool, kscale, vscale, n,
+    k, v, cos, sin, slots, kpool, vpool, kscale, vscale, n,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    PG: tl.constexpr, BT: tl.constexpr, STORED: tl.constexpr,
+    PG: tl.constexpr, BT: tl.constexpr, STORED: tl.constexpr, KVIEW: tl.constexpr, VVIEW: tl.constexpr,
 ):  # fmt: skip
     """Write the keys and values of BT tokens and a KV head into their pages."""
     head = tl.program_id(1)
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     inside = token < n
     slot = tl.load(slots + token, mask=inside, other=0)
     row = ((slot // PG).to(tl.int64) * HKV + head) * PG + slot % PG
-    source = head.to(tl.int64) * n + token
-    store(k, source, kpool, kscale, row, inside, D, DP, STORED)
-    store(v, source, vpool, vscale, row, inside, DV, DVP, STORED)
+    first = begin_of(head, token, n.to(tl.int64), D, KVIEW)
+    store(k, first, token, cos, sin, kpool, kscale, row, inside, D, DP, STORED, KVIEW)
+    first = begin_of(head, token, n.to(tl.int64), DV, VVIEW)
+    store(v, first, token, cos, sin, vpool, vscale, row, inside, DV, DVP, STORED, VVIEW)
 
 
 @triton.jit
 def prefill(
-    q, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, bias, kbox, vbox, out, n, width,
+    q, cos, sin, kpool, vpool, kscale, vscale, positions, tiles, table, slopes, sinks, bias, kbox, vbox,
+    out, n, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
     DISTANCES: tl.constexpr, STORED: tl.constexpr,
-    GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr,
+    GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, VIEW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of at most TILE query tokens and a KV head, BM rows at a time."""
     STEP: tl.constexpr = BM // (H // HKV)
@@ -58,31 +63,31 @@ def prefill(
     tokens = tl.load(tiles + 2)
     if TILE <= STEP:
         prefill_rows(
-            q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
+            q, cos, sin, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
             out, n, first, tokens,
             H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-            WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE,
+            WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE, VIEW,
         )  # fmt: skip
     else:
         for done in range(0, tokens, STEP):
             prefill_rows(
-                q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
-                out, n, first + done, tl.minimum(tokens - done, STEP),
+                q, cos, sin, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias,
+                kbox, vbox, out, n, first + done, tl.minimum(tokens - done, STEP),
                 H, HKV, D, DV, DP, DVP, PG, BM, BN, FLOAT32, SCALE, FACTOR, SOFTCAP,
-                WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE,
+                WINDOW, CHUNK, SINK_KEYS, PREDICATE, DISTANCES, STORED, GUARDED, SPLIT, WHOLE, VIEW,
             )  # fmt: skip
 
 
 @triton.jit
 def prefill_rows(
-    q, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
+    q, cos, sin, kpool, vpool, kscale, vscale, positions, columns, slopes, sinks, bias, kbox, vbox,
     out, n, first, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
     DISTANCES: tl.constexpr, STORED: tl.constexpr,
-    GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    GUARDED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
     """Attention of `tokens` query tokens from `first` and a KV head, in at most BM rows.
 
@@ -105,9 +110,8 @@ def prefill_rows(
     there = inside[:, None]
     if D < DP:
         there = there & (rd < D)[None, :]
-    query = tl.load(q + (h * n.to(tl.int64) + token)[:, None] * D + rd[None, :], mask=there, other=0.0).to(
-        TYPE
-    )
+    given = begin_of(h, token, n.to(tl.int64), D, VIEW)[:, None]
+    query = elements(q, given, rd[None, :], token[:, None], there, cos, sin, VIEW).to(TYPE)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + h, mask=inside, other=0.0)
@@ -175,12 +179,12 @@ def prefill_rows(
 
 @triton.jit
 def decode(
-    q, kpool, vpool, kscale, vscale, positions, table, slopes, sinks, bias, part, b, width,
+    q, cos, sin, kpool, vpool, kscale, vscale, positions, table, slopes, sinks, bias, part, b, width,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, PG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FLOAT32: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINK_KEYS: tl.constexpr, PREDICATE: tl.constexpr,
-    DISTANCES: tl.constexpr, STORED: tl.constexpr,
+    DISTANCES: tl.constexpr, STORED: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
     """A share of the attention of a sequence's token and a KV head, not normalised.
 
@@ -204,7 +208,9 @@ def decode(
     there = inside[:, None]
     if D < DP:
         there = there & (rd < D)[None, :]
-    query = tl.load(q + (h * b + sequence)[:, None] * D + rd[None, :], mask=there, other=0.0).to(TYPE)
+    token = sequence.to(tl.int64)
+    given = begin_of(h, token, b, D, VIEW)[:, None]
+    query = elements(q, given, rd[None, :], token, there, cos, sin, VIEW).to(TYPE)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + h, mask=inside, other=0.0)

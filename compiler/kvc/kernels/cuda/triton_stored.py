@@ -8,6 +8,8 @@ STORED is "" for floats, "int8", "fp8" or "int4". Scales are bfloat16, one for e
 import triton
 import triton.language as tl
 
+from .triton_views import elements
+
 
 @triton.jit
 def load(
@@ -70,21 +72,25 @@ def code(x, inverse, STORED: tl.constexpr):
 
 
 @triton.jit
-def store(x, source, pool, scale_pool, row, inside, D: tl.constexpr, DP: tl.constexpr, STORED: tl.constexpr):
-    """Rows `source` of D elements at x are written to rows `row` of a pool, those of `inside` alone."""
+def store(
+    x, start, token, cos, sin, pool, scale_pool, row, inside,
+    D: tl.constexpr, DP: tl.constexpr, STORED: tl.constexpr, VIEW: tl.constexpr,
+):  # fmt: skip
+    """Rows of D elements that begin at `start` of x are written to rows `row` of a pool, those of `inside`
+    alone. triton_views says what a VIEW is."""
     rd = tl.arange(0, DP)
+    start, token = start[:, None], token[:, None]
     if STORED == "":
         there = inside[:, None] & (rd < D)[None, :]
-        value = tl.load(x + source[:, None] * D + rd[None, :], mask=there)
+        value = elements(x, start, rd[None, :], token, there, cos, sin, VIEW)
         tl.store(pool + row[:, None] * D + rd[None, :], value.to(pool.dtype.element_ty), mask=there)
     else:
         BYTES: tl.constexpr = D // 2 if STORED == "int4" else D
         there = inside[:, None] & (rd < BYTES)[None, :]
-        at = x + source[:, None] * D + rd[None, :]
-        low = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        low = elements(x, start, rd[None, :], token, there, cos, sin, VIEW).to(tl.float32)
         largest = tl.max(tl.abs(low), 1)
         if STORED == "int4":
-            high = tl.load(at + BYTES, mask=there, other=0.0).to(tl.float32)
+            high = elements(x, start, rd[None, :] + BYTES, token, there, cos, sin, VIEW).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(high), 1))
             scale = (largest * (1.0 / 7.0)).to(tl.bfloat16)
         elif STORED == "fp8":

@@ -23,6 +23,7 @@ from kvc.kernels.cuda.knobs import BY_ENGINE, PrefillKnobs, ProductKnobs
 from kvc.kernels.cuda.products import embedding_kernel, head_product_kernels, product_kernels
 from kvc_passes.errors import PlanningError, TargetError
 from kvc_passes.sites import Rekeyed, Remade, Sliced
+from kvc_passes.views import Angle, View
 from kvc_passes.weight_format import WeightFormat
 
 pytest.importorskip("triton")
@@ -159,6 +160,22 @@ def test_every_feature_compiles(features: str) -> None:
     shape = dataclasses.replace(SHAPE, **FEATURES[features])
     for kernel in (prefill(shape, "float16", 90), decode_kernel(shape, 8, "float16")):
         compile_kernel(kernel, 90)
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("float16", 80), ("bfloat16", 90), ("float32", 80)])
+@pytest.mark.parametrize("dim", [128, pytest.param(256, marks=pytest.mark.slow)])
+def test_what_is_turned_when_it_is_read_compiles_without_spills(dim: int, dtype: str, arch: int) -> None:
+    shape = dataclasses.replace(SHAPE, head_dim=dim, value_dim=dim, kv_dtype=dtype)
+    angle, columns = Angle("float32", dim, 0), (shape.heads + 2 * shape.kv_heads) * dim
+    query, key, value = (View(columns, head * dim, dim, dim // 2, angle, angle) for head in (0, 32, 40))
+    tile = choose_tile(shape.group, dim)
+    for kernel in (
+        prefill_kernel(shape, tile, dtype, arch, view=query),
+        decode_kernel(shape, 8, dtype, view=query),
+        append_kernel(shape, dtype, key, dataclasses.replace(value, half=0, cosine=None, sine=None)),
+    ):
+        code = compile_kernel(kernel, arch)
+        assert parameters_of(code.ptx)[-2:] == ["u64", "u64"]
 
 
 def test_bfloat16_compiles() -> None:

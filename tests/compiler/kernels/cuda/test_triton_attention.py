@@ -8,6 +8,7 @@ import torch
 from triton_case import DTYPES, SHAPES, Case, sliced
 from triton_interpreter import run
 from triton_made import LATENT, MADE, REKEYED, MadeCase, RekeyedCase
+from triton_viewed import VIEWED, ViewedCase
 
 from kvc.kernels.attention import AttentionShape
 from kvc.kernels.cuda import predicates
@@ -26,18 +27,18 @@ def prefill(case: Case, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor, list
         tiles += [(row, at + i, min(tile, s.new - i)) for i in range(0, s.new, tile)]
         positions.append(s.positions(shape.whole))
         at += s.new
-    q = 2 * case.normal(1, shape.heads, at, shape.query_dim)
+    given, q = case.asked(positions)
     out = torch.full((1, at, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = case.prefill_kernel(tile)
     matrices = [pool.flatten(0, 2) for pool in case.state] if "kbox" in dict(kernel.types) else []
     run(
         kernel,
         (len(tiles), programs),
-        *(q, *case.state, torch.from_numpy(np.concatenate(positions))),
+        *(*given, *case.state, torch.from_numpy(np.concatenate(positions))),
         *(torch.tensor(tiles[::-1], dtype=torch.int32), case.table, *case.extras, *matrices),
         *(out, at, case.table.shape[1]),
     )
-    return q[0].transpose(0, 1), out[0], positions
+    return q, out[0], positions
 
 
 def check_prefill(case: Case, tile: int = 0) -> None:
@@ -51,20 +52,20 @@ def check_prefill(case: Case, tile: int = 0) -> None:
 def decode(case: Case, splits: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """q and out [sequences, heads, ...], and the positions."""
     shape, count = case.shape, len(case.sequences)
-    q = 2 * case.normal(1, shape.heads, count, shape.query_dim)
     positions = np.array([s.length - 1 for s in case.sequences])
+    given, q = case.asked([positions])
     part = torch.full((count, splits, shape.heads, shape.value_dim + 2), torch.nan)
     out = torch.full((1, count, shape.heads, shape.value_dim), torch.nan, dtype=case.out_type)
     kernel, programs = case.decode_kernel(splits)
     run(
         kernel,
         (count, programs, splits),
-        *(q, *case.state, torch.from_numpy(positions), case.table, *case.extras),
+        *(*given, *case.state, torch.from_numpy(positions), case.table, *case.extras),
         *(part, count, case.table.shape[1]),
     )
     grid = (count, shape.heads, merge_blocks(shape, splits))
     run(merge_kernel(shape, splits, case.dtype), grid, part, out, count, splits)
-    return q[0].transpose(0, 1), out[0], positions
+    return q, out[0], positions
 
 
 def check_decode(case: Case, splits: int) -> None:
@@ -185,6 +186,14 @@ def test_keys_that_are_made_of_values(name: str, dtype: str) -> None:
     lengths = [(70, 9), (1, 1)] if name == "wide" else [(101, 37), (1, 1), (64, 2)]
     check_prefill(RekeyedCase(name, dtype, lengths, 23))
     check_decode(RekeyedCase(name, dtype, [(length, 1) for length, _ in lengths], 24), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", VIEWED)
+def test_queries_and_keys_that_are_turned_when_they_are_read(name: str, dtype: str) -> None:
+    lengths = [(101, 37), (1, 1), (64, 2)]
+    check_prefill(ViewedCase(name, dtype, lengths, 25))
+    check_decode(ViewedCase(name, dtype, [(length, 1) for length, _ in lengths], 26), 2)
 
 
 def test_many_shares_of_wide_values() -> None:

@@ -157,6 +157,12 @@ class Case:
             return shared.decode_kernel(self.shape, self.dtype)
         return attention.decode_kernel(self.shape, splits, self.dtype), self.shape.kv_heads
 
+    def asked(self, positions: list[np.ndarray]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Queries of tokens at these positions: what kernels are given, and [tokens, heads, D]."""
+        count = sum(map(len, positions))
+        q = 2 * self.normal(1, self.shape.heads, count, self.shape.query_dim)
+        return [q], q[0].transpose(0, 1)
+
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.random).to(self.type)
 
@@ -217,6 +223,9 @@ class Case:
         keys = turned(keys, self.shape.sliced)[0, head // (self.shape.heads // self.shape.sliced.count)]
         return keys, np.abs(keys) * self.unit
 
+    query_unit = 0.0
+    """The rounding of a query on its way to the keys."""
+
     @property
     def unit(self) -> float:
         """The rounding of a number to the type of products."""
@@ -243,6 +252,7 @@ class Case:
             # Rounding of a score: head_dim products and sums, then scale, softcap and change of base.
             slack = (shape.head_dim + 16) * 2.0**-24 * (np.abs(query) @ np.abs(k).T * abs(shape.scale))
             slack += np.abs(query) @ k_error.T * abs(shape.scale)
+            slack += self.query_unit * (np.abs(query) @ np.abs(k).T * abs(shape.scale))
             if shape.softcap:
                 s = shape.softcap * np.tanh(s / shape.softcap)
                 slack += shape.softcap * 4e-7
