@@ -183,6 +183,7 @@ def _define_marker() -> None:
     @tvm_ffi.register_global_func("kvc.attention")
     def marker(q: Any, k: Any, v: Any, index: int, *angles: Any) -> Any:
         site, given = _SITES[index], [x.numpy() for x in (q, k, v)]
+        dtype = given[0].dtype
         if site.views is not None:
             left = [a.numpy() for a in angles]
             heads = (site.heads, site.kv_heads, site.kv_heads)
@@ -193,7 +194,7 @@ def _define_marker() -> None:
                 for x, view, h, w in zip(given, views, heads, widths)
             ]
             assert not left
-        return tvm.runtime.tensor(attend(*given, site).astype(np.float32))
+        return tvm.runtime.tensor(attend(*given, site).astype(dtype))
 
 
 def run_markers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tvm import IRModule, relax
@@ -75,18 +76,25 @@ class RecognizeAttention:
 
 
 def _marker(builder: relax.BlockBuilder, match: Match, values: dict[relax.Var, relax.Expr]) -> relax.Expr:
-    query, key, value = (_in_order(builder, o, values) for o in (match.query, match.key, match.value))
     batch, heads, sequence, _ = match.query.shape
     dtype = match.query.value.ty.dtype.dtype
+    operands = (match.query, match.key, match.value)
+    query, key, value = (_typed(builder, _in_order(builder, o, values), dtype) for o in operands)
     out = relax.TensorType((batch, sequence, heads, match.site.value_dim), dtype)
     index = relax.prim_value(match.site.index)
     marker = relax.op.call_pure_packed(ATTENTION, query, key, value, index, ty_args=out)
-    if match.transposed:
-        return marker
-    result = relax.op.permute_dims(builder.emit(marker), [0, 2, 1, 3])
-    if len(match.output.ty.shape.values) == 4:
-        return result
-    return relax.op.reshape(builder.emit(result), match.output.ty.shape)
+    result = builder.emit(marker)
+    if not match.transposed:
+        result = builder.emit(relax.op.permute_dims(result, [0, 2, 1, 3]))
+        if len(match.output.ty.shape.values) != 4:
+            result = builder.emit(relax.op.reshape(result, match.output.ty.shape))
+    return _typed(builder, result, match.output.ty.dtype.dtype)
+
+
+def _typed(builder: relax.BlockBuilder, value: relax.Var, dtype: Any) -> relax.Var:
+    """A value in a type. Graphs may have weights, values and outputs in float32 beside narrower queries."""
+    same = value.ty.dtype.dtype == dtype
+    return value if same else builder.emit(relax.op.astype(value, str(dtype)))
 
 
 def _in_order(

@@ -144,6 +144,32 @@ def test_keys_that_are_moved_at_once_are_put_in_order() -> None:
     np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=TOLERANCE)
 
 
+def test_values_and_outputs_may_be_wider_than_queries() -> None:
+    """Queries and keys in float16, a softmax and values in float32, as PyTorch's exporter writes them."""
+    c = Context(past=False, kv_heads=HEADS)
+    q, k = (param(name, [c.batch, HEADS, c.sequence, DIM], "float16") for name in ("q16", "k16"))
+
+    def body(emit: Any, *_: Any) -> Any:
+        wide = [emit(op.astype(x, "float32")) for x in (q, k)]
+        scores = emit(op.matmul(wide[0], emit(op.permute_dims(wide[1], [0, 1, 3, 2]))))
+        scores = emit(op.add(scores, emit(op.where(causal(emit, c), f32(0.0), f32(MIN)))))
+        mixed = emit(op.matmul(emit(op.nn.softmax(scores, axis=-1)), c.v))
+        rows = emit(
+            op.reshape(emit(op.permute_dims(mixed, [0, 2, 1, 3])), [c.batch, c.sequence, HEADS * DIM])
+        )
+        return emit(op.matmul(rows, relax.const(np.eye(HEADS * DIM, 4, dtype=np.float32))))
+
+    module, names = module_of([*c.params, q, k], body)
+    result = RecognizeAttention(c.roles, names).run(module)
+    (marker,) = (v for v in Graph(result.module["main"]).definitions.values() if op_name(v) == ATTENTION)
+    assert {str(x.ty.dtype.dtype) for x in marker.args[1:4]} == {"float16"}
+    inputs = [*arrays(Attention(kv_heads=HEADS)), *(floats(2, HEADS, 11, DIM, seed=s) for s in (8, 9))]
+    inputs[-2:] = (x.astype(np.float16) for x in inputs[-2:])
+    expected, got = run(module, *inputs), run_markers(result.module, result.facts, *inputs)
+    assert got[0].dtype == expected[0].dtype == np.float32
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=4e-3)  # values and results in float16
+
+
 def test_the_marker_takes_new_keys_and_values_only() -> None:
     attention = Attention(past=True)
     module, *_ = attention.build()
