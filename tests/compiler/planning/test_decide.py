@@ -109,10 +109,18 @@ def test_what_is_said_of_a_plan(built: Planner) -> None:
     decision = built.decide(between(built), WORK)
     why = explain(built, decision)
     assert [line[1] for line in why.reasons] == list(decision.plan.forms)
+    decision = built.decide(next(p.bytes for p in curve(built, WORK) if p.ffn) + 4096, WORK)
     assert decision.plan.ffn_chunk
-    assert why.slices.startswith(f"feed-forward in slices of {decision.plan.ffn_chunk} tokens: whole, ")
+    slices = explain(built, decision).slices
+    assert slices.startswith(f"feed-forward in slices of {decision.plan.ffn_chunk} tokens: whole, ")
     roomy = explain(built, built.decide(200_000_000, WORK))
-    assert roomy.slices == "feed-forward whole: it fits, and slices would read weights more often"
+    assert roomy.slices == "feed-forward whole: no slices of a chunk of 512 make temporaries less"
+    whole = built.plan_of(built.usual()[-1], decision.plan.chunk, 200_000_000, WORK)
+    assert whole is not None
+    assert (
+        explain(built, whole).slices
+        == "feed-forward whole: it fits, and slices would read weights more often"
+    )
     gains = {gain.allow: gain.saved for gain in roomy.gains}
     # 32 x 256 tokens of 2 layers with K and V of 128 float32: codes of 8 bits and a scale of 16 for each head
     assert gains["kv-int8"] == 32 * 256 * 2 * 2 * (128 * 3 - 4 * 2)

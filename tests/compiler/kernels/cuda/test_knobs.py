@@ -186,8 +186,8 @@ def test_functions_say_what_they_are() -> None:
     variants = Variants(90, Some())
     made = functions(variants)
     of = attention_shape(LLAMA, 64)
-    assert variants.key_of(made["prefill"])[:3] == ("prefill", of, 32)  # type: ignore[index]
-    assert variants.key_of(made["decode"])[:3] == ("decode", of, 33)  # type: ignore[index]
+    assert variants.key_of(made["prefill"])[:4] == ("prefill", of, None, 32)  # type: ignore[index]
+    assert variants.key_of(made["decode"])[:4] == ("decode", of, None, 33)  # type: ignore[index]
     assert variants.key_of(made["product"]) == (
         "matmul", 4096, 4096, HALF, True, False, False, "float16",
     )  # fmt: skip
