@@ -109,7 +109,14 @@ def _compiled(kernel: DeviceKernel, arch: int, stages: int) -> tuple[Compiled, s
         raise PlanningError(f"{name}: parameters {known}, but its function has {parameters}")
     if [p for p in parameters if p in dict(kernel.types)] != [p for p, _ in kernel.types]:
         raise PlanningError(f"{name}: its run-time parameters are in another order than its function's")
-    source = ASTSource(
+
+    class Named(ASTSource):  # type: ignore[misc]
+        """Triton's cache knows code by what is compiled in alone, and would give that of another name."""
+
+        def hash(self) -> str:
+            return hashlib.sha256(f"{super().hash()}-{name}".encode()).hexdigest()
+
+    source = Named(
         fn=function,
         signature={p: dict(kernel.types).get(p, "constexpr") for p in parameters},
         constexprs=dict(kernel.constants),

@@ -327,6 +327,14 @@ def test_fewer_blocks_are_under_way_where_shared_memory_is_small() -> None:
     assert large.shared > 99 * 1024 >= small.shared
 
 
+def test_what_fell_back_to_the_code_of_another_kernel_has_its_own_name() -> None:
+    """Triton keeps what it compiled by its source, whatever the function is called."""
+    kernel = dataclasses.replace(decode_kernel(SHAPE, 8, "float16"), stages=8)
+    for stages in range(1, 9):
+        each = dataclasses.replace(kernel, stages=stages)
+        assert f".visible .entry {each.name}(" in compile_kernel(each, 89).ptx
+
+
 def test_no_triton_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(TargetError, match=r"pip install 'kvc\[cuda\]'"):
