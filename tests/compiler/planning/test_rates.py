@@ -130,5 +130,7 @@ def test_a_machine_is_measured_with_all_its_threads(monkeypatch: pytest.MonkeyPa
     assert all(0 < share <= 1 for pair in rates.codes.values() for share in pair)
     assert isinstance(rates, Rates)
     assert rates.launch >= 0
+    for row in rates.products.values():  # more rows at once are never slower than in parts
+        assert all(b <= a * -(-m // n) for a, n in zip(row, ROWS) for b, m in zip(row, ROWS) if m > n)
     save(rates, machine.key)
     assert CpuMachine(machine.target).rates == rates
